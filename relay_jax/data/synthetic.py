@@ -1,0 +1,91 @@
+"""A procedural, class-conditional image set: eight classes, no download, image i a pure function of (seed, i).
+
+It is made for testing a relay. Four shapes (disc, square, triangle, cross) are visible at every resolution, so the base
+stage can learn them; two textures (stripes, checks) have a period of four native pixels, so a 4x4 box average erases them
+and only the relay stage can draw them.
+
+    label = i mod 8 = 4 * texture + shape
+"""
+
+import colorsys
+import functools
+import math
+
+import numpy as np
+
+SHAPES = ("disc", "square", "triangle", "cross")
+TEXTURES = ("stripes", "checks")
+TEXTURE_PERIOD = 4.0  # pixels of the native resolution
+
+
+@functools.lru_cache(maxsize=8)
+def _grid(resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel centres x [1, r] and y [r, 1], in pixels from the centre of the image, y downwards. Read only."""
+    line = np.arange(resolution, dtype=np.float32) + 0.5 - resolution / 2
+    line.setflags(write=False)
+    return line[None, :], line[:, None]
+
+
+def _signed_distance(shape: int, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Distance to the outline in pixels, negative inside, [h, w]. The four radii are scaled so that the areas look alike."""
+    if shape == 0:
+        return np.sqrt(x * x + y * y) - 0.95 * radius
+    ax, ay = np.abs(x), np.abs(y)
+    if shape == 1:
+        return np.maximum(ax, ay) - 0.82 * radius
+    if shape == 2:  # equilateral, point up, its bounding box centred: the base, and two sides folded into one by symmetry
+        y = y - 0.3 * radius
+        return np.maximum(y, 0.5 * math.sqrt(3) * ax - 0.5 * y) - 0.6 * radius
+    return np.maximum(np.maximum(ax, ay) - radius, np.minimum(ax, ay) - 0.32 * radius)
+
+
+class SyntheticShapes:
+    """`size` images of `resolution` x `resolution` pixels; see the module docstring. Classes are balanced."""
+
+    class_names: tuple[str, ...] = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
+    num_classes: int = len(class_names)
+
+    def __init__(self, resolution: int, size: int, seed: int) -> None:
+        if resolution < 1 or size < 1 or seed < 0:
+            raise ValueError(f"need resolution >= 1, size >= 1 and seed >= 0, got {resolution}, {size} and {seed}")
+        self.resolution, self.size, self.seed = resolution, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        """Image uint8 [r, r, 3] and label 0..7 at `position`; IndexError outside 0..size-1."""
+        if not 0 <= position < self.size:
+            raise IndexError(f"position {position} is outside 0..{self.size - 1}")
+        label = int(position) % self.num_classes
+        texture, shape = divmod(label, len(SHAPES))
+        r = self.resolution
+        u = np.random.default_rng([self.seed, int(position)]).random(11).tolist()
+        x, y = _grid(r)
+
+        # A pastel gradient behind a darker, saturated shape: they differ in brightness whatever the two hues.
+        colours = [np.array(colorsys.hsv_to_rgb(h, 0.25, v), np.float32) for h, v in ((u[0], 1.0), (u[1], 0.78))]
+        angle = 2 * math.pi * u[2]
+        ramp = np.clip(0.5 + (math.cos(angle) * x + math.sin(angle) * y) / r, 0, 1)[..., None]
+        background = colours[0] + ramp * (colours[1] - colours[0])
+        colour = np.array(colorsys.hsv_to_rgb(u[3], 0.75, 0.57), np.float32)
+
+        radius = r * (0.55 + 0.3 * u[4]) / 2
+        room = r / 2 - radius
+        px, py = x - room * (2 * u[5] - 1), y - room * (2 * u[6] - 1)
+        turn = math.radians(30 * u[7] - 15)
+        cos, sin = math.cos(turn), math.sin(turn)
+        distance = _signed_distance(shape, cos * px + sin * py, cos * py - sin * px, radius)
+        inside = np.clip(0.5 - distance, 0, 1)[..., None]  # the edge is one pixel wide
+
+        # The wave swings each channel by 0.7 of its own value (by 0.4 for the strongest): nothing clips, so the mean
+        # over a period stays the colour, and the hue stays too.
+        tilt = math.radians(20 * u[8] - 10)
+        k = 2 * math.pi / TEXTURE_PERIOD
+        kx, ky = k * math.sin(tilt), k * math.cos(tilt)
+        wave = np.sin(kx * x + ky * y + 2 * math.pi * u[9])
+        if texture == 1:
+            wave = wave * np.sin(ky * x - kx * y + 2 * math.pi * u[10])
+        wave = np.clip(1.5 * wave, -1, 1)[..., None]
+        image = background + inside * (colour * (1 + 0.7 * wave) - background)
+        return (image * 255 + 0.5).astype(np.uint8), label

@@ -1,0 +1,28 @@
+"""Pixel operations between a source and a batch; uint8 in, uint8 out."""
+
+import numpy as np
+from PIL import Image
+
+
+def center_crop_resize(image: np.ndarray, resolution: int) -> np.ndarray:
+    """Centre crop of uint8 [h, w, 3] at `resolution`: uint8 [r, r, 3]. ADM's procedure (arXiv 2105.05233).
+
+    Halves with a box filter while the shorter side is at least twice too long, then bicubic, then the crop. The filters
+    are part of the data set's definition: the reference statistics of FID were made from images reduced this way.
+    An image that already fits is returned as it is; a square power-of-two reduction is a box average.
+    """
+    if image.shape[:2] == (resolution, resolution):
+        return image
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * resolution:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(picture.size)
+    # Python rounds halves to even, as ADM's code does.
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    return np.asarray(picture)[top : top + resolution, left : left + resolution]
+
+
+def flip_x(image: np.ndarray) -> np.ndarray:
+    """Mirrors [h, w, c] left to right; a view."""
+    return image[:, ::-1]

@@ -1,0 +1,156 @@
+"""Building blocks of the ADM U-Net (SPEC section 6; arXiv 2105.05233), [b, h, w, c], parameters in float32.
+
+`dtype` is the precision of activations and of the weights as used; normalisation statistics, softmax and
+embeddings are float32 always.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Initializer = Callable[..., jax.Array]
+
+
+def fan_in_uniform(fan_in: int) -> Initializer:
+    """Uniform on +-1/sqrt(fan_in), standard deviation sqrt(1/3)/sqrt(fan_in): weights and biases alike."""
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / fan_in**0.5
+
+    return init
+
+
+class Linear(nn.Module):
+    """x W + b on the last axis. [..., c] -> [..., features]."""
+    features: int
+    use_bias: bool = True
+    zero_init: bool = False
+    kernel_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.zero_init else fan_in_uniform(x.shape[-1])
+        x = x @ self.param("kernel", self.kernel_init or init, (x.shape[-1], self.features))
+        return x + self.param("bias", init, (self.features,)) if self.use_bias else x
+
+
+class Conv(nn.Module):
+    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features]."""
+    features: int
+    width: int = 3
+    zero_init: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-1] * self.width**2
+        init = nn.initializers.zeros if self.zero_init else fan_in_uniform(fan_in)
+        kernel = self.param("kernel", init, (self.width, self.width, x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,))
+        x = lax.conv_general_dilated(x.astype(self.dtype), kernel.astype(self.dtype), (1, 1), "SAME",
+                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x + bias.astype(self.dtype)
+
+
+def group_count(channels: int) -> int:
+    """Groups of every normalisation: min(32, channels // 4). Raises ValueError if channels does not divide."""
+    groups = min(32, channels // 4)
+    if groups == 0 or channels % groups:
+        raise ValueError(f"{channels} channels cannot be normalised in {groups} groups; use a multiple of 4 up to 128 "
+                         "and of 32 above")
+    return groups
+
+
+def group_affine(x: jax.Array, gain: jax.Array, bias: jax.Array, groups: int,
+                 epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """GroupNorm folded into one multiply-add per pixel: returns m, o [b, 1, 1, c] with norm(x) = x m + o.
+
+    x: [b, h, w, c]; gain, bias: [c] or [b, c]. Statistics in float32, first over the pixels of each channel,
+    then over the few channels of a group: seven times faster on CPU than one small-axis reduction, no slower
+    elsewhere. Two passes, because E[x^2] - E[x]^2 cancels where the mean dominates.
+    """
+    b, _, _, c = x.shape
+
+    def over_group(per_channel: jax.Array) -> jax.Array:
+        mean = per_channel.reshape(b, groups, c // groups).mean(axis=2, keepdims=True)
+        return jnp.broadcast_to(mean, (b, groups, c // groups)).reshape(b, c)
+
+    mean = over_group(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+    centred = x.astype(jnp.float32) - mean[:, None, None, :]
+    variance = over_group(jnp.mean(jnp.square(centred), axis=(1, 2)))
+    multiplier = lax.rsqrt(variance + epsilon) * gain
+    return multiplier[:, None, None, :], (bias - mean * multiplier)[:, None, None, :]
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation, optionally adaptive: norm(x) (1 + scale) + shift with scale, shift [b, c]."""
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None) -> jax.Array:
+        channels = x.shape[-1]
+        gain = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if scale is not None and shift is not None:
+            gain, bias = gain * (1 + scale), bias * (1 + scale) + shift
+        multiplier, offset = group_affine(x, gain, bias, group_count(channels), self.epsilon)
+        return (x.astype(jnp.float32) * multiplier + offset).astype(x.dtype)
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """Mean over 2 x 2 pixels. [b, h, w, c] -> [b, h/2, w/2, c]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Every pixel becomes 2 x 2 pixels. [b, h, w, c] -> [b, 2h, 2w, c]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+RESAMPLE = {"": lambda x: x, "down": downsample, "up": upsample}
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the pixels with `heads` heads that share all channels; zero at init."""
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        qkv = Conv(3 * c, 1, dtype=self.dtype, name="qkv")(GroupNorm(name="norm2")(x))
+        q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
+        out = jax.nn.dot_product_attention(q, k, v)      # scores scaled by 1/sqrt(c / heads), softmax in float32
+        return x + Conv(c, 1, zero_init=True, dtype=self.dtype, name="proj")(out.reshape(b, h, w, c))
+
+
+class UNetBlock(nn.Module):
+    """Residual block with adaptive normalisation, optional resampling ('down' or 'up') and attention.
+
+    heads = 0 means no attention. The 3x3 convolutions come after normalisation and silu; resampling comes
+    before the first one, and on the skip path, which has a 1x1 convolution only where the width changes.
+    """
+    channels: int
+    resample: str = ""
+    heads: int = 0
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
+        resample = RESAMPLE[self.resample]
+        h = resample(nn.silu(GroupNorm(name="norm0")(x)))
+        h = Conv(self.channels, dtype=self.dtype, name="conv0")(h)
+        scale, shift = jnp.split(Linear(2 * self.channels, name="affine")(embedding), 2, axis=-1)
+        h = nn.silu(GroupNorm(name="norm1")(h, scale, shift))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Conv(self.channels, zero_init=True, dtype=self.dtype, name="conv1")(h)
+        x = resample(x)
+        if x.shape[-1] != self.channels:
+            x = Conv(self.channels, 1, dtype=self.dtype, name="skip")(x)
+        h = h + x
+        return Attention(self.heads, self.dtype, name="attention")(h) if self.heads else h

@@ -1,0 +1,157 @@
+"""The project's functions in the layouts and names of the golden checks: NCHW outside, NHWC inside.
+
+Nothing is computed here. Used by tests/test_golden.py and by the external checker of the official numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relay_jax.diffusion import blur as blur_module
+from relay_jax.diffusion import dct as dct_module
+from relay_jax.diffusion import loss as loss_module
+from relay_jax.diffusion import sampler, schedule
+from relay_jax.diffusion.block_noise import block_noise as our_block_noise
+from relay_jax.diffusion.guidance import classifier_free
+from relay_jax.diffusion.precondition import precondition
+from relay_jax.models.unet import UNet
+from relay_jax.tools.convert import from_official, to_official
+
+
+def nhwc(x):
+    return jnp.moveaxis(jnp.asarray(x), -3, -1)
+
+
+def nchw(x):
+    return np.moveaxis(np.asarray(x), -1, -3)
+
+
+# Transforms
+
+def dct(x, patch):
+    return nchw(dct_module.patch_dct(nhwc(x), patch))
+
+
+def idct(x, patch):
+    return nchw(dct_module.patch_idct(nhwc(x), patch))
+
+
+def blur(x, blur_sigma, patch):
+    return nchw(blur_module.blur(nhwc(x), blur_sigma, patch))
+
+
+def attenuation(sigma, patch, cdf_max, blur_sigma_max):
+    process = schedule.RelayProcess(patch=patch, cdf_max=cdf_max, blur_sigma_max=blur_sigma_max)
+    return blur_module.attenuation(process.blur_sigma(process.u_from_sigma(sigma)), patch)
+
+
+def block_noise(gaussian, size):
+    return nchw(our_block_noise(nhwc(gaussian), size))
+
+
+# Losses
+
+def _as_dict(corrupted):
+    images = ("noisy", "blurred")
+    return {k: nchw(v) if k in images else v for k, v in corrupted._asdict().items()}
+
+
+def relay_corrupt(images, uniform, gaussian, block_gaussian, **settings):
+    process = schedule.RelayProcess(**settings)
+    return _as_dict(loss_module.relay_corrupt(process, nhwc(images), uniform, nhwc(gaussian), nhwc(block_gaussian)))
+
+
+def relay_loss(denoiser, images, uniform, gaussian, block_gaussian, **settings):
+    process = schedule.RelayProcess(**settings)
+    draws = loss_module.Draws(uniform, nhwc(gaussian), nhwc(block_gaussian))
+    corrupted = loss_module.corrupt(process, nhwc(images), draws)
+    return nchw(loss_module.loss_map(denoiser(jnp), nhwc(images), corrupted))
+
+
+def edm_corrupt(images, normal, gaussian):
+    return _as_dict(loss_module.edm_corrupt(schedule.EdmProcess(), nhwc(images), normal, nhwc(gaussian)))
+
+
+def edm_loss(denoiser, images, normal, gaussian):
+    draws = loss_module.Draws(jnp.asarray(normal), nhwc(gaussian), None)
+    corrupted = loss_module.corrupt(schedule.EdmProcess(), nhwc(images), draws)
+    return nchw(loss_module.loss_map(denoiser(jnp), nhwc(images), corrupted))
+
+
+# Schedules
+
+def edm_sigmas(**settings):
+    return schedule.edm_sigmas(**settings)
+
+
+def relay_sigmas(**settings):
+    return schedule.relay_sigmas(**settings)
+
+
+# Samplers
+
+def _replay(noise):
+    table = {k: nhwc(v) for k, v in noise.items()}
+    return lambda step, purpose: table[purpose] if purpose.startswith("initial") else table[purpose][step]
+
+
+def _result(samples):
+    return {"final": nchw(samples.final), "states": nchw(samples.states)}
+
+
+def sample_edm(denoiser, latents, labels, noise, guidance, **settings):
+    guided = classifier_free(denoiser(jnp), jnp.asarray(labels), guidance)
+    run = jax.jit(lambda x, n: sampler.sample_edm(guided, x, _replay(n), sampler.EdmSampler(**settings), True))
+    return _result(run(nhwc(latents), noise))
+
+
+def sample_relay(denoiser, low_res, labels, noise, patch, cdf_max, blur_sigma_max, block_noise_scale, guidance,
+                 s_churn, s_min, s_max, s_noise, **settings):
+    if s_churn > 0:
+        raise NotImplementedError("the relay stage has no churn (SPEC section 5.3)")
+    process = schedule.RelayProcess(patch=patch, cdf_max=cdf_max, blur_sigma_max=blur_sigma_max,
+                                    block_noise_scale=block_noise_scale)
+    guided = classifier_free(denoiser(jnp), jnp.asarray(labels), guidance)
+    run = jax.jit(lambda x, n: sampler.sample_relay(guided, x, _replay(n), process, sampler.RelaySampler(**settings),
+                                                    True))
+    return _result(run(nhwc(low_res), noise))
+
+
+# Network
+
+def _network(config):
+    return UNet(resolution=config["img_resolution"], channels=config["model_channels"],
+                multipliers=tuple(config["channel_mult"]), blocks=config["num_blocks"],
+                attention=tuple(config["attn_resolutions"]), num_classes=config["label_dim"],
+                num_augment=config["augment_dim"], image_channels=config["img_channels"],
+                embedding_multiplier=config["channel_mult_emb"])
+
+
+def unet(params, config, x, sigma, class_labels, augment_labels):
+    net, ours = _network(config), from_official(params)
+    raw = {}
+
+    @jax.jit
+    def run(p, x, sigma):
+        def network(*inputs):
+            raw["F_x"] = net.apply({"params": p}, *inputs)
+            return raw["F_x"]
+        return precondition(network)(x, sigma, class_labels, augment_labels), raw["F_x"]
+
+    d_x, f_x = run(ours, nhwc(x), sigma)
+    return {"D_x": nchw(d_x), "F_x": nchw(f_x)}
+
+
+def unet_grad(params, config, x, sigma, class_labels, augment_labels, cotangent, names):
+    net = _network(config)
+
+    @jax.jit
+    def gradient(p, x):
+        def scalar(p, x):
+            denoise = precondition(lambda *inputs: net.apply({"params": p}, *inputs))
+            return jnp.sum(denoise(x, sigma, class_labels, augment_labels) * nhwc(cotangent))
+        return jax.grad(scalar, argnums=(0, 1))(p, x)
+
+    grads, grad_x = gradient(from_official(params), nhwc(x))
+    official = to_official(grads)
+    return {"x": nchw(grad_x), **{name: official[name] for name in names}}
