@@ -1,7 +1,7 @@
 """Where images come from: position -> (uint8 [h, w, 3], int label).
 
-A source is a finite, ordered set of images that can be read at any position, in any order, from several threads and from
-worker processes (it pickles, without open files). Nothing here shuffles, crops or downloads.
+A source is a finite, ordered set of images that can be read at any position, in any order, from several threads and
+from worker processes (it pickles, without open files). Nothing here shuffles, crops or downloads.
 """
 
 import json
@@ -57,7 +57,7 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         root = os.fspath(path)
         if not os.path.isdir(root):
-            raise DataError(f"{root}: no such folder; put the images there, one sub-folder per class or none at all")
+            raise DataError(f"{root}: no such folder; put the images there, with one sub-folder per class or none")
         try:
             with os.scandir(root) as entries:
                 listing = sorted((entry.name, entry.path, entry.is_dir()) for entry in entries)
@@ -94,8 +94,8 @@ class ImageFolder:
 class EdmZip:
     """EDM's dataset format (arXiv 2206.00364): square images of one size in a zip, labels in its `dataset.json`.
 
-    `dataset.json` is {"labels": [["00000/img00000000.png", 6], ...]}; without the file, or with null, there are no labels.
-    Images are ordered by name. `resolution` is the size of the first; another size is a DataError when it is read.
+    `dataset.json` is {"labels": [["00000/img00000000.png", 6], ...]}; without the file, or with null, there are no
+    labels. Images are ordered by name. `resolution` is the size of the first; reading another size is a DataError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -103,7 +103,7 @@ class EdmZip:
         self._open_zip: tuple[int, zipfile.ZipFile] | None = None
         self._lock = threading.Lock()
         if not os.path.isfile(self.path):
-            raise DataError(f"{self.path}: no such file; put a dataset zip there, in the format of EDM's dataset_tool.py")
+            raise DataError(f"{self.path}: no such file; put a zip there in the format of EDM's dataset_tool.py")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.namelist()
@@ -119,7 +119,7 @@ class EdmZip:
         height, width, _ = self._image(0).shape
         self.resolution: int = height
         if height != width:
-            raise DataError(f"{self.path}:{self._files[0]}: wrong image size {width}x{height}; an EDM zip holds squares")
+            raise DataError(f"{self.path}:{self._files[0]}: wrong image size {width}x{height}; it must be square")
 
     def _read_labels(self, index: bytes) -> np.ndarray:
         """Labels [n] in the order of the images, or [0] if there are none. DataError if damaged or incomplete."""
@@ -171,8 +171,8 @@ class EdmZip:
         height, width, _ = image.shape
         if (height, width) != (self.resolution, self.resolution):
             raise DataError(
-                f"{self.path}:{self._files[position]}: wrong image size {width}x{height}; the first image of this zip is "
-                f"{self.resolution}x{self.resolution}, and all must be alike"
+                f"{self.path}:{self._files[position]}: wrong image size {width}x{height}; the first image of this zip "
+                f"is {self.resolution}x{self.resolution}, and all must be alike"
             )
         return image, int(self._labels[position]) if self.num_classes else 0
 
@@ -191,15 +191,13 @@ def make_source(
     """The source a configuration names. Raises DataError if it cannot be had.
 
     source: "synthetic" (reads resolution, size, seed), "folder" or "zip" (path), "tfds" (name, split, data_dir).
-    resolution: native resolution of the synthetic set: that of the largest stage, so that its texture is one pixel grid's.
+    resolution: native resolution of the synthetic set, that of the largest stage, which sets the scale of its texture.
     """
     if source == "synthetic":
-        if resolution < 1 or size < 1 or seed < 0:
-            raise DataError(f"the synthetic source needs resolution and size >= 1, seed >= 0: {resolution}, {size}, {seed}")
         return SyntheticShapes(resolution, size, seed)
     if source == "folder":
         if not path:
-            raise DataError("the folder source needs a path: a folder of images, one sub-folder per class or none at all")
+            raise DataError("the folder source needs a path: a folder of images, with one sub-folder per class or none")
         return ImageFolder(path)
     if source == "zip":
         if not path:

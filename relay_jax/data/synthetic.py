@@ -1,8 +1,8 @@
 """A procedural, class-conditional image set: eight classes, no download, image i a pure function of (seed, i).
 
 It is made for testing a relay. Four shapes (disc, square, triangle, cross) are visible at every resolution, so the base
-stage can learn them; two textures (stripes, checks) have a period of four native pixels, so a 4x4 box average erases them
-and only the relay stage can draw them.
+stage can learn them; two textures (stripes, checks) have a period of four native pixels, so a 4x4 box average erases
+them and only the relay stage can draw them.
 
     label = i mod 8 = 4 * texture + shape
 """
@@ -12,6 +12,8 @@ import functools
 import math
 
 import numpy as np
+
+from relay_jax.data.decode import DataError
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks")
@@ -27,27 +29,29 @@ def _grid(resolution: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _signed_distance(shape: int, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance to the outline in pixels, negative inside, [h, w]. The four radii are scaled so that the areas look alike."""
+    """Distance to the outline in pixels, negative inside, [h, w]. Scaled so that the four look alike in size."""
     if shape == 0:
         return np.sqrt(x * x + y * y) - 0.95 * radius
     ax, ay = np.abs(x), np.abs(y)
     if shape == 1:
         return np.maximum(ax, ay) - 0.82 * radius
-    if shape == 2:  # equilateral, point up, its bounding box centred: the base, and two sides folded into one by symmetry
+    if shape == 2:  # equilateral, point up, its bounding box centred; symmetry folds two sides into one
         y = y - 0.3 * radius
         return np.maximum(y, 0.5 * math.sqrt(3) * ax - 0.5 * y) - 0.6 * radius
     return np.maximum(np.maximum(ax, ay) - radius, np.minimum(ax, ay) - 0.32 * radius)
 
 
 class SyntheticShapes:
-    """`size` images of `resolution` x `resolution` pixels; see the module docstring. Classes are balanced."""
+    """`size` images of `resolution` x `resolution` pixels, classes balanced. DataError for impossible arguments."""
 
     class_names: tuple[str, ...] = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
     num_classes: int = len(class_names)
 
     def __init__(self, resolution: int, size: int, seed: int) -> None:
         if resolution < 1 or size < 1 or seed < 0:
-            raise ValueError(f"need resolution >= 1, size >= 1 and seed >= 0, got {resolution}, {size} and {seed}")
+            raise DataError(
+                f"the synthetic source needs resolution, size >= 1, seed >= 0: {resolution}, {size}, {seed}"
+            )
         self.resolution, self.size, self.seed = resolution, size, seed
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Images of a TFDS data set that the user has prepared on this machine, read without TensorFlow.
 
-Needs array_record (or parquet) files: TFDS's default, tfrecord, can only be read by TensorFlow. The data set is found on
-disk by its folder, DATA_DIR/NAME[/CONFIG]/VERSION, and not through its registered builder: building that may import
+Needs array_record (or parquet) files: TFDS's default, tfrecord, can only be read by TensorFlow. The data set is found
+on disk by its folder, DATA_DIR/NAME[/CONFIG]/VERSION, and not through its registered builder: building that may import
 TensorFlow and ask the network, while the folder says all that is needed. Nothing is ever downloaded.
 """
 
@@ -14,19 +14,20 @@ import numpy as np
 
 from relay_jax.data.decode import DataError, decode_image, one_line
 
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def _versions(folder: Path) -> list[Path]:
     """The prepared versions in `folder`, oldest first: sub-folders named x.y.z with a dataset_info.json."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name) and (path / "dataset_info.json").is_file()]
+    named = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+    found = [path for path in named if (path / "dataset_info.json").is_file()]
     return sorted(found, key=lambda path: tuple(int(number) for number in path.name.split(".")))
 
 
 def _find(name: str, data_dir: str) -> Path:
-    """The folder of the newest prepared version of `name` ("set", "set/config", either with ":1.2.3"). DataError if none."""
+    """The newest prepared version of `name`: "set" or "set/config", either with ":1.2.3". DataError without one."""
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     base, _, version = name.partition(":")
     if not base:
@@ -40,7 +41,7 @@ def _find(name: str, data_dir: str) -> Path:
     prepared = [path for path in (configs[0] if configs else []) if version in ("", path.name)]
     if not prepared:
         raise DataError(
-            f"{root / base}: no prepared TFDS data set {name}; run: python -c \"import tensorflow_datasets as tfds; "
+            f'{root / base}: no prepared TFDS data set {name}; run: python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder('{name}', data_dir='{root}', file_format='array_record').download_and_prepare()\""
         )
     return prepared[-1]
@@ -58,20 +59,22 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise DataError(f"the tfds source needs a package ({error}); run: pip install tensorflow_datasets") from error
-        try:
-            builder = tfds.builder_from_directory(folder)
-            features = builder.info.features
-            if "image" not in features:
-                raise DataError(f"{folder}: this data set has no feature named image, only {', '.join(features)}")
-            label = features["label"] if "label" in features else None
-            splits = ", ".join(builder.info.splits)
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise error if isinstance(error, DataError) else DataError(
-                f"{folder}: cannot be read as a TFDS data set ({one_line(error)}); prepare it again"
+            raise DataError(
+                f"the tfds source misses a package ({error}); run: pip install tensorflow_datasets"
             ) from error
         try:
-            # We decode ourselves: TFDS would use another decoder where OpenCV is installed, and leaves grey and CMYK as is.
+            builder = tfds.builder_from_directory(folder)
+            features = dict(builder.info.features.items())
+            label = features.get("label")
+            splits = ", ".join(builder.info.splits)
+        except Exception as error:  # protobuf's parser, for one, has an exception class of its own
+            raise DataError(
+                f"{folder}: cannot be read as a TFDS data set ({one_line(error)}); prepare it again"
+            ) from error
+        if "image" not in features:
+            raise DataError(f"{folder}: this data set has no feature named image, only {', '.join(features)}")
+        try:
+            # We decode ourselves: TFDS switches decoders where OpenCV is installed, and leaves grey and CMYK alone.
             self._records: Sequence[Mapping[str, object]] = builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}
             )
@@ -86,9 +89,9 @@ class TfdsSource:
         if not self._length:
             raise DataError(f"{folder}: split {split!r} is empty; it has {splits}")
         self._where = f"{folder}:{split}"
-        labelled = isinstance(label, tfds.features.ClassLabel) and bool(label.num_classes)
-        self.num_classes: int = label.num_classes if labelled else 0
-        self.class_names: tuple[str, ...] = tuple(label.names) if labelled else ()
+        classes = label if isinstance(label, tfds.features.ClassLabel) else None
+        self.num_classes: int = (classes.num_classes or 0) if classes else 0
+        self.class_names: tuple[str, ...] = tuple(classes.names) if classes and self.num_classes else ()
 
     def __len__(self) -> int:
         return self._length
@@ -100,7 +103,7 @@ class TfdsSource:
             data, label = record["image"], int(record["label"]) if self.num_classes else 0  # type: ignore[call-overload]
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(f"{where}: cannot be read ({one_line(error)}); prepare the data set again") from error
-        if not 0 <= label < max(self.num_classes, 1):  # TFDS writes -1 in splits without labels, such as ImageNet's test
+        if not 0 <= label < max(self.num_classes, 1):  # TFDS writes -1 in unlabelled splits, such as ImageNet's test
             raise DataError(f"{where}: has the label {label}, which means none; choose a labelled split")
         if not isinstance(data, bytes):
             raise DataError(f"{where}: the image is stored as {type(data).__name__}, not as an encoded file")

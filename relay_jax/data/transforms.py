@@ -9,7 +9,8 @@ def center_crop_resize(image: np.ndarray, resolution: int) -> np.ndarray:
 
     Halves with a box filter while the shorter side is at least twice too long, then bicubic, then the crop. The filters
     are part of the data set's definition: the reference statistics of FID were made from images reduced this way.
-    An image that already fits is returned as it is; a square power-of-two reduction is a box average.
+    An image that already fits is returned as it is; a square power-of-two reduction is a box average, but for Pillow's
+    rounding: it rounds halves up after each axis, so a halving adds 0 to 1 levels of 255, on average half a level.
     """
     if image.shape[:2] == (resolution, resolution):
         return image

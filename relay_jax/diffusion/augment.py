@@ -5,11 +5,12 @@ The network is conditioned on the labels; sampling passes zeros, that is, asks f
 
     1. x-flip, y-flip           of the exact pixels
     2. s = 2^(scale_std n)      isotropic scale                                      n standard normal
-    3. theta = pi (2u - 1)      rotation, times rotate_frac_max                      u uniform in [0, 1)
+    3. theta = pi (2u - 1)      rotation, times rotate_frac_max; anticlockwise       u uniform in [0, 1)
     4. a = 2^(aniso_std n)      x times a, y divided by a, in a frame at angle phi = pi (2u - 1), or 0 half of the time
-    5. t = translate_frac_std n two shifts in image widths, x then y
-    6. a target position q (pixels, from the image centre; y points down) shows the source position
-       R(theta - phi) diag(1/a, a) R(phi) (q - t w) / s,    R(alpha) = [[cos, -sin], [sin, cos]]
+    5. t = translate_frac_std n two shifts in image widths, x then y (down)
+    6. position q of the result, in pixels from the centre, shows position
+           R(theta - phi) diag(1/a, a) R(phi) (q - t w) / s,    R(alpha) = [[cos, -sin], [sin, cos]]
+       of the (flipped) image
 
 Labels, zero where inactive: x-flip, y-flip, n of 2, cos(theta) - 1, sin(theta), n cos(phi) and n sin(phi) of 4, n of 5.
 
@@ -26,8 +27,8 @@ import numpy as np
 
 NUM_LABELS = 9
 
-# Daubechies' least asymmetric wavelet with six vanishing moments ("sym6"), low-pass, scaled to sum 1. It is not quite
-# symmetric: this is the order in which down-sampling meets the samples; up-sampling is its transpose.
+# Daubechies' least asymmetric wavelet with six vanishing moments ("sym6"), low-pass, scaled to sum 1. Its centre of
+# mass is close to tap 5, which is why a fine sample lies on each pixel. Up-sampling is the transpose of down-sampling.
 SYM6 = np.array([
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
@@ -93,13 +94,13 @@ def draw(key: jax.Array, batch: int) -> Draws:
     """Draws for `batch` images; those of image i depend on the key and i alone."""
 
     def one(index: jax.Array) -> Draws:
-        choices, normals, uniforms = jax.random.split(jax.random.fold_in(key, index), 3)
-        xflip, yflip = jax.random.randint(choices, (2,), 0, 2, jnp.int32)
-        scale, aniso, *translate = jax.random.normal(normals, (4,), jnp.float32)
-        rotate, angle, frame, *gates = jax.random.uniform(uniforms, (9,), jnp.float32)
+        normals, uniforms = jax.random.split(jax.random.fold_in(key, index))
+        normal = jax.random.normal(normals, (4,), jnp.float32)
+        uniform = jax.random.uniform(uniforms, (11,), jnp.float32)
+        choice = (uniform[:2] < 0.5).astype(jnp.int32)
         return Draws(
-            xflip, gates[0], yflip, gates[1], scale, gates[2], rotate, gates[3],
-            aniso, angle, gates[4], frame, jnp.stack(translate), gates[5],
+            choice[0], uniform[2], choice[1], uniform[3], normal[0], uniform[4], uniform[5], uniform[6],
+            normal[1], uniform[7], uniform[8], uniform[9], normal[2:], uniform[10],
         )  # fmt: skip
 
     draws = jax.vmap(one)(jnp.arange(batch))
@@ -110,7 +111,7 @@ def apply_draws(images: jax.Array, draws: Draws, augmentation: Augmentation) -> 
     """Transforms each image by its own draws.
 
     Args:
-      images: [b, h, w, c] with h == w, in [-1, 1]. The result may overshoot by some percent where it is resampled.
+      images: [b, h, w, c] with h == w, in [-1, 1]; the filters may overshoot this range a little, which is left so.
       draws: from `draw`.
       augmentation: static under `jit`.
     Returns:
@@ -145,7 +146,7 @@ def apply_draws(images: jax.Array, draws: Draws, augmentation: Augmentation) -> 
 
     shrink = jnp.exp2(-augmentation.scale_std * scale)
     squeeze = jnp.exp2(-augmentation.aniso_std * aniso)
-    stretch = jnp.stack([shrink * squeeze, shrink / squeeze], axis=1)  # the diagonal of (6), divided by s
+    stretch = jnp.stack([shrink * squeeze, shrink / squeeze], axis=1)  # diag(1/a, a) / s
     linear = (_rotation(theta - phi)[..., None] * stretch[:, None, :, None] * _rotation(phi)[:, None]).sum(2)
     shift = augmentation.translate_frac_std * images.shape[2] * translate.T
     moved = (scale_on | rotate_on | aniso_on | translate_on)[:, None, None, None]
@@ -164,33 +165,35 @@ def _rotation(angle: jax.Array) -> jax.Array:
 
 
 def _resample(image: jax.Array, linear: jax.Array, shift: jax.Array) -> jax.Array:
-    """The image [w, w, c] whose position q shows the source position linear [2, 2] times (q - shift [2]).
+    """The image [w, w, c] that shows at position q what was at `linear [2, 2] (q - shift [2])`, see (6).
 
-    Cost: the padded and up-sampled image has (6w-4)^2 pixels, of which (2w+10)^2 positions are read. At 256 pixels
-    and three channels that is 28 MB and 3 MB per image, and 4 GFLOP for the filters.
+    Cost per image: the padded and up-sampled image has (6w-4)^2 pixels, of which (2w+10)^2 positions are read. For
+    256 pixels and three channels that is 28 MB and 3 MB (33 MB of temporaries as compiled) and 5 GFLOP in the filters;
+    for 32 pixels 0.5 MB and 0.01 GFLOP.
     """
     width = image.shape[0]
-    up, down = _up_matrix(width), _down_matrix(width)
-    fine = _filter(up, image)
-    target = (np.arange(2 * width + 2 * REACH) - REACH + 1) / 2 - width / 2
-    x, y = target[None, :] - shift[0], target[:, None] - shift[1]  # written out, as a matrix product may be rounded
-    column, row = (2 * (m[0] * x + m[1] * y) + len(up) / 2 - 1 for m in linear)
+    fine = _filter(_up_matrix(width), image)
+
+    # Fine sample 2k lies on pixel k, for the image as for its padded version.
+    q = (np.arange(-REACH, 2 * width + REACH, dtype=np.float32) - (width - 1)) / 2
+    x, y = q[None, :] - shift[0], q[:, None] - shift[1]  # written out, as an accelerator may round a matrix product
+    column, row = (2 * (m[0] * x + m[1] * y) + (len(fine) / 2 - 1) for m in linear)
 
     def read(channel: jax.Array) -> jax.Array:
         return jax.scipy.ndimage.map_coordinates(channel, [row, column], order=1, mode="constant", cval=0.0)
 
-    return _filter(down, jax.vmap(read, in_axes=-1, out_axes=-1)(fine))
+    return _filter(_down_matrix(width), jax.vmap(read, in_axes=-1, out_axes=-1)(fine))
 
 
 def _filter(matrix: np.ndarray, image: jax.Array) -> jax.Array:
-    """Applies the matrix [n, w] to the rows and columns of an image [w, w, c] -> [n, n, c]."""
+    """Applies the matrix [n, w] to the rows and the columns of an image [w, w, c] -> [n, n, c]."""
     precision = jax.lax.Precision.HIGHEST
     image = jnp.einsum("nw,hwc->hnc", matrix, image, precision=precision)
     return jnp.einsum("mh,hnc->mnc", matrix, image, precision=precision)
 
 
 def _down_matrix(width: int) -> np.ndarray:
-    """[w, 2w + 2 REACH]: filters and keeps every second sample. The first REACH samples lie left of the image."""
+    """[w, 2w + 2 REACH]: low-pass, then every second sample; the first REACH samples lie left of the image."""
     matrix = np.zeros((width, 2 * width + 2 * REACH), np.float32)
     for i in range(width):
         matrix[i, 2 * i : 2 * i + len(SYM6)] = SYM6
@@ -198,11 +201,10 @@ def _down_matrix(width: int) -> np.ndarray:
 
 
 def _up_matrix(width: int) -> np.ndarray:
-    """[6w-4, w]: reflect padding by w - 1 on both sides, then up-sampling.
+    """[6w-4, w]: reflect padding by w - 1 on both sides, then a zero between samples and the low-pass.
 
-    The margin is the largest that reflection without repetition allows, so that one shape serves every draw. What is
-    beyond it (reached by strong shrinking together with a shift) is zero.
+    The margin is the widest that can be reflected, so that one shape serves all draws. What lies beyond reads zero:
+    to get there, a draw must shrink and shift the image to less than about a third.
     """
-    padded = np.pad(np.eye(width), ((width - 1, width - 1), (0, 0)), mode="reflect")
-    filters = 2 * _down_matrix(len(padded)).T[REACH:-REACH]
-    return (filters @ padded).astype(np.float32)
+    padded = np.pad(np.eye(width, dtype=np.float32), ((width - 1, width - 1), (0, 0)), mode="reflect")
+    return 2 * _down_matrix(len(padded)).T[REACH:-REACH] @ padded

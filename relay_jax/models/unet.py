@@ -104,6 +104,12 @@ class UNet(nn.Module):
                      name=name)
 
 
+def init_params(network: UNet, key: jax.Array) -> dict:
+    """Fresh parameters. Under jax.eval_shape: their shapes."""
+    image = jnp.zeros((1, network.resolution, network.resolution, network.image_channels))
+    return network.init(key, image, jnp.zeros((1,)))["params"]
+
+
 def parameter_count(params: object) -> int:
     """Number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

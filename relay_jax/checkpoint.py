@@ -1,0 +1,83 @@
+"""Orbax checkpoints of one stage: items `ema`, `train` (the rest of the state) and `meta` (JSON).
+
+`ema` is an item of its own, so that sampling reads nothing else. Orbax does not fall back from a damaged
+checkpoint by itself; `restore` does, newest first.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or cannot be read; the message is one line for the user."""
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Saving is asynchronous; use as a context, which waits at its end."""
+
+    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False) -> None:
+        self.folder = folder.absolute()
+        policy = ocp.checkpoint_managers.LatestN(max(keep, 1))
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=not read_only,
+                                               create=not read_only, read_only=read_only)
+        self._manager = ocp.CheckpointManager(self.folder, options=options) if self.folder.exists() or not read_only else None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True) if self._manager is not None else []
+
+    def save(self, step: int, ema: Any, train: Any, meta: dict) -> None:
+        """Starts saving; a step that is already there is left alone."""
+        assert self._manager is not None
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args
+        self._manager.save(step, force=True, args=args.Composite(
+            ema=args.StandardSave(ema), train=args.StandardSave(train), meta=args.JsonSave(meta)))
+
+    def wait(self) -> None:
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def restore(self, like: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """The newest readable checkpoint: (step, {item: tree, "meta": dict}), or None if there is none at all.
+
+        like, shardings: for each wanted item ("ema", "train") a tree of shapes, and where the arrays go.
+        Unreadable newer ones are named in a warning and removed, so that the run can save them again.
+        Raises CheckpointError if there are checkpoints and none can be read.
+        """
+        failed = []
+        for step in self.steps():
+            assert self._manager is not None
+            try:
+                args = ocp.args
+                items = {k: args.StandardRestore(_abstract(like[k], shardings[k])) for k in like}
+                result = self._manager.restore(step, args=args.Composite(**items, meta=args.JsonRestore()))
+            except Exception as error:      # Orbax raises many types, even bare Exception
+                logging.warning("checkpoint %s/%d is unreadable, trying the one before: %s", self.folder, step,
+                                " ".join(str(error).split())[:200])
+                failed.append(step)
+                continue
+            if "train" in like:
+                for bad in failed:
+                    self._manager.delete(bad)
+            return step, {k: result[k] for k in (*like, "meta")}
+        if failed:
+            raise CheckpointError(f"none of the checkpoints in {self.folder} can be read (tried {failed}); "
+                                  "restore the folder from a copy, or remove it to start the stage again")
+        return None

@@ -1,0 +1,121 @@
+"""Progress on the console, scalars to JSONL and TensorBoard, pictures as PNG."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from PIL import Image
+
+
+def quieten() -> None:
+    """Keeps our INFO lines and drops those of the libraries, which would bury them."""
+    noisy = ("/orbax/", "/grain/", "/jax/", "/tensorflow_datasets/")
+    logging.get_absl_handler().addFilter(lambda r: r.levelno >= 30 or not any(part in r.pathname for part in noisy))
+
+
+def is_writer() -> bool:
+    """True on the one process that writes files and console lines."""
+    return jax.process_index() == 0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class ScalarLog:
+    """metrics.jsonl and TensorBoard event files in one folder. Lines past `images` (of a run that was killed after
+    its last checkpoint) are dropped at the start, so a continued run leaves one gapless curve."""
+
+    def __init__(self, folder: Path, images: int) -> None:
+        self._path, self._events = folder / "metrics.jsonl", None
+        if not is_writer():
+            return
+        from tensorboardX import SummaryWriter      # imported late: only one process of a run writes
+
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_jsonl(self._path) if line["images"] <= images]
+        _replace_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._events = SummaryWriter(str(folder), purge_step=images + 1)
+
+    def write(self, images: int, scalars: dict[str, float]) -> None:
+        """One line: the images seen, the time, and the scalars."""
+        if self._events is None:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"images": images, "time": round(time.time(), 3), **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, images)
+
+    def picture(self, images: int, name: str, pixels: np.ndarray) -> None:
+        """pixels: uint8 [h, w, 3], for TensorBoard."""
+        if self._events is not None:
+            self._events.add_image(name, pixels, images, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The lines of a JSONL file; a half-written last line and a missing file are no lines."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """uint8 [h, w, 3] to a PNG; the file appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    Image.fromarray(pixels).save(temporary, format="png")
+    temporary.replace(path)
+
+
+class Progress:
+    """Rate and time left of a long loop, as one console line now and then."""
+
+    def __init__(self, what: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._total, self._clock = what, total, clock
+        self._start_done, self._start, self._last_done, self._last = done, None, done, clock()
+
+    def line(self, done: int, extra: str = "") -> float:
+        """Prints one line and returns the rate since the last one. The first interval holds the compilation
+        and does not count towards the time left."""
+        now = self._clock()
+        rate = (done - self._last_done) / max(now - self._last, 1e-9)
+        if self._start is None:
+            self._start, self._start_done, overall = now, done, rate
+        else:
+            overall = (done - self._start_done) / max(now - self._start, 1e-9)
+        self._last_done, self._last = done, now
+        left = (self._total - done) / overall if overall > 0 else math.inf
+        if is_writer():
+            logging.info("%s: %s of %s images%s, %.4g img/s, %s left", self._what, f"{done:,}", f"{self._total:,}",
+                         f", {extra}" if extra else "", rate, duration(left))
+        return rate

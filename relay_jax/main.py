@@ -1,0 +1,100 @@
+"""Command line: flags -> configuration -> one verb.
+
+    python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo
+    python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo --mode=sample --seeds=0-63 --out=images
+
+Bad input ends with one line and exit status 2, before anything is compiled or written.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from relay_jax.checkpoint import CheckpointError
+from relay_jax.config import ConfigError, Stage, build, claim_workdir, open_source, parse_stage
+from relay_jax.data.sources import DataError
+from relay_jax.logs import quieten
+from relay_jax.sampling.verb import sample
+from relay_jax.training.loop import TrainingError
+from relay_jax.training.verb import train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py (:smoke for a tiny "
+                                          "variant); override keys with --config.KEY=VALUE.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, samples.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+_STAGE = flags.DEFINE_string("stage", "", "Train or sample this stage alone (default: all, in order).")
+_SEEDS = flags.DEFINE_string("seeds", "0-63", "Sampling: seeds, one image each, e.g. 0-63 or 1,5,10-12.")
+_OUT = flags.DEFINE_string("out", "", "Sampling: folder for the images (default: WORKDIR/samples/images).")
+_CLASS = flags.DEFINE_integer("class", None, "Sampling: one class for all images (default: seed mod classes).")
+_LOW_RES = flags.DEFINE_string("low_res", "", "Sampling --stage of a relay: folder of low-resolution images written "
+                               "before (default: down-sampled real images).")
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
+
+
+def fail(message: object) -> None:
+    """One line on stderr, exit status 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parsing, with its errors and those of the configuration file as one line."""
+    if any(arg in ("--help", "-help", "--helpfull", "--helpshort") for arg in argv):
+        return app.parse_flags_with_usage(list(argv))
+    try:
+        rest = flags.FLAGS(list(argv))
+        config, workdir = _CONFIG.value, _WORKDIR.value
+    except FileNotFoundError as error:
+        return fail(f"no configuration file {error.filename or error}")     # type: ignore[return-value]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+        return fail(error)      # type: ignore[return-value]
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
+    if config is None:
+        fail("name a configuration: --config=configs/demo.py")
+    if not workdir:
+        fail("name the folder of the run: --workdir=runs/NAME")
+    return rest
+
+
+def use_compilation_cache(workdir: Path) -> None:
+    """Compiled programs are kept in the workdir, unless the user has chosen a place."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str((workdir / "cache").absolute()))
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Checks everything that can be checked cheaply, then does what --mode says."""
+    stages: list[Stage] = build(config)
+    only = parse_stage(stages, _STAGE.value)
+    if _MODE.value == "train":
+        source = open_source(config, stages)
+        claim_workdir(config, workdir, create=True)
+        use_compilation_cache(workdir)
+        train(config, stages, only, source, workdir)
+    else:
+        claim_workdir(config, workdir, create=False)
+        use_compilation_cache(workdir)
+        sample(config, stages, only, workdir, seeds=_SEEDS.value, out=Path(_OUT.value or workdir / "samples" / "images"),
+               class_=_CLASS.value, low_res=Path(_LOW_RES.value) if _LOW_RES.value else None)
+
+
+def main(_: Sequence[str]) -> None:
+    quieten()
+    try:
+        run(_CONFIG.value, Path(_WORKDIR.value))
+    except USER_ERRORS as error:
+        fail(error)
+    except KeyboardInterrupt:
+        logging.info("interrupted; the same command continues from the last checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

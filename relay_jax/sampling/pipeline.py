@@ -1,0 +1,105 @@
+"""The chain of stages: seeds and classes in, images of every stage out.
+
+Image i depends on its seed (and class) alone: every draw comes from the key fold_in(fold_in(key(0), seed), stage).
+Stages hand over float images, neither clipped nor quantised in between (SPEC section 5.2).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from relay_jax.checkpoint import CheckpointError, Checkpoints
+from relay_jax.config import Stage
+from relay_jax.diffusion.guidance import classifier_free
+from relay_jax.diffusion.precondition import precondition
+from relay_jax.diffusion.sampler import (EdmSampler, NoiseFn, RelaySampler, handoff, sample_edm, sample_relay,
+                                         seeded_noise)
+from relay_jax.diffusion.schedule import RelayProcess
+from relay_jax.models.unet import init_params
+from relay_jax.sharding import batch_sharding, state_shardings, to_devices
+
+MAX_SEED = 2**32 - 1
+
+
+def _noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
+    """The noise of a stage for seeds [b] uint32."""
+    base = jax.random.key(0)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(base, seed), stage.index))(seeds)
+    return seeded_noise(keys, (stage.resolution, stage.resolution, stage.network.image_channels))
+
+
+def sample_stage(stage: Stage, params: dict, seeds: jax.Array, classes: jax.Array,
+                 low_res: jax.Array | None = None) -> jax.Array:
+    """One stage as a pure function.
+
+    seeds: uint32 [b]; classes: int32 [b], ignored by an unconditional network; low_res: images of the stage before,
+    [b, h/p, w/p, c], for relay stages. Returns images [b, h, w, c], about [-1, 1], not clipped.
+    """
+    denoise = precondition(lambda *inputs: stage.network.apply({"params": params}, *inputs), stage.process.sigma_data)
+    labels = jax.nn.one_hot(classes, stage.network.num_classes) if stage.network.num_classes else None
+    guided = classifier_free(denoise, labels, stage.guidance.weight, stage.guidance.interval)
+    noise_fn = _noise(stage, seeds)
+    if isinstance(stage.sampler, EdmSampler):
+        return sample_edm(guided, noise_fn(0, "latents"), noise_fn, stage.sampler).final
+    assert low_res is not None and isinstance(stage.sample_process, RelayProcess)
+    return sample_relay(guided, low_res, noise_fn, stage.sample_process, stage.sampler).final
+
+
+def handoff_images(stage: Stage, seeds: np.ndarray, low_res: np.ndarray) -> np.ndarray:
+    """The state from which `sample_stage` starts for the same seeds and low_res, float32 [b, h, w, c]."""
+    assert isinstance(stage.sampler, RelaySampler) and isinstance(stage.sample_process, RelayProcess)
+    noise_fn = _noise(stage, jnp.asarray(seeds, jnp.uint32))
+    return np.asarray(handoff(jnp.asarray(low_res), noise_fn, stage.sample_process, stage.sampler))
+
+
+class StageSampler:
+    """`sample_stage`, compiled once for batches of one size, over all devices of a mesh."""
+
+    def __init__(self, stage: Stage, mesh: Mesh, batch: int) -> None:
+        """batch: images per call of the compiled program; rounded up to a multiple of the devices."""
+        self.stage, self._mesh = stage, mesh
+        self._batch = -(-batch // mesh.size) * mesh.size
+        self._run = jax.jit(lambda *inputs: sample_stage(stage, *inputs), out_shardings=batch_sharding(mesh))
+
+    def __call__(self, params: dict, seeds: Sequence[int] | np.ndarray, classes: np.ndarray,
+                 low_res: np.ndarray | None = None) -> np.ndarray:
+        """Any number of seeds; the last batch is filled up. Returns float32 [n, h, w, c]."""
+        inputs = {"seeds": np.asarray(seeds, np.uint32), "classes": np.asarray(classes, np.int32)}
+        if low_res is not None:
+            inputs["low_res"] = np.asarray(low_res, np.float32)
+        parts = []
+        for start in range(0, len(inputs["seeds"]), self._batch):
+            part = {k: v[start:start + self._batch] for k, v in inputs.items()}
+            count = len(part["seeds"])
+            full = {k: np.resize(v, (self._batch, *v.shape[1:])) for k, v in part.items()}
+            parts.append(np.asarray(self._run(params, *to_devices(full, self._mesh).values()))[:count])
+        return np.concatenate(parts)
+
+
+def generate(samplers: Sequence[tuple[StageSampler, dict]], seeds: Sequence[int] | np.ndarray, classes: np.ndarray,
+             low_res: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Runs consecutive stages, each a sampler and its parameters. low_res: what the first of them starts from, if it
+    is a relay stage. Returns the float32 images [n, h, w, c] of every stage by its name."""
+    images: dict[str, np.ndarray] = {}
+    for sampler, params in samplers:
+        low_res = sampler(params, seeds, classes, low_res)
+        images[sampler.stage.name] = low_res
+    return images
+
+
+def load_stage(stage: Stage, folder: Path, mesh: Mesh) -> tuple[dict, dict]:
+    """The averaged parameters of a stage's newest checkpoint, on the devices, and what was noted with it.
+
+    Raises CheckpointError if there is none.
+    """
+    shapes = jax.eval_shape(partial(init_params, stage.network), jax.random.key(0))
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore({"ema": shapes}, {"ema": state_shardings(shapes, mesh)})
+    if restored is None:
+        raise CheckpointError(f"stage {stage.name} has no checkpoint in {folder}; train it first (--stage={stage.name})")
+    return restored[1]["ema"], restored[1]["meta"]

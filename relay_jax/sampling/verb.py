@@ -1,0 +1,63 @@
+"""--mode=sample: numbered images from a trained relay, or from one of its stages."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from relay_jax.config import ConfigError, Stage, open_source
+from relay_jax.data.loader import read
+from relay_jax.diffusion.schedule import RelayProcess
+from relay_jax.logs import Progress
+from relay_jax.sampling.pipeline import StageSampler, generate, load_stage
+from relay_jax.sampling.writer import missing, parse_seeds, read_images, write_images
+from relay_jax.sharding import make_mesh
+
+
+def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, workdir: Path, *, seeds: str, out: Path,
+           class_: int | None, low_res: Path | None) -> None:
+    """Writes one PNG for each seed to `out`; those that exist are not made again.
+
+    only: a stage alone. The first stage writes low-resolution images; a relay stage reads them from `low_res`, or
+    starts from down-sampled real images (image number seed mod size, of its own class).
+    class_: one class for all, default seed mod classes. Raises ConfigError for what cannot be done.
+    """
+    wanted = parse_seeds(seeds)
+    chosen = [only] if only else stages
+    num_classes = stages[-1].network.num_classes
+    if class_ is not None and not 0 <= class_ < num_classes:
+        allowed = f"0 to {num_classes - 1}" if num_classes else "none: the network is unconditional"
+        raise ConfigError(f"unknown class {class_}; there are {allowed}")
+    relay_alone = isinstance(chosen[0].process, RelayProcess)
+    if low_res is not None and not relay_alone:
+        raise ConfigError("--low_res is for --stage of a relay; the first stage starts from noise")
+    seeds_left = missing(out, wanted)
+    logging.info("%d images wanted, %d there already in %s", len(wanted), len(wanted) - len(seeds_left), out)
+    if not seeds_left:
+        return
+    source = open_source(config, stages) if relay_alone and low_res is None else None
+    if low_res is not None:
+        low_resolution = stages[chosen[0].index - 1].resolution
+        read_images(low_res, seeds_left, low_resolution)        # all of them, before anything is compiled
+
+    mesh = make_mesh(config.mesh.fsdp)
+    samplers = [(StageSampler(s, mesh, config.sample.batch), load_stage(s, workdir / s.name, mesh)[0]) for s in chosen]
+    progress = Progress("sample", len(wanted), len(wanted) - len(seeds_left))
+    last = time.monotonic()
+    for start in range(0, len(seeds_left), config.sample.batch):
+        part = seeds_left[start:start + config.sample.batch]
+        classes = np.full(len(part), class_) if class_ is not None else np.asarray(part) % max(num_classes, 1)
+        given = None
+        if low_res is not None:
+            given = read_images(low_res, part, low_resolution)
+        elif source is not None:
+            before = stages[chosen[0].index - 1]
+            pixels, labels = read(source, [seed % len(source) for seed in part], before.resolution)
+            given, classes = pixels.astype(np.float32) / 127.5 - 1, classes if class_ is not None else labels
+        write_images(out, part, generate(samplers, part, classes, given)[chosen[-1].name])
+        done = len(wanted) - len(seeds_left) + start + len(part)
+        if start == 0 or time.monotonic() - last > 5 or done == len(wanted):
+            progress.line(done)
+            last = time.monotonic()

@@ -1,0 +1,68 @@
+"""Numbered images: out/000000/000012.png holds seed 12, in folders of a thousand. What exists is not made again."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from relay_jax.config import ConfigError
+from relay_jax.logs import write_png
+from relay_jax.sampling.pipeline import MAX_SEED
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """About [-1, 1] to 8 bits: clip(127.5 x + 128, 0, 255), truncated (SPEC section 9). Same shape."""
+    return np.clip(np.asarray(images) * 127.5 + 128, 0, 255).astype(np.uint8)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-63' or '1,5,10-12' as a list without repeats. Raises ConfigError for anything else."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"--seeds={text}: {part.strip()!r} is neither a number nor a range like 0-63")
+        low, high = int(first), int(last or first)
+        if high < low or high > MAX_SEED:
+            raise ConfigError(f"--seeds={text}: the range {part.strip()!r} is empty or goes beyond {MAX_SEED}")
+        seeds.extend(range(low, high + 1))
+    return list(dict.fromkeys(seeds))
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    """Where the image of a seed lies."""
+    return folder / f"{seed - seed % 1000:06d}" / f"{seed:06d}.png"
+
+
+def missing(folder: Path, seeds: Iterable[int]) -> list[int]:
+    """The seeds that have no image yet."""
+    return [seed for seed in seeds if not image_path(folder, seed).exists()]
+
+
+def write_images(folder: Path, seeds: Iterable[int], images: np.ndarray) -> None:
+    """float images [n, h, w, c] to one PNG each; a file under its name is complete, whenever the run is killed."""
+    for seed, pixels in zip(seeds, to_uint8(images), strict=True):
+        write_png(image_path(folder, seed), pixels)
+
+
+def read_images(folder: Path, seeds: Iterable[int], resolution: int) -> np.ndarray:
+    """Images of the given seeds, float32 [n, resolution, resolution, 3] in [-1, 1].
+
+    Raises ConfigError for one that is missing, damaged or of another size.
+    """
+    images = []
+    for seed in seeds:
+        path = image_path(folder, seed)
+        if not path.exists():
+            raise ConfigError(f"no image of seed {seed} in {folder} ({path} is missing); write it with --stage=base first")
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise ConfigError(f"{path} cannot be decoded ({' '.join(str(error).split())}); remove it") from error
+        if pixels.shape != (resolution, resolution, 3):
+            raise ConfigError(f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels; this stage continues images of "
+                              f"{resolution} x {resolution}")
+        images.append(pixels.astype(np.float32) / 127.5 - 1)
+    return np.stack(images)

@@ -1,0 +1,49 @@
+"""Device mesh and placement: axes `data` and `fsdp`, a batch split over both, parameters split over `fsdp`.
+
+A rule on shapes places every array of the state, so parameters, optimiser and average get the same one.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MIN_SHARDED_SIZE = 2**14    # smaller arrays are copied: the communication would cost more than it saves
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices as (data, fsdp). Raises ValueError if fsdp does not divide their number."""
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise ValueError(f"mesh.fsdp {fsdp} does not divide the {devices} devices")
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_shardings(tree: object, mesh: Mesh) -> object:
+    """A sharding for each leaf (array or ShapeDtypeStruct): the largest axis divisible by fsdp, the last of equals."""
+    count = mesh.shape["fsdp"]
+
+    def rule(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        axes = [(size, axis) for axis, size in enumerate(leaf.shape) if size % count == 0]
+        if count == 1 or math.prod(leaf.shape) < MIN_SHARDED_SIZE or not axes:
+            return replicated(mesh)
+        chosen = max(axes)[1]
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if a == chosen else None for a in range(leaf.ndim))))
+
+    return jax.tree.map(rule, tree)
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's part of a batch -> global arrays, first axis over all devices."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

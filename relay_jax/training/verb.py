@@ -1,0 +1,69 @@
+"""--mode=train: every stage in order, then the summary."""
+
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from relay_jax.config import ConfigError, Stage
+from relay_jax.data.loader import read
+from relay_jax.data.sources import Source
+from relay_jax.diffusion.schedule import RelayProcess
+from relay_jax.evaluation.summary import Trained, summarize
+from relay_jax.sampling.pipeline import StageSampler, load_stage
+from relay_jax.sharding import make_mesh
+from relay_jax.tools.plots import grid
+from relay_jax.training.loop import LoopSettings, Preview, is_finished, train_stage
+
+
+def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: Source, workdir: Path) -> None:
+    """Trains `only`, or all stages in order, and draws samples when every stage is finished.
+
+    Stages do not depend on each other for training; finished ones are skipped.
+    """
+    try:
+        mesh = make_mesh(config.mesh.fsdp)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for stage in stages:
+        if stage.train.batch % mesh.size:
+            raise ConfigError(f"stage {stage.name}: train.batch {stage.train.batch} is not divisible by {mesh.size} devices")
+    settings = LoopSettings(
+        seed=config.seed, x_flip=config.dataset.x_flip, threads=config.dataset.threads, workers=config.dataset.workers,
+        checkpoint_every_images=config.checkpoint.every_images, keep=config.checkpoint.keep,
+        log_every_steps=config.log.every_steps, grid_every_images=config.log.grid_every_images)
+    for stage in [only] if only else stages:
+        preview = make_preview(stage, source, mesh, config.log.grid_images)
+        train_stage(stage, source, mesh, workdir / stage.name, settings, preview)
+
+    waiting = [stage.name for stage in stages if not is_finished(stage, workdir / stage.name)]
+    if waiting:
+        logging.info("still to train: %s", ", ".join(waiting))
+    elif (workdir / "summary.json").exists():
+        logging.info("all stages are finished; see %s (remove it to draw the samples again)", workdir / "summary.json")
+    else:
+        trained = []
+        for stage in stages:
+            params, meta = load_stage(stage, workdir / stage.name, mesh)
+            sampler = StageSampler(stage, mesh, config.sample.batch)
+            trained.append(Trained(sampler=sampler, params=params, folder=workdir / stage.name, seconds=meta["seconds"]))
+        summary = summarize(trained, source, workdir, config.evaluate.samples, config.evaluate.class_check)
+        logging.info("done: %s", ", ".join(f"{k} {v}" for k, v in summary.items() if isinstance(v, int | float | str)))
+        logging.info("look at %s", workdir / "samples" / "grid.png")
+
+
+def make_preview(stage: Stage, source: Source, mesh: Mesh, count: int) -> Preview:
+    """params -> a grid of `count` samples of one stage; a relay stage starts from down-sampled real images."""
+    seeds = np.arange(count)
+    classes, low_res = seeds % max(stage.network.num_classes, 1), None
+    if isinstance(stage.process, RelayProcess):
+        pixels, classes = read(source, [int(i) % len(source) for i in seeds], stage.resolution // stage.process.patch)
+        low_res = pixels.astype(np.float32) / 127.5 - 1
+    sampler = StageSampler(stage, mesh, count)
+
+    def preview(params: dict) -> np.ndarray:
+        return grid(sampler(params, seeds, classes, low_res), columns=8)
+
+    return preview
