@@ -28,7 +28,8 @@ class Checkpoints:
         policy = ocp.checkpoint_managers.LatestN(max(keep, 1))
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=not read_only,
                                                create=not read_only, read_only=read_only)
-        self._manager = ocp.CheckpointManager(self.folder, options=options) if self.folder.exists() or not read_only else None
+        exists = self.folder.exists() or not read_only
+        self._manager = ocp.CheckpointManager(self.folder, options=options) if exists else None
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -86,7 +86,7 @@ def build(config: ConfigDict) -> list[Stage]:
     names = stage_names(config)
     if not names:
         raise ConfigError("the configuration has no stages")
-    stages = []
+    stages: list[Stage] = []
     for index, name in enumerate(names):
         try:
             stages.append(_build_stage(config, name, index, stages[-1] if stages else None))

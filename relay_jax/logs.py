@@ -13,9 +13,9 @@ from PIL import Image
 
 
 def quieten() -> None:
-    """Keeps our INFO lines and drops those of the libraries, which would bury them."""
-    noisy = ("/orbax/", "/grain/", "/jax/", "/tensorflow_datasets/")
-    logging.get_absl_handler().addFilter(lambda r: r.levelno >= 30 or not any(part in r.pathname for part in noisy))
+    """Keeps our lines and drops those of the libraries, which would bury them, up to warnings."""
+    ours = str(Path(__file__).parent)
+    logging.get_absl_handler().addFilter(lambda r: r.levelno >= 40 or r.pathname.startswith(ours))
 
 
 def is_writer() -> bool:
@@ -40,7 +40,7 @@ class ScalarLog:
         self._path, self._events = folder / "metrics.jsonl", None
         if not is_writer():
             return
-        from tensorboardX import SummaryWriter      # imported late: only one process of a run writes
+        from tensorboardX import SummaryWriter  # imported late: only one process of a run writes
 
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_jsonl(self._path) if line["images"] <= images]
@@ -102,7 +102,8 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._what, self._total, self._clock = what, total, clock
-        self._start_done, self._start, self._last_done, self._last = done, None, done, clock()
+        self._start: float | None = None
+        self._start_done, self._last_done, self._last = done, done, clock()
 
     def line(self, done: int, extra: str = "") -> float:
         """Prints one line and returns the rate since the last one. The first interval holds the compilation

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -37,7 +38,7 @@ _LOW_RES = flags.DEFINE_string("low_res", "", "Sampling --stage of a relay: fold
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
-def fail(message: object) -> None:
+def fail(message: object) -> NoReturn:
     """One line on stderr, exit status 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     sys.exit(2)
@@ -51,9 +52,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(list(argv))
         config, workdir = _CONFIG.value, _WORKDIR.value
     except FileNotFoundError as error:
-        return fail(f"no configuration file {error.filename or error}")     # type: ignore[return-value]
+        fail(f"no configuration file {error.filename or error}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        return fail(error)      # type: ignore[return-value]
+        fail(error)
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
     if config is None:

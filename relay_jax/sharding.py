@@ -4,9 +4,10 @@ A rule on shapes places every array of the state, so parameters, optimiser and a
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MIN_SHARDED_SIZE = 2**14    # smaller arrays are copied: the communication would cost more than it saves
@@ -29,7 +30,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def state_shardings(tree: object, mesh: Mesh) -> object:
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """A sharding for each leaf (array or ShapeDtypeStruct): the largest axis divisible by fsdp, the last of equals."""
     count = mesh.shape["fsdp"]
 
@@ -43,7 +44,7 @@ def state_shardings(tree: object, mesh: Mesh) -> object:
     return jax.tree.map(rule, tree)
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's part of a batch -> global arrays, first axis over all devices."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

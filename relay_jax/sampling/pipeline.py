@@ -17,8 +17,15 @@ from relay_jax.checkpoint import CheckpointError, Checkpoints
 from relay_jax.config import Stage
 from relay_jax.diffusion.guidance import classifier_free
 from relay_jax.diffusion.precondition import precondition
-from relay_jax.diffusion.sampler import (EdmSampler, NoiseFn, RelaySampler, handoff, sample_edm, sample_relay,
-                                         seeded_noise)
+from relay_jax.diffusion.sampler import (
+    EdmSampler,
+    NoiseFn,
+    RelaySampler,
+    handoff,
+    sample_edm,
+    sample_relay,
+    seeded_noise,
+)
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.models.unet import init_params
 from relay_jax.sharding import batch_sharding, state_shardings, to_devices

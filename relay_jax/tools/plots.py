@@ -45,7 +45,7 @@ def panels(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
 
 def loss_curves(runs: Sequence[tuple[str, Path]], path: Path) -> None:
     """Loss over images seen, one panel per stage, from their metrics.jsonl, to a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg     # slow to import, needed once a run
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed once a run
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(runs), 4), layout="constrained")

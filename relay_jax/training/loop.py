@@ -44,7 +44,7 @@ Preview = Callable[[dict], np.ndarray]      # averaged parameters -> picture, ui
 
 def _split(state: TrainState) -> dict[str, dict]:
     """The state as checkpoint items: the average apart, since sampling reads only that."""
-    fields = dict(state.items())
+    fields = state._asdict()
     return {"ema": fields.pop("ema"), "train": fields}
 
 
@@ -100,7 +100,7 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
         begun, pending = time.monotonic() - seconds, []
         with loader:
             while step < train.steps:
-                state, metrics = train_step(state, to_devices(next(loader), mesh), step_key)
+                state, metrics = train_step(state, to_devices(dict(next(loader)), mesh), step_key)
                 pending.append(metrics)
                 before, step = step * train.batch, step + 1
                 images, last = step * train.batch, step == train.steps

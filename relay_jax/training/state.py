@@ -1,8 +1,8 @@
 """What a training run carries from step to step: arrays only."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,11 +10,10 @@ import optax
 from relay_jax.models.unet import UNet, init_params
 
 
-@chex.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """step: [] int32; params, ema: the network's parameters and their average; opt_state: optax's.
 
-    nonfinite_row, nonfinite_total: [] int32, steps skipped in a row and in all, because of a gradient that is not finite.
+    nonfinite_row, nonfinite_total: [] int32, steps skipped in a row and in all: their gradient was not finite.
     """
     step: jax.Array
     params: dict

@@ -1,0 +1,78 @@
+"""Guidance: the linear combination by hand, the interval inside jit, one batch of both branches, refusals."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from relay_jax.diffusion.guidance import classifier_free
+
+X = np.random.default_rng(0).normal(size=(3, 2, 2, 3)).astype(np.float32)
+LABELS = np.eye(4, dtype=np.float32)[[2, 0, 3]]
+TINT = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+
+
+def denoise(x: jax.Array, sigma: jax.Array, labels: jax.Array | None) -> jax.Array:
+    """Nonlinear in x and different for every class; a zero label vector adds nothing."""
+    tint = 0.0 if labels is None else (labels @ TINT)[:, None, None, :]
+    return jnp.tanh(x) / (1 + sigma) + tint * sigma
+
+
+def expected(weight: float, sigma: float) -> np.ndarray:
+    conditional = np.tanh(X) / (1 + sigma) + TINT[[2, 0, 3]][:, None, None, :] * sigma
+    return weight * conditional - (weight - 1) * np.tanh(X) / (1 + sigma)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_weights_up_to_one_are_the_plain_conditional_denoiser(weight: float) -> None:
+    np.testing.assert_array_equal(classifier_free(denoise, LABELS, weight)(X, 0.7), denoise(X, 0.7, LABELS))
+
+
+@pytest.mark.parametrize("weight", [1.5, 3.5])
+def test_weights_above_one_extrapolate_away_from_the_empty_label(weight: float) -> None:
+    got = jax.jit(classifier_free(denoise, LABELS, weight))(X, 0.7)
+    np.testing.assert_allclose(got, expected(weight, 0.7), atol=1e-5)
+
+
+def test_the_interval_is_closed_and_acts_inside_a_compiled_loop() -> None:
+    guided = classifier_free(denoise, LABELS, 3.0, (0.25, 2.0))
+    sigmas = [0.0, 0.249, 0.25, 1.0, 2.0, 2.001, 80.0]
+    got = jax.jit(lambda sigmas: jax.lax.map(lambda sigma: guided(X, sigma), sigmas))(jnp.array(sigmas))
+    want = [expected(3.0 if 0.25 <= sigma <= 2.0 else 1.0, sigma) for sigma in sigmas]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interval, acts", [((0.0, 1.0), [True, True, False]), ((0.5, math.inf), [False, True, True])])
+def test_the_interval_may_be_open_at_one_end(interval: tuple[float, float], acts: list[bool]) -> None:
+    guided = jax.jit(classifier_free(denoise, LABELS, 2.0, interval))
+    for sigma, active in zip([0.1, 0.7, 5.0], acts, strict=True):
+        np.testing.assert_allclose(guided(X, sigma), expected(2.0 if active else 1.0, sigma), atol=1e-5)
+
+
+def test_both_branches_share_one_call_and_outside_only_the_conditional_one_runs() -> None:
+    batches = []
+
+    def counting(x: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: batches.append(len(x)))
+        return denoise(x, sigma, labels)
+
+    guided = jax.jit(classifier_free(counting, LABELS, 2.0, (0.5, 1.0)))
+    for sigma, batch in [(0.7, 6), (0.1, 3)]:
+        batches.clear()
+        jax.block_until_ready(guided(X, sigma))
+        jax.effects_barrier()
+        assert batches == [batch]
+
+
+def test_an_unconditional_network_cannot_be_guided_but_runs_unguided() -> None:
+    np.testing.assert_array_equal(classifier_free(denoise, None, 1.0)(X, 0.7), denoise(X, 0.7, None))
+    with pytest.raises(ValueError, match=r"guidance 1\.5 needs a class-conditional network"):
+        classifier_free(denoise, None, 1.5)
+
+
+@pytest.mark.parametrize("interval", [(1.0, 1.0), (2.0, 1.0)])
+def test_an_empty_interval_is_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="must rise"):
+        classifier_free(denoise, LABELS, 2.0, interval)
