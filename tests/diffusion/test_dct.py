@@ -1,5 +1,7 @@
 """Patch DCT: the same numbers as scipy, an inverse pair, energy preserved, whole patches only."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import pytest
@@ -55,7 +57,7 @@ def test_one_matrix_per_image_acts_on_rows_then_columns() -> None:
 
 @pytest.mark.parametrize("transform", [patch_dct, patch_idct])
 @pytest.mark.parametrize("height, width", [(6, 8), (8, 6)])
-def test_images_of_broken_patches_are_refused_with_their_size(transform, height: int, width: int) -> None:
+def test_images_of_broken_patches_are_refused_with_their_size(transform: Callable, height: int, width: int) -> None:
     with pytest.raises(ValueError, match=rf"{height} x {width} pixels .* 4 x 4"):
         transform(images(height, width), 4)
 

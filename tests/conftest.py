@@ -1,0 +1,43 @@
+"""Eight virtual CPU devices, a compilation cache that outlives the run, and the smallest whole relay."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.sharding import AxisType, Mesh  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from configs import demo  # noqa: E402
+
+
+def tiny_relay() -> ConfigDict:
+    """The demo's relay with networks of one level: what every test of the loops trains and samples."""
+    config = demo.get_config("smoke")
+    for stage in (config.stages.base, config.stages.relay):
+        stage.model.update(channels=8, head_width=8, multipliers=(1,), attention=())
+        stage.train.update(images=96, batch=16)
+    config.stages.relay.resolution = 16
+    config.stages.relay.process.patch = 2
+    config.dataset.update(size=64, threads=1)
+    config.checkpoint.every_images = 48
+    config.log.update(every_steps=2, grid_every_images=0)
+    return config
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    return tiny_relay()
+
+
+def mesh_of(count: int) -> Mesh:
+    """A data-parallel mesh of the first `count` devices."""
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices")
+    return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
