@@ -51,8 +51,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         config, workdir = _CONFIG.value, _WORKDIR.value
-    except FileNotFoundError as error:
-        fail(f"no configuration file {error.filename or error}")
+        if config is not None:
+            file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+            if not Path(file).exists():     # ml_collections would tell later, in a traceback
+                fail(f"no configuration file {file}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
         fail(error)
     if len(rest) > 1:

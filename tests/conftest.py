@@ -1,6 +1,9 @@
 """Eight virtual CPU devices, a compilation cache that outlives the run, and the smallest whole relay."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,12 +12,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from jax.sharding import AxisType, Mesh  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
+import jax
+import pytest
+from absl import flags
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
 
-from configs import demo  # noqa: E402
+from configs import demo
+from relay_jax import main
 
 
 def tiny_relay() -> ConfigDict:
@@ -41,3 +46,21 @@ def mesh_of(count: int) -> Mesh:
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices")
     return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
+
+
+@contextmanager
+def command_line(*arguments: str) -> Iterator[None]:
+    """Parses arguments as `python -m relay_jax.main` does; afterwards the flags are as they were."""
+    values, argv = flags.FLAGS.flag_values_dict(), sys.argv
+    sys.argv = ["main", *arguments]     # where ml_collections looks for overrides
+    try:
+        main.parse_flags(sys.argv)
+        yield
+    finally:
+        sys.argv = argv
+        for name in list(flags.FLAGS):
+            if name.startswith("config."):
+                delattr(flags.FLAGS, name)
+        for name in ("config", "mode", "stage", "seeds", "out", "class", "low_res", "workdir"):
+            flags.FLAGS[name].value = values.get(name)
+            flags.FLAGS[name].present = 0

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from relay_jax import main
+from tests.conftest import command_line
 
 ROOT = Path(__file__).parents[1]
 DEMO = "--config=configs/demo.py:smoke"
@@ -19,15 +19,8 @@ IMAGENET = "--config=configs/imagenet256.py"
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Runs the command line in this process, which must end with status 2; returns its one line."""
-    values = main.flags.FLAGS.flag_values_dict()
-    with pytest.raises(SystemExit) as stopped:
-        try:
-            main.parse_flags(["main", *arguments])
-            main.main([])
-        finally:
-            for name in ("mode", "stage", "seeds", "out", "class", "low_res", "workdir"):
-                flags.FLAGS[name].value = values[name]
-                flags.FLAGS[name].present = 0
+    with pytest.raises(SystemExit) as stopped, command_line(*arguments):
+        main.main([])
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines

@@ -17,13 +17,14 @@ class _ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for width in (32, 64, 64):
+        for width in (24, 48, 96):
             x = nn.relu(nn.Conv(width, (3, 3))(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            b, h, w, c = x.shape        # maximum of 2 x 2 pixels; nn.max_pool's gradient is slow on CPU
+            x = x[:, :h // 2 * 2, :w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
         return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
 
 
-def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *, epochs: int = 8, batch: int = 64,
+def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, *, epochs: int = 6, batch: int = 32,
                      seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """Trains on images [n, h, w, 3] in [-1, 1] and labels [n]; returns images [m, h, w, 3] -> classes [m]."""
     network, steps = _ConvNet(num_classes), epochs * (len(images) // batch)

@@ -17,7 +17,7 @@ from relay_jax.diffusion.sampler import (
     seeded_noise,
 )
 from relay_jax.diffusion.schedule import RelayProcess
-from tests.diffusion.test_sampler import PLAIN_RELAY, RELAY, device_bumpy, silence
+from tests.diffusion.test_sampler import PLAIN_RELAY, RELAY, device_bumpy, normal, silence
 
 SHAPE = (4, 8, 3)
 

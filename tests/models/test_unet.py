@@ -36,8 +36,8 @@ def filled(network: UNet, scale: float = 0.2) -> dict:
 
 def compiled(network: UNet, train: bool = False) -> Callable[..., jax.Array]:
     """(params, x, c_noise, class_labels, augment_labels, [dropout key]) -> output."""
-    def run(params: dict, x: object, c_noise: object, classes: object, augment: object, key: object = None) -> jax.Array:
-        rngs = None if key is None else {"dropout": key}
+    def run(params: dict, x: object, c_noise: object, classes: object, augment: object, *keys: object) -> jax.Array:
+        rngs = {"dropout": key for key in keys}
         return network.apply({"params": params}, x, c_noise, classes, augment, train, rngs=rngs)
 
     return jax.jit(run)
@@ -96,7 +96,7 @@ def test_class_conditional_networks_have_the_published_number_of_parameters(netw
 
 
 @pytest.mark.parametrize("network, millions", [(BASE, 295.13), (RELAY, 552.81)])
-def test_unconditional_networks_with_augmentation_labels_have_the_published_size(network: UNet, millions: float) -> None:
+def test_unconditional_networks_with_augmentation_labels_are_of_published_size(network: UNet, millions: float) -> None:
     assert round(parameter_count(shapes_of(replace(network, num_augment=9))) / 1e6, 2) == millions
 
 
