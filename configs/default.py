@@ -121,9 +121,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
     factor = max(min(stage.resolution for stage in stages) // 8, 1)
     for stage in stages:
         stage.resolution //= factor
-        model, levels = stage.model, len(stage.model.multipliers[:3])
+        model, levels = stage.model, len(stage.model.multipliers[:2])
         model.channels, model.head_width, model.blocks = 16, 16, 1
-        model.multipliers = tuple(min(m, 2) for m in model.multipliers[:3])
+        model.multipliers = tuple(min(m, 2) for m in model.multipliers[:2])
         sizes = [stage.resolution >> level for level in range(levels)]
         model.attention = tuple(r // factor for r in model.attention if r // factor in sizes and r // factor <= 8)
         stage.train.update(images=256, batch=16, warmup_images=64, learning_rate=1e-3, ema_halflife_images=64.0)

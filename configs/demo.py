@@ -14,16 +14,16 @@ def get_config(variant: str = "") -> ConfigDict:
 
     base = default.edm_stage(8)
     base.model.update(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0)
-    base.train.update(images=30_000, batch=32, learning_rate=1e-3, warmup_images=2_000, ema_halflife_images=1_500.0)
+    base.train.update(images=60_000, batch=32, learning_rate=1e-3, warmup_images=2_000, ema_halflife_images=1_500.0)
     base.sample.update(num_steps=18)
 
     relay = default.relay_stage(32, patch=4)
     relay.model.update(channels=32, multipliers=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0)
-    relay.train.update(images=14_000, batch=16, learning_rate=1e-3, warmup_images=1_000, ema_halflife_images=700.0)
+    relay.train.update(images=12_000, batch=16, learning_rate=1e-3, warmup_images=1_000, ema_halflife_images=700.0)
     relay.sample.update(num_steps=40, rho=7.0, handoff_sigma=0.9)
 
     config.stages.base, config.stages.relay = base, relay
     config.checkpoint.every_images = 3_500
-    config.log.update(every_steps=50, grid_every_images=7_000, grid_images=16)
+    config.log.update(every_steps=100, grid_every_images=6_000, grid_images=16)
     config.evaluate.update(samples=256, class_check=True)
     return default.variant(config, variant)

@@ -4,12 +4,17 @@
 checkpoint by itself; `restore` does, newest first.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import Mesh
+
+from relay_jax.models.unet import UNet, init_params
+from relay_jax.sharding import state_shardings
 
 
 class CheckpointError(RuntimeError):
@@ -62,7 +67,7 @@ class Checkpoints:
         Unreadable newer ones are named in a warning and removed, so that the run can save them again.
         Raises CheckpointError if there are checkpoints and none can be read.
         """
-        failed = []
+        failed, reason = [], ""
         for step in self.steps():
             assert self._manager is not None
             try:
@@ -73,12 +78,26 @@ class Checkpoints:
                 logging.warning("checkpoint %s/%d is unreadable, trying the one before: %s", self.folder, step,
                                 " ".join(str(error).split())[:200])
                 failed.append(step)
+                reason = " ".join(str(error).split())[:200]
                 continue
             if "train" in like:
                 for bad in failed:
                     self._manager.delete(bad)
             return step, {k: result[k] for k in (*like, "meta")}
         if failed:
-            raise CheckpointError(f"none of the checkpoints in {self.folder} can be read (tried {failed}); "
-                                  "restore the folder from a copy, or remove it to start the stage again")
+            raise CheckpointError(f"none of the checkpoints in {self.folder} can be read (tried {failed}), the "
+                                  f"last because: {reason}")
         return None
+
+
+def load_ema(folder: Path, network: UNet, mesh: Mesh) -> tuple[dict, dict]:
+    """The averaged parameters in the newest checkpoint of a stage's folder, on the devices, and its notes.
+
+    Raises CheckpointError if there is none, or none fits the network.
+    """
+    shapes = jax.eval_shape(partial(init_params, network), jax.random.key(0))
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore({"ema": shapes}, {"ema": state_shardings(shapes, mesh)})
+    if restored is None:
+        raise CheckpointError(f"no checkpoint in {folder}; train this stage first, or name its weights")
+    return restored[1]["ema"], restored[1]["meta"]

@@ -18,7 +18,9 @@ from relay_jax.diffusion.dct import check_patch
 from relay_jax.diffusion.sampler import EdmSampler, RelaySampler
 from relay_jax.diffusion.schedule import EdmProcess, RelayProcess, check_handoff
 from relay_jax.models.blocks import group_count
-from relay_jax.models.unet import UNet
+from relay_jax.models.unet import UNet, normalised_widths
+
+MAX_SEED = 2**32 - 1
 
 
 class ConfigError(ValueError):
@@ -30,6 +32,12 @@ class Guidance:
     """Classifier-free guidance of a stage: weight, and the sigmas where it acts."""
     weight: float
     interval: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"sample.guidance must not be negative, not {self.weight}")
+        if len(self.interval) != 2 or not self.interval[0] < self.interval[1]:
+            raise ValueError(f"sample.guidance_interval must be two rising sigmas, not {self.interval}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +58,17 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "learning_rate", "adam_epsilon", "max_nonfinite"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} must be positive, not {getattr(self, name)}")
+        for name in ("warmup_images", "ema_halflife_images"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} must not be negative, not {getattr(self, name)}")
         for name in ("label_dropout", "augment", "ema_rampup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} must lie in [0, 1], not {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must lie in [0, 1), not {getattr(self, name)}")
 
     @property
     def steps(self) -> int:
@@ -83,6 +97,7 @@ def stage_names(config: ConfigDict) -> list[str]:
 
 def build(config: ConfigDict) -> list[Stage]:
     """All stages, low resolution first. Raises ConfigError for anything that could not train or sample."""
+    _check_shared(config)
     names = stage_names(config)
     if not names:
         raise ConfigError("the configuration has no stages")
@@ -92,7 +107,26 @@ def build(config: ConfigDict) -> list[Stage]:
             stages.append(_build_stage(config, name, index, stages[-1] if stages else None))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"stage {name}: {error}") from error
+        except (AttributeError, KeyError) as error:
+            raise ConfigError(f"stage {name}: a key is missing ({error}); start from configs/default.py") from error
     return stages
+
+
+# Least value of the keys that stages share.
+_LEAST = {"dataset.num_classes": 0, "dataset.size": 1, "dataset.threads": 0, "dataset.workers": 0, "mesh.fsdp": 1,
+          "checkpoint.every_images": 1, "checkpoint.keep": 1, "log.every_steps": 1, "log.grid_every_images": 0,
+          "log.grid_images": 1, "sample.batch": 1, "evaluate.samples": 1, "seed": 0}
+
+
+def _check_shared(config: ConfigDict) -> None:
+    for key, least in _LEAST.items():
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        if value < least:
+            raise ConfigError(f"{key} must be at least {least}, not {value}")
+    if config.seed > MAX_SEED:
+        raise ConfigError(f"seed must be at most {MAX_SEED}, not {config.seed}")
 
 
 def _build_stage(config: ConfigDict, name: str, index: int, before: Stage | None) -> Stage:
@@ -128,8 +162,6 @@ def _build_stage(config: ConfigDict, name: str, index: int, before: Stage | None
         raise ValueError("sample.guidance above 1 needs a network trained with train.label_dropout above 0 (0.1 is usual)")
     if train.augment > 0 and node.model.augment_labels != NUM_LABELS:
         raise ValueError(f"train.augment needs model.augment_labels={NUM_LABELS}, not {node.model.augment_labels}")
-    if config.sample.batch < 1:
-        raise ValueError(f"sample.batch must be positive, not {config.sample.batch}")
     return Stage(name=name, index=index, resolution=node.resolution,
                  network=_build_network(node.model, node.resolution, num_classes), process=process,
                  sample_process=sample_process, sampler=sampler, guidance=guidance, train=train)
@@ -140,10 +172,15 @@ def _build_network(model: ConfigDict, resolution: int, num_classes: int) -> UNet
     sizes = [resolution >> level for level in range(levels)]
     if not levels or resolution < 1 or resolution % (1 << (levels - 1)):
         raise ValueError(f"resolution {resolution} cannot be halved {levels - 1} times (model.multipliers has {levels})")
-    if model.channels % 2 or model.blocks < 1:
-        raise ValueError(f"model.channels must be even and model.blocks at least 1, not {model.channels}, {model.blocks}")
+    for name in ("channels", "blocks", "head_width"):
+        if not isinstance(model[name], int) or model[name] < 1:
+            raise ValueError(f"model.{name} must be a positive whole number, not {model[name]!r}")
+    if model.channels % 2:
+        raise ValueError(f"model.channels must be even, not {model.channels}")
+    if model.augment_labels not in (0, NUM_LABELS):
+        raise ValueError(f"model.augment_labels must be 0 or {NUM_LABELS}, not {model.augment_labels}")
     widths = [model.channels * m for m in model.multipliers]
-    for width in widths:
+    for width in normalised_widths(model.channels, tuple(model.multipliers), model.blocks):
         group_count(width)
     for size in model.attention:
         if size not in sizes:
@@ -187,7 +224,10 @@ def claim_workdir(config: ConfigDict, workdir: Path, create: bool) -> None:
     path = workdir / "config.json"
     ours = json.loads(config.to_json_best_effort())
     if path.exists():
-        theirs = json.loads(path.read_text())
+        try:
+            theirs = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is damaged ({error}); restore it, or use another --workdir") from error
         new, old = _identity(ours), _identity(theirs)
         for key in sorted(set(new) | set(old)):
             if new.get(key) != old.get(key):
@@ -212,6 +252,16 @@ def parse_stage(stages: list[Stage], name: str) -> Stage | None:
     if name:
         raise ConfigError(f"unknown stage {name!r}; this configuration has {', '.join(s.name for s in stages)}")
     return None
+
+
+def parse_weights(stages: list[Stage], given: dict[str, str]) -> dict[str, Path]:
+    """Folders with the weights of stages, by stage name. Raises ConfigError for an unknown stage or an absent folder."""
+    folders = {name: Path(folder) for name, folder in given.items() if folder}
+    for name, folder in folders.items():
+        parse_stage(stages, name)
+        if not (folder / "checkpoints").is_dir():
+            raise ConfigError(f"--weights.{name}: {folder} has no checkpoints; name a converted or trained stage")
+    return folders
 
 
 def open_source(config: ConfigDict, stages: list[Stage]) -> Source:

@@ -2,11 +2,13 @@
 
     python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo
     python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo --mode=sample --seeds=0-63 --out=images
+    python -m relay_jax.main --config=configs/imagenet256.py --mode=sample --weights.base=DIR --weights.relay=DIR
 
 Bad input ends with one line and exit status 2, before anything is compiled or written.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from relay_jax.checkpoint import CheckpointError
-from relay_jax.config import ConfigError, Stage, build, claim_workdir, open_source, parse_stage
+from relay_jax.config import ConfigError, build, claim_workdir, open_source, parse_stage, parse_weights
 from relay_jax.data.sources import DataError
 from relay_jax.logs import quieten
 from relay_jax.sampling.verb import sample
@@ -26,11 +28,12 @@ from relay_jax.training.verb import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py (:smoke for a tiny "
                                           "variant); override keys with --config.KEY=VALUE.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, samples.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, samples.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
 _STAGE = flags.DEFINE_string("stage", "", "Train or sample this stage alone (default: all, in order).")
 _SEEDS = flags.DEFINE_string("seeds", "0-63", "Sampling: seeds, one image each, e.g. 0-63 or 1,5,10-12.")
 _OUT = flags.DEFINE_string("out", "", "Sampling: folder for the images (default: WORKDIR/samples/images).")
+_WEIGHTS = "weights."      # --weights.STAGE=DIR: a converted or trained stage to sample, or to start training, from
 _CLASS = flags.DEFINE_integer("class", None, "Sampling: one class for all images (default: seed mod classes).")
 _LOW_RES = flags.DEFINE_string("low_res", "", "Sampling --stage of a relay: folder of low-resolution images written "
                                "before (default: down-sampled real images).")
@@ -49,8 +52,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if any(arg in ("--help", "-help", "--helpfull", "--helpshort") for arg in argv):
         return app.parse_flags_with_usage(list(argv))
     try:
+        for stage in re.findall(rf"^--?{_WEIGHTS}(\w+)", "\n".join(argv), re.MULTILINE):
+            if _WEIGHTS + stage not in flags.FLAGS:
+                flags.DEFINE_string(_WEIGHTS + stage, "", f"Folder with the weights of stage {stage}.")
         rest = flags.FLAGS(list(argv))
-        config, workdir = _CONFIG.value, _WORKDIR.value
+        config = _CONFIG.value
         if config is not None:
             file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
             if not Path(file).exists():     # ml_collections would tell later, in a traceback
@@ -61,8 +67,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
     if config is None:
         fail("name a configuration: --config=configs/demo.py")
-    if not workdir:
-        fail("name the folder of the run: --workdir=runs/NAME")
     return rest
 
 
@@ -72,26 +76,34 @@ def use_compilation_cache(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "cache").absolute()))
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path | None) -> None:
     """Checks everything that can be checked cheaply, then does what --mode says."""
-    stages: list[Stage] = build(config)
+    stages = build(config)
     only = parse_stage(stages, _STAGE.value)
+    given = {name.removeprefix(_WEIGHTS): flags.FLAGS[name].value for name in flags.FLAGS if name.startswith(_WEIGHTS)}
+    weights = parse_weights(stages, given)
+    if workdir is None and (_MODE.value == "train" or any(s.name not in weights for s in ([only] if only else stages))):
+        raise ConfigError("name the folder of the run: --workdir=runs/NAME")
     if _MODE.value == "train":
+        assert workdir is not None
         source = open_source(config, stages)
         claim_workdir(config, workdir, create=True)
         use_compilation_cache(workdir)
-        train(config, stages, only, source, workdir)
-    else:
+        train(config, stages, only, source, workdir, weights)
+        return
+    if workdir is not None:
         claim_workdir(config, workdir, create=False)
         use_compilation_cache(workdir)
-        sample(config, stages, only, workdir, seeds=_SEEDS.value, out=Path(_OUT.value or workdir / "samples" / "images"),
-               class_=_CLASS.value, low_res=Path(_LOW_RES.value) if _LOW_RES.value else None)
+        weights = {stage.name: workdir / stage.name for stage in stages} | weights
+    out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "samples" / "images"
+    sample(config, stages, only, weights, seeds=_SEEDS.value, out=out, class_=_CLASS.value,
+           low_res=Path(_LOW_RES.value) if _LOW_RES.value else None)
 
 
 def main(_: Sequence[str]) -> None:
     quieten()
     try:
-        run(_CONFIG.value, Path(_WORKDIR.value))
+        run(_CONFIG.value, Path(_WORKDIR.value) if _WORKDIR.value else None)
     except USER_ERRORS as error:
         fail(error)
     except KeyboardInterrupt:

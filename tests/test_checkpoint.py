@@ -102,10 +102,11 @@ def test_a_damaged_newest_is_passed_over_removed_and_can_be_saved_again(tmp_path
     chex.assert_trees_all_equal(items["train"], train_of(30))
 
 
-def test_sampling_passes_over_a_damaged_newest_and_leaves_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_only", [True, False])
+def test_reading_the_average_passes_over_a_damaged_newest_and_leaves_it(read_only: bool, tmp_path: Path) -> None:
     damage(saved(tmp_path), 30)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    assert restore(tmp_path, ("ema",), read_only=True)[0] == 20
+    assert restore(tmp_path, ("ema",), read_only)[0] == 20
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 

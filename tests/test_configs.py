@@ -244,7 +244,7 @@ def test_a_stage_is_found_by_its_name() -> None:
     ({"stages.base.sample.num_steps": 0}, "num_steps must be at least 1, not 0"),
     ({"stages.base.sample.sigma_min": 100.0}, "sigma_min < sigma_max, not 100.0"),
     ({"stages.base.sample.sde_scale": 1.0}, "sde_scale must lie in .* not 1.0"),
-    ({"sample.batch": 0}, "sample.batch must be positive, not 0"),
+    ({"sample.batch": 0}, "sample.batch must be at least 1, not 0"),
     # labels
     ({"stages.relay.sample.guidance": 2.0}, "sample.guidance above 1 needs .*train.label_dropout"),
     ({"stages.relay.sample.guidance": 2.0, "stages.relay.train.label_dropout": 0.1, "dataset.num_classes": 0},
@@ -260,9 +260,9 @@ def test_a_stage_is_found_by_its_name() -> None:
     # networks
     ({"stages.base.model.attention": (2,)}, r"model.attention asks for level 2, .*\[8, 4\]"),
     ({"stages.base.model.head_width": 64}, "model.attention at level 4 .*head_width 64 channels.* 32"),
-    ({"stages.base.model.channels": 36, "stages.base.model.multipliers": (1, 4)}, "144 channels .*multiple of"),
-    ({"stages.base.model.channels": 15}, "model.channels must be even .*15"),
-    ({"stages.base.model.blocks": 0}, "model.blocks at least 1, not .* 0"),
+    ({"stages.base.model.channels": 36, "stages.base.model.multipliers": (1, 4)}, "144 channels .*multiples of"),
+    ({"stages.base.model.channels": 15}, "model.channels must be even, not 15"),
+    ({"stages.base.model.blocks": 0}, "model.blocks must be a positive whole number, not 0"),
     ({"stages.base.model.multipliers": ()}, "model.multipliers has 0"),
     ({"stages.base.model.multipliers": (1, 1, 1, 1, 1)}, "resolution 8 cannot be halved 4 times"),
     ({"stages.base.model.dtype": "float16"}, "model.dtype must be float32 or bfloat16, not 'float16'"),

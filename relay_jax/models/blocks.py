@@ -58,7 +58,7 @@ def group_count(channels: int) -> int:
     """Groups of every normalisation: min(32, channels // 4). Raises ValueError if channels does not divide."""
     groups = min(32, channels // 4)
     if groups == 0 or channels % groups:
-        raise ValueError(f"{channels} channels cannot be normalised in {groups} groups; use a multiple of 4 up to 128 "
+        raise ValueError(f"{channels} channels cannot be normalised in {groups} groups; use multiples of 4 up to 128 "
                          "and of 32 above")
     return groups
 

@@ -104,6 +104,18 @@ class UNet(nn.Module):
                      name=name)
 
 
+def normalised_widths(channels: int, multipliers: tuple[int, ...], blocks: int) -> set[int]:
+    """Channels that some normalisation of a UNet sees: the widths of its levels, and of their sums with the skips."""
+    widths = [channels * m for m in multipliers]
+    skips = [w for level, width in enumerate(widths) for w in [widths[max(level - 1, 0)], *[width] * blocks]]
+    seen, x = set(widths), widths[-1]
+    for width in reversed(widths):
+        for _ in range(blocks + 1):
+            seen.add(x + skips.pop())
+            x = width
+    return seen
+
+
 def init_params(network: UNet, key: jax.Array) -> dict:
     """Fresh parameters. Under jax.eval_shape: their shapes."""
     image = jnp.zeros((1, network.resolution, network.resolution, network.image_channels))

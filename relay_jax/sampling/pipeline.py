@@ -5,15 +5,12 @@ Stages hand over float images, neither clipped nor quantised in between (SPEC se
 """
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from relay_jax.checkpoint import CheckpointError, Checkpoints
 from relay_jax.config import Stage
 from relay_jax.diffusion.guidance import classifier_free
 from relay_jax.diffusion.precondition import precondition
@@ -27,10 +24,7 @@ from relay_jax.diffusion.sampler import (
     seeded_noise,
 )
 from relay_jax.diffusion.schedule import RelayProcess
-from relay_jax.models.unet import init_params
-from relay_jax.sharding import batch_sharding, state_shardings, to_devices
-
-MAX_SEED = 2**32 - 1
+from relay_jax.sharding import batch_sharding, to_devices
 
 
 def _noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
@@ -97,16 +91,3 @@ def generate(samplers: Sequence[tuple[StageSampler, dict]], seeds: Sequence[int]
         low_res = sampler(params, seeds, classes, low_res)
         images[sampler.stage.name] = low_res
     return images
-
-
-def load_stage(stage: Stage, folder: Path, mesh: Mesh) -> tuple[dict, dict]:
-    """The averaged parameters of a stage's newest checkpoint, on the devices, and what was noted with it.
-
-    Raises CheckpointError if there is none.
-    """
-    shapes = jax.eval_shape(partial(init_params, stage.network), jax.random.key(0))
-    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore({"ema": shapes}, {"ema": state_shardings(shapes, mesh)})
-    if restored is None:
-        raise CheckpointError(f"stage {stage.name} has no checkpoint in {folder}; train it first (--stage={stage.name})")
-    return restored[1]["ema"], restored[1]["meta"]

@@ -7,19 +7,21 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from relay_jax.checkpoint import load_ema
 from relay_jax.config import ConfigError, Stage, open_source
 from relay_jax.data.loader import read
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.logs import Progress
-from relay_jax.sampling.pipeline import StageSampler, generate, load_stage
+from relay_jax.sampling.pipeline import StageSampler, generate
 from relay_jax.sampling.writer import missing, parse_seeds, read_images, write_images
 from relay_jax.sharding import make_mesh
 
 
-def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, workdir: Path, *, seeds: str, out: Path,
+def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: dict[str, Path], *, seeds: str, out: Path,
            class_: int | None, low_res: Path | None) -> None:
     """Writes one PNG for each seed to `out`; those that exist are not made again.
 
+    weights: the folder of each stage, with its checkpoints.
     only: a stage alone. The first stage writes low-resolution images; a relay stage reads them from `low_res`, or
     starts from down-sampled real images (image number seed mod size, of its own class).
     class_: one class for all, default seed mod classes. Raises ConfigError for what cannot be done.
@@ -43,7 +45,7 @@ def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, workdir:
         read_images(low_res, seeds_left, low_resolution)        # all of them, before anything is compiled
 
     mesh = make_mesh(config.mesh.fsdp)
-    samplers = [(StageSampler(s, mesh, config.sample.batch), load_stage(s, workdir / s.name, mesh)[0]) for s in chosen]
+    samplers = [(StageSampler(s, mesh, config.sample.batch), load_ema(weights[s.name], s.network, mesh)[0]) for s in chosen]
     progress = Progress("sample", len(wanted), len(wanted) - len(seeds_left))
     last = time.monotonic()
     for start in range(0, len(seeds_left), config.sample.batch):

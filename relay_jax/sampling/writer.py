@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from relay_jax.config import ConfigError
+from relay_jax.config import MAX_SEED, ConfigError
 from relay_jax.logs import write_png
-from relay_jax.sampling.pipeline import MAX_SEED
+
+MAX_IMAGES = 10_000_000
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -17,15 +18,17 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """'0-63' or '1,5,10-12' as a list without repeats. Raises ConfigError for anything else."""
+    """'0-63' or '1,5,10-12' as a list without repeats. Raises ConfigError for anything else, and beyond MAX_IMAGES."""
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(f"--seeds={text}: {part.strip()!r} is neither a number nor a range like 0-63")
         low, high = int(first), int(last or first)
         if high < low or high > MAX_SEED:
             raise ConfigError(f"--seeds={text}: the range {part.strip()!r} is empty or goes beyond {MAX_SEED}")
+        if high - low >= MAX_IMAGES:
+            raise ConfigError(f"--seeds={text}: more than {MAX_IMAGES:,} images at once")
         seeds.extend(range(low, high + 1))
     return list(dict.fromkeys(seeds))
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from relay_jax.checkpoint import CheckpointError, Checkpoints
+from relay_jax.checkpoint import CheckpointError, Checkpoints, load_ema
 from relay_jax.config import Stage
 from relay_jax.data.loader import Loader
 from relay_jax.data.sources import Source
@@ -55,9 +56,10 @@ def is_finished(stage: Stage, folder: Path) -> bool:
 
 
 def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings: LoopSettings,
-                preview: Preview) -> None:
+                preview: Preview, start_from: Path | None = None) -> None:
     """Trains `stage` to its end; a stage that is finished returns at once.
 
+    start_from: folder of another training, or of converted weights, whose averaged parameters replace the random ones.
     folder: of this stage (checkpoints, metrics.jsonl, TensorBoard events, grids). Continues from the newest readable
     checkpoint there, with the batches that an uninterrupted run would have had.
     Raises TrainingError when too many steps in a row were not finite, CheckpointError when no checkpoint of several
@@ -79,6 +81,9 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
         restored = checkpoints.restore(_split(shapes), _split(shardings))
         if restored is None:
             state, step, seconds = jax.jit(init, out_shardings=shardings)(init_key), 0, 0.0
+            if start_from is not None:
+                params, _ = load_ema(start_from, stage.network, mesh)
+                state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
         else:
             step, items = restored
             state, seconds = TrainState(ema=items["ema"], **items["train"]), items["meta"]["seconds"]

@@ -7,20 +7,23 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from relay_jax.checkpoint import load_ema
 from relay_jax.config import ConfigError, Stage
 from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.evaluation.summary import Trained, summarize
-from relay_jax.sampling.pipeline import StageSampler, load_stage
+from relay_jax.sampling.pipeline import StageSampler
 from relay_jax.sharding import make_mesh
 from relay_jax.tools.plots import grid
 from relay_jax.training.loop import LoopSettings, Preview, is_finished, train_stage
 
 
-def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: Source, workdir: Path) -> None:
+def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: Source, workdir: Path,
+          weights: dict[str, Path]) -> None:
     """Trains `only`, or all stages in order, and draws samples when every stage is finished.
 
+    weights: folders from whose averaged weights a stage starts, if it has no checkpoint of its own yet.
     Stages do not depend on each other for training; finished ones are skipped.
     """
     try:
@@ -36,7 +39,7 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
         log_every_steps=config.log.every_steps, grid_every_images=config.log.grid_every_images)
     for stage in [only] if only else stages:
         preview = make_preview(stage, source, mesh, config.log.grid_images)
-        train_stage(stage, source, mesh, workdir / stage.name, settings, preview)
+        train_stage(stage, source, mesh, workdir / stage.name, settings, preview, weights.get(stage.name))
 
     waiting = [stage.name for stage in stages if not is_finished(stage, workdir / stage.name)]
     if waiting:
@@ -46,7 +49,7 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
     else:
         trained = []
         for stage in stages:
-            params, meta = load_stage(stage, workdir / stage.name, mesh)
+            params, meta = load_ema(workdir / stage.name, stage.network, mesh)
             sampler = StageSampler(stage, mesh, config.sample.batch)
             trained.append(Trained(sampler=sampler, params=params, folder=workdir / stage.name, seconds=meta["seconds"]))
         summary = summarize(trained, source, workdir, config.evaluate.samples, config.evaluate.class_check)

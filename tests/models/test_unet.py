@@ -37,7 +37,7 @@ def filled(network: UNet, scale: float = 0.2) -> dict:
 def compiled(network: UNet, train: bool = False) -> Callable[..., jax.Array]:
     """(params, x, c_noise, class_labels, augment_labels, [dropout key]) -> output."""
     def run(params: dict, x: object, c_noise: object, classes: object, augment: object, *keys: object) -> jax.Array:
-        rngs = {"dropout": key for key in keys}
+        rngs = dict(zip(["dropout"], keys, strict=False))
         return network.apply({"params": params}, x, c_noise, classes, augment, train, rngs=rngs)
 
     return jax.jit(run)

@@ -204,6 +204,8 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(poison: float,
     assert metrics["finite"] == 1
     assert (mended.step, mended.nonfinite_row, mended.nonfinite_total) == (4, 0, 2)
     assert np.any(mended.params["classes"] != good.params["classes"])
+    again, _ = linear_step(mended._replace(params=bad.params), batch_of(), KEY)
+    assert (again.step, again.nonfinite_row, again.nonfinite_total) == (5, 1, 3)
 
 
 def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

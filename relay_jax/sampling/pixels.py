@@ -1,0 +1,46 @@
+"""From images of about [-1, 1] to the 8-bit pixels that are written and scored (SPEC section 9).
+
+(1)  pixel = clip(127.5 x + 128, 0, 255), truncated
+(2)  optionally the colour edits that the official image writers made before their images were scored:
+         imagenet: brightness 1.06          celebahq: contrast 0.9, then brightness 1.05, then colour 0.99
+
+The edits of (2) belong to the published scores and to nothing else: they are off unless asked for by name.
+The arithmetic is Pillow's, as in the official scripts: every edit is value = low + factor (value - low) in float32,
+clipped and truncated to 8 bits; low is 0 (brightness), the image's mean grey (contrast) or the pixel's grey (colour).
+"""
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+_STEPS = {
+    "none": (),
+    "imagenet": ((ImageEnhance.Brightness, 1.06),),
+    "celebahq": ((ImageEnhance.Contrast, 0.9), (ImageEnhance.Brightness, 1.05), (ImageEnhance.Color, 0.99)),
+}
+PIXEL_EDITS = tuple(_STEPS)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """About [-1, 1] to 8 bits: clip(127.5 x + 128, 0, 255), truncated (SPEC section 9). Same shape."""
+    return np.clip(np.asarray(images) * 127.5 + 128, 0, 255).astype(np.uint8)
+
+
+def edit_pixels(pixels: np.ndarray, edit: str) -> np.ndarray:
+    """Colour edit (2), each image by itself. pixels: uint8 [n, h, w, c], c = 3 or 1 (grey); same shape and type.
+
+    edit: one of PIXEL_EDITS; 'none' returns the pixels as they are. A grey image is treated as three equal channels.
+    Raises ValueError for another edit, type or shape.
+    """
+    if edit not in _STEPS:
+        raise ValueError(f"unknown pixel_edit {edit!r}; there are {', '.join(PIXEL_EDITS)}")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
+        raise ValueError(f"pixels must be uint8 [n, h, w, 1 or 3], not {pixels.dtype} {list(pixels.shape)}")
+    if not _STEPS[edit]:
+        return pixels
+    edited = np.empty_like(pixels)
+    for source, target in zip(pixels, edited, strict=True):
+        picture = Image.fromarray(source if source.shape[-1] == 3 else source[..., 0])
+        for enhancer, factor in _STEPS[edit]:
+            picture = enhancer(picture).enhance(factor)
+        target[...] = np.asarray(picture).reshape(target.shape)
+    return edited
