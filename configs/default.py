@@ -104,7 +104,10 @@ def get_config() -> ConfigDict:
             grid_every_images=5_000_000,             # sample grids during training, 0 = none
             grid_images=16,
         ),
-        sample=dict(batch=64),       # images per sampler call, over all devices
+        sample=dict(
+            batch=64,                # images per sampler call, over all devices
+            pixel_edit="none",       # colours of the final images: none, or what the official scripts did before
+        ),                           # scoring: imagenet | celebahq (SPEC section 9)
         evaluate=dict(
             samples=64,              # images drawn when all stages are trained, for samples/grid.png and summary.json
             class_check=False,       # train a small classifier on real images and score the samples with it

@@ -2,9 +2,11 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -16,6 +18,12 @@ def quieten() -> None:
     """Keeps our lines and drops those of the libraries, which would bury them, up to warnings."""
     ours = str(Path(__file__).parent)
     logging.get_absl_handler().addFilter(lambda r: r.levelno >= 40 or r.pathname.startswith(ours))
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the program for a mistake of the user's: one line on stderr, exit status 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def is_writer() -> bool:

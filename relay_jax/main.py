@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from relay_jax.checkpoint import CheckpointError
 from relay_jax.config import ConfigError, build, claim_workdir, open_source, parse_stage, parse_weights
 from relay_jax.data.sources import DataError
-from relay_jax.logs import quieten
+from relay_jax.logs import fail, quieten
 from relay_jax.sampling.verb import sample
 from relay_jax.training.loop import TrainingError
 from relay_jax.training.verb import train
@@ -39,12 +38,6 @@ _LOW_RES = flags.DEFINE_string("low_res", "", "Sampling --stage of a relay: fold
                                "before (default: down-sampled real images).")
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
-
-
-def fail(message: object) -> NoReturn:
-    """One line on stderr, exit status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -60,7 +60,7 @@ def command_line(*arguments: str) -> Iterator[None]:
     finally:
         sys.argv = argv
         for name in list(flags.FLAGS):
-            if name.startswith("config."):
+            if name.startswith(("config.", "weights.")):
                 delattr(flags.FLAGS, name)
         for name in ("config", "mode", "stage", "seeds", "out", "class", "low_res", "workdir"):
             flags.FLAGS[name].value = values.get(name)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relay_jax.diffusion import augment as augmentation
 from relay_jax.diffusion import blur as blur_module
 from relay_jax.diffusion import dct as dct_module
 from relay_jax.diffusion import loss as loss_module
@@ -14,8 +15,11 @@ from relay_jax.diffusion import sampler, schedule
 from relay_jax.diffusion.block_noise import block_noise as our_block_noise
 from relay_jax.diffusion.guidance import classifier_free
 from relay_jax.diffusion.precondition import precondition
+from relay_jax.evaluation import metrics
 from relay_jax.models.unet import UNet
+from relay_jax.sampling import pixels
 from relay_jax.tools.convert import from_official, to_official
+from relay_jax.tools.official_files import read_official
 
 
 def nhwc(x):
@@ -155,3 +159,35 @@ def unet_grad(params, config, x, sigma, class_labels, augment_labels, cotangent,
     grads, grad_x = gradient(from_official(params), nhwc(x))
     official = to_official(grads)
     return {"x": nchw(grad_x), **{name: official[name] for name in names}}
+
+
+# Checkpoints
+
+def read_checkpoint(path):
+    return read_official(path, ("ema",)).ema.params
+
+
+def read_training_state(path):
+    found = read_official(path, optimizer=True)
+    return {"images_seen": found.images_seen, "ema": found.ema.params, "net": found.net.params,
+            "exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
+
+
+# Metrics
+
+feature_stats, fid = metrics.feature_stats, metrics.fid
+precision_recall, inception_score = metrics.precision_recall, metrics.inception_score
+
+
+# Augmentation
+
+def augment(images, draws, p, **settings):
+    images, labels = augmentation.apply_draws(nhwc(images), augmentation.Draws(**draws),
+                                              augmentation.Augmentation(probability=p, **settings))
+    return nchw(images), labels
+
+
+# Pixels
+
+def to_uint8(images, edit):
+    return pixels.edit_pixels(pixels.to_uint8(np.moveaxis(images, 1, -1)), edit)

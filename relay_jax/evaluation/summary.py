@@ -17,7 +17,7 @@ from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.evaluation.classifier import train_classifier
 from relay_jax.logs import read_jsonl, write_json, write_png
 from relay_jax.sampling.pipeline import StageSampler, generate, handoff_images
-from relay_jax.sampling.writer import to_uint8
+from relay_jax.sampling.pixels import to_uint8
 from relay_jax.tools.plots import grid, loss_curves, panels
 
 CLASSIFIER_IMAGES, HELD_OUT_IMAGES = 4096, 1024

@@ -13,6 +13,7 @@ from relay_jax.data.loader import read
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.logs import Progress
 from relay_jax.sampling.pipeline import StageSampler, generate
+from relay_jax.sampling.pixels import PIXEL_EDITS
 from relay_jax.sampling.writer import missing, parse_seeds, read_images, write_images
 from relay_jax.sharding import make_mesh
 
@@ -32,11 +33,14 @@ def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, weights:
     if class_ is not None and not 0 <= class_ < num_classes:
         allowed = f"0 to {num_classes - 1}" if num_classes else "none: the network is unconditional"
         raise ConfigError(f"unknown class {class_}; there are {allowed}")
+    if config.sample.pixel_edit not in PIXEL_EDITS:
+        raise ConfigError(f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, not {config.sample.pixel_edit!r}")
     relay_alone = isinstance(chosen[0].process, RelayProcess)
     if low_res is not None and not relay_alone:
         raise ConfigError("--low_res is for --stage of a relay; the first stage starts from noise")
     seeds_left = missing(out, wanted)
-    logging.info("%d images wanted, %d there already in %s", len(wanted), len(wanted) - len(seeds_left), out)
+    logging.info("%d images wanted, %d there already in %s; pixel_edit %s", len(wanted), len(wanted) - len(seeds_left),
+                 out, config.sample.pixel_edit)
     if not seeds_left:
         return
     source = open_source(config, stages) if relay_alone and low_res is None else None
@@ -58,7 +62,8 @@ def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, weights:
             before = stages[chosen[0].index - 1]
             pixels, labels = read(source, [seed % len(source) for seed in part], before.resolution)
             given, classes = pixels.astype(np.float32) / 127.5 - 1, classes if class_ is not None else labels
-        write_images(out, part, generate(samplers, part, classes, given)[chosen[-1].name])
+        write_images(out, part, generate(samplers, part, classes, given)[chosen[-1].name],
+                     config.sample.pixel_edit if chosen[-1] is stages[-1] else "none")
         done = len(wanted) - len(seeds_left) + start + len(part)
         if start == 0 or time.monotonic() - last > 5 or done == len(wanted):
             progress.line(done)

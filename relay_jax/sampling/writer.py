@@ -8,13 +8,9 @@ from PIL import Image, UnidentifiedImageError
 
 from relay_jax.config import MAX_SEED, ConfigError
 from relay_jax.logs import write_png
+from relay_jax.sampling.pixels import edit_pixels, to_uint8
 
 MAX_IMAGES = 10_000_000
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """About [-1, 1] to 8 bits: clip(127.5 x + 128, 0, 255), truncated (SPEC section 9). Same shape."""
-    return np.clip(np.asarray(images) * 127.5 + 128, 0, 255).astype(np.uint8)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -43,9 +39,12 @@ def missing(folder: Path, seeds: Iterable[int]) -> list[int]:
     return [seed for seed in seeds if not image_path(folder, seed).exists()]
 
 
-def write_images(folder: Path, seeds: Iterable[int], images: np.ndarray) -> None:
-    """float images [n, h, w, c] to one PNG each; a file under its name is complete, whenever the run is killed."""
-    for seed, pixels in zip(seeds, to_uint8(images), strict=True):
+def write_images(folder: Path, seeds: Iterable[int], images: np.ndarray, pixel_edit: str = "none") -> None:
+    """float images [n, h, w, c] to one PNG each; a file under its name is complete, whenever the run is killed.
+
+    pixel_edit: one of pixels.PIXEL_EDITS.
+    """
+    for seed, pixels in zip(seeds, edit_pixels(to_uint8(images), pixel_edit), strict=True):
         write_png(image_path(folder, seed), pixels)
 
 

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ from ml_collections import config_flags
 
 from relay_jax.checkpoint import CheckpointError, Checkpoints
 from relay_jax.config import ConfigError, build, parse_stage
-from relay_jax.logs import quieten
+from relay_jax.logs import fail, quieten
 from relay_jax.models.unet import UNet, init_params, parameter_count
 from relay_jax.tools.official_files import read_official
 from relay_jax.tools.official_network import (
@@ -294,12 +294,6 @@ _REVERSE = flags.DEFINE_bool("to_official", False, "Write official names instead
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", flag_values=_FLAGS)
 
 
-def _fail(message: object) -> NoReturn:
-    """One line on stderr, exit status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 def main(argv: Sequence[str]) -> None:
     """argv: the program's name, then arguments as in the module's docstring."""
     if any(arg in ("--help", "-h") for arg in argv):
@@ -312,17 +306,17 @@ def main(argv: Sequence[str]) -> None:
         if config is not None:
             file = config_flags.get_config_filename(_FLAGS["config"]).split(":")[0]
             if not Path(file).exists():     # ml_collections would tell later, in a traceback
-                _fail(f"no configuration file {file}")
+                fail(f"no configuration file {file}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     if len(rest) != 1:
-        _fail("name one file to convert: python -m relay_jax.tools.convert FILE --out=DIR")
+        fail("name one file to convert: python -m relay_jax.tools.convert FILE --out=DIR")
     if not _OUT.value:
-        _fail("say where to write: --out=DIR (with --to-official: --out=FILE.safetensors)")
+        fail("say where to write: --out=DIR (with --to-official: --out=FILE.safetensors)")
     if (config is None) != (not _STAGE.value):
-        _fail("--config and --stage go together")
+        fail("--config and --stage go together")
     if _REVERSE.value and (_WEIGHTS.value != "ema" or not _OUT.value.endswith(".safetensors")):
-        _fail("--to-official writes the ema weights, to a file --out=NAME.safetensors")
+        fail("--to-official writes the ema weights, to a file --out=NAME.safetensors")
     logging.use_absl_handler()
     quieten()
     jax.config.update("jax_platforms", "cpu")      # no accelerator is needed
@@ -334,7 +328,7 @@ def main(argv: Sequence[str]) -> None:
             wanted = (stage.name, stage.network) if stage else None
             print(convert(Path(rest[0]), Path(_OUT.value), _WEIGHTS.value, wanted))
     except (FileError, ConfigError, CheckpointError, OSError) as error:
-        _fail(error)
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"wrote {_OUT.value}")

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from relay_jax.logs import read_jsonl, write_png
-from relay_jax.sampling.writer import to_uint8
+from relay_jax.sampling.pixels import to_uint8
 
 PAPER = 255
 

@@ -1,4 +1,4 @@
-"""Numbered images: bytes, seed lists, paths, what is missing, reading back."""
+"""Numbered images: seed lists, paths, what is missing, reading back."""
 
 import os
 from pathlib import Path
@@ -8,26 +8,12 @@ import pytest
 from PIL import Image
 
 from relay_jax.config import ConfigError
-from relay_jax.sampling.writer import image_path, missing, parse_seeds, read_images, to_uint8, write_images
+from relay_jax.sampling.pixels import edit_pixels, to_uint8
+from relay_jax.sampling.writer import image_path, missing, parse_seeds, read_images, write_images
 
 
 def images(count: int, side: int = 6) -> np.ndarray:
     return np.random.default_rng(0).uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
-
-
-# Bytes
-
-@pytest.mark.parametrize("value, byte", [(-1, 0), (1, 255), (0, 128), (-5, 0), (5, 255), (-1.01, 0), (1.01, 255),
-                                         (0.9 / 127.5, 128), (1.1 / 127.5, 129), (-0.1 / 127.5, 127)])
-def test_pixels_are_clipped_and_truncated_not_rounded(value: float, byte: int) -> None:
-    got = to_uint8(np.full((1, 2, 2, 3), value, np.float32))
-    assert got.dtype == np.uint8 and got.shape == (1, 2, 2, 3)
-    assert np.all(got == byte)
-
-
-def test_every_byte_survives_its_own_float() -> None:
-    levels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(to_uint8(levels.astype(np.float32) / 127.5 - 1), levels)
 
 
 # Seeds
@@ -114,3 +100,9 @@ def test_unusable_images_are_refused_with_one_line_that_names_the_file(tmp_path:
         with pytest.raises(ConfigError, match=reason) as error:
             read_images(tmp_path, [seed], resolution)
         assert str(image_path(tmp_path, seed)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_edited_pixels_are_written_where_asked_for(tmp_path: Path) -> None:
+    write_images(tmp_path, [5], images(1), "imagenet")
+    with Image.open(image_path(tmp_path, 5)) as file:
+        np.testing.assert_array_equal(np.asarray(file), edit_pixels(to_uint8(images(1)), "imagenet")[0])

@@ -19,8 +19,6 @@ from tests.tools import torch_writer as tw
 from tests.tools.hostile_files import ARGUMENTS, ARRAYS, HOSTILE, TRAINED, beside, net, state, write
 from tests.tools.torch_writer import Call, Global, Raw, Storages
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "ckpt"
-
 _events: list[str] | None = None
 
 
@@ -127,23 +125,6 @@ def test_numpy_numbers_among_the_arguments(tmp_path: Path, package: str) -> None
 
     found = read_official(write(tmp_path, True, build)).ema
     assert found is not None and found.arguments == {"a": 0.1, "b": 0.1}
-
-
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden files")
-@pytest.mark.parametrize("name", ["training-state.pt", "edm_release.pkl", "edm_release_objects.pkl"])
-def test_golden_files(name: str, events: list[str]) -> None:
-    found = read_official(GOLDEN / name, optimizer=True)
-    assert set(events) <= {"open"}
-    wanted = np.load(GOLDEN / ("edm_release.npz" if name == "edm_release.pkl" else "training-state.npz"))
-    networks = {"ema": found.ema.params if found.ema else None, "net": found.net.params if found.net else None,
-                "exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
-    for what, params in networks.items():
-        keys = {k.partition("/")[2] for k in wanted.files if k.startswith(what + "/")}
-        if params is not None:
-            assert set(params) == keys
-            for key in keys:
-                np.testing.assert_array_equal(params[key], wanted[f"{what}/{key}"])
-    assert (found.net is None) == (found.exp_avg is None) == (name != "training-state.pt")
 
 
 # What must be refused

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.sampling.writer import to_uint8
+from relay_jax.sampling.pixels import to_uint8
 from relay_jax.tools.plots import grid, loss_curves, panels
 
 
