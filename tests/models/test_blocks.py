@@ -104,7 +104,7 @@ def test_group_count_is_a_quarter_of_the_channels_up_to_32(channels: int, groups
 
 @pytest.mark.parametrize("channels", [0, 3, 9, 130, 144])
 def test_widths_that_do_not_divide_into_their_groups_are_refused(channels: int) -> None:
-    with pytest.raises(ValueError, match=rf"{channels} channels .* multiple of 4"):
+    with pytest.raises(ValueError, match=rf"{channels} channels .* multiples of 4"):
         group_count(channels)
 
 
