@@ -28,6 +28,7 @@ def train() -> ConfigDict:
     return ConfigDict(dict(
         images=200_000_000,          # length of the training
         batch=1024,                  # images per step, over all devices
+        accumulate=1,                # parts of a batch that are processed one after the other, to save memory
         learning_rate=1e-4,          # Adam
         warmup_images=10_000_000,    # linear warm-up; small data needs less
         adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,

@@ -45,6 +45,7 @@ class TrainSettings:
     """Optimisation of a stage; lengths in images (configs/default.py says what each is)."""
     images: int
     batch: int
+    accumulate: int
     learning_rate: float
     warmup_images: int
     adam_beta1: float
@@ -57,7 +58,7 @@ class TrainSettings:
     max_nonfinite: int
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "learning_rate", "adam_epsilon", "max_nonfinite"):
+        for name in ("images", "batch", "accumulate", "learning_rate", "adam_epsilon", "max_nonfinite"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} must be positive, not {getattr(self, name)}")
         for name in ("warmup_images", "ema_halflife_images"):
@@ -69,6 +70,9 @@ class TrainSettings:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must lie in [0, 1), not {getattr(self, name)}")
+
+        if self.batch % self.accumulate:
+            raise ValueError(f"train.batch {self.batch} is not divisible by train.accumulate {self.accumulate}")
 
     @property
     def steps(self) -> int:
@@ -201,7 +205,7 @@ def _build_network(model: ConfigDict, resolution: int, num_classes: int) -> UNet
 
 # What may change between two runs in one workdir without making it another relay.
 FREE = ("log", "checkpoint", "evaluate", "sample", "mesh", "threads", "workers", "hint", "path", "data_dir", "images",
-        "remat", "max_nonfinite")
+        "remat", "max_nonfinite", "accumulate")
 
 
 def _identity(node: object, path: str = "") -> dict[str, object]:

@@ -254,6 +254,7 @@ def test_a_stage_is_found_by_its_name() -> None:
     ({"stages.base.train.label_dropout": -0.1}, "train.label_dropout must lie in .* not -0.1"),
     # optimisation
     ({"stages.base.train.learning_rate": -1e-4}, "train.learning_rate must be positive, not -0.0001"),
+    ({"stages.base.train.accumulate": 3}, "train.batch .* not divisible by train.accumulate 3"),
     ({"stages.base.train.batch": 0}, "train.batch must be positive, not 0"),
     ({"stages.base.train.images": 0}, "train.images must be positive, not 0"),
     ({"stages.base.train.ema_rampup": 2.0}, "train.ema_rampup must lie in .* not 2.0"),

@@ -90,8 +90,11 @@ class Draws(NamedTuple):
     translate_frac_gate: jax.Array
 
 
-def draw(key: jax.Array, batch: int) -> Draws:
-    """Draws for `batch` images; those of image i depend on the key and i alone."""
+def draw(key: jax.Array, batch: int, index: jax.Array | None = None) -> Draws:
+    """Draws for `batch` images; those of image i depend on the key and its place alone.
+
+    index: int [batch], the images' places in the whole batch, by default 0, 1, ...
+    """
 
     def one(index: jax.Array) -> Draws:
         normals, uniforms = jax.random.split(jax.random.fold_in(key, index))
@@ -103,7 +106,7 @@ def draw(key: jax.Array, batch: int) -> Draws:
             normal[1], uniform[7], uniform[8], uniform[9], normal[2:], uniform[10],
         )  # fmt: skip
 
-    draws = jax.vmap(one)(jnp.arange(batch))
+    draws = jax.vmap(one)(jnp.arange(batch) if index is None else index)
     return draws._replace(translate_frac_normal=draws.translate_frac_normal.T)
 
 
@@ -153,9 +156,10 @@ def apply_draws(images: jax.Array, draws: Draws, augmentation: Augmentation) -> 
     return jnp.where(moved, jax.vmap(_resample)(images, linear, shift), images), labels
 
 
-def augment(images: jax.Array, key: jax.Array, augmentation: Augmentation) -> tuple[jax.Array, jax.Array]:
-    """Transforms images [b, h, h, c] at random; returns them with labels [b, 9]."""
-    return apply_draws(images, draw(key, len(images)), augmentation)
+def augment(images: jax.Array, key: jax.Array, augmentation: Augmentation,
+            index: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Transforms images [b, h, h, c] at random; returns them with labels [b, 9]. index: see `draw`."""
+    return apply_draws(images, draw(key, len(images), index), augmentation)
 
 
 def _rotation(angle: jax.Array) -> jax.Array:

@@ -34,14 +34,23 @@ class Draws(NamedTuple):
     block_gaussian: jax.Array | None
 
 
-def draw(process: EdmProcess, key: jax.Array, shape: tuple[int, ...]) -> Draws:
-    """All draws for images of shape [b, h, w, c] from one key."""
-    level_key, gaussian_key, block_key = jax.random.split(key, 3)
-    gaussian = jax.random.normal(gaussian_key, shape)
-    if not isinstance(process, RelayProcess):
-        return Draws(jax.random.normal(level_key, shape[:1]), gaussian, None)
-    block = jax.random.normal(block_key, shape) if process.block_noise_scale > 0 else None
-    return Draws(jax.random.uniform(level_key, shape[:1]), gaussian, block)
+def draw(process: EdmProcess, key: jax.Array, shape: tuple[int, ...], index: jax.Array | None = None) -> Draws:
+    """All draws for images of shape [b, h, w, c] from one key.
+
+    index: int [b], the images' places in the whole batch, by default 0, 1, ...: what image i draws depends on the key
+    and its place alone, so that a batch may be processed in parts.
+    """
+    index = jnp.arange(shape[0]) if index is None else index
+
+    def one(place: jax.Array) -> Draws:
+        level_key, gaussian_key, block_key = jax.random.split(jax.random.fold_in(key, place), 3)
+        gaussian = jax.random.normal(gaussian_key, shape[1:])
+        if not isinstance(process, RelayProcess):
+            return Draws(jax.random.normal(level_key), gaussian, None)
+        block = jax.random.normal(block_key, shape[1:]) if process.block_noise_scale > 0 else None
+        return Draws(jax.random.uniform(level_key), gaussian, block)
+
+    return jax.vmap(one)(index)
 
 
 def edm_corrupt(process: EdmProcess, images: jax.Array, normal: jax.Array, gaussian: jax.Array) -> Corrupted:
@@ -78,7 +87,8 @@ def loss_map(denoise: Denoiser, images: jax.Array, corrupted: Corrupted) -> jax.
     return per_image(corrupted.weight, images) * jnp.square(error)
 
 
-def loss(process: EdmProcess, denoise: Denoiser, images: jax.Array, key: jax.Array) -> jax.Array:
-    """Loss of each image, [b]: the mean of its loss map. images: sharp, [b, h, w, c] in [-1, 1]."""
-    corrupted = corrupt(process, images, draw(process, key, images.shape))
+def loss(process: EdmProcess, denoise: Denoiser, images: jax.Array, key: jax.Array,
+         index: jax.Array | None = None) -> jax.Array:
+    """Loss of each image, [b]: the mean of its loss map. images: sharp, [b, h, w, c] in [-1, 1]; index: see `draw`."""
+    corrupted = corrupt(process, images, draw(process, key, images.shape, index))
     return jnp.mean(loss_map(denoise, images, corrupted), axis=(1, 2, 3))

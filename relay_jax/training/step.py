@@ -26,35 +26,63 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def drop_labels(class_labels: jax.Array, probability: float, key: jax.Array) -> jax.Array:
-    """Sets whole rows of [b, classes] to zero ("no label") with the given probability."""
-    keep = jax.random.uniform(key, (class_labels.shape[0], 1)) >= probability
-    return jnp.where(keep, class_labels, 0.0)
+def drop_labels(class_labels: jax.Array, probability: float, key: jax.Array, index: jax.Array) -> jax.Array:
+    """Sets whole rows of [b, classes] to zero ("no label") with the given probability. index: [b], places in the batch."""
+    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(index)
+    keep = jax.vmap(jax.random.uniform)(keys) >= probability
+    return jnp.where(keep[:, None], class_labels, 0.0)
 
 
-def make_loss_fn(stage: Stage) -> Callable[[dict, Batch, jax.Array], jax.Array]:
-    """(params, batch, key) -> mean loss of the batch, a scalar."""
+def make_loss_fn(stage: Stage) -> Callable[[dict, Batch, jax.Array, jax.Array], jax.Array]:
+    """(params, batch, index [b], key) -> mean loss of the images, a scalar.
+
+    index: places of these images in the whole batch. Their noise, augmentation and dropped labels depend on the key and
+    the place alone, whatever the part of the batch they come in; only dropout masks belong to the part.
+    """
     network, settings = stage.network, stage.train
 
-    def loss_fn(params: dict, batch: Batch, key: jax.Array) -> jax.Array:
+    def loss_fn(params: dict, batch: Batch, index: jax.Array, key: jax.Array) -> jax.Array:
         loss_key, dropout_key, label_key, augment_key = jax.random.split(key, 4)
+        dropout_key = jax.random.fold_in(dropout_key, index[0])
         images, augment_labels = to_float(batch["image"]), None
         if settings.augment > 0:
-            images, augment_labels = augment(images, augment_key, Augmentation(probability=settings.augment))
+            images, augment_labels = augment(images, augment_key, Augmentation(probability=settings.augment), index)
         class_labels = None
         if network.num_classes:
             class_labels = jax.nn.one_hot(batch["label"], network.num_classes)
             if settings.label_dropout > 0:
-                class_labels = drop_labels(class_labels, settings.label_dropout, label_key)
+                class_labels = drop_labels(class_labels, settings.label_dropout, label_key, index)
 
         def apply(x: jax.Array, c_noise: jax.Array, *labels: jax.Array | None) -> jax.Array:
             return network.apply({"params": params}, x, c_noise, class_labels, augment_labels, True,
                                  rngs={"dropout": dropout_key})
 
         denoise = precondition(apply, stage.process.sigma_data)
-        return jnp.mean(loss(stage.process, denoise, images, loss_key))
+        return jnp.mean(loss(stage.process, denoise, images, loss_key, index))
 
     return loss_fn
+
+
+def value_and_gradient(loss_fn: Callable[[dict, Batch, jax.Array, jax.Array], jax.Array], params: dict, batch: Batch,
+                       key: jax.Array, parts: int) -> tuple[jax.Array, dict]:
+    """Mean loss of a batch and its gradient, computed in `parts` equal parts one after the other.
+
+    Part j takes images j, j + parts, ...: so each device contributes to every part, and no image moves between devices.
+    """
+    count = batch["label"].shape[0]
+    index = jnp.arange(count)
+    if parts == 1:
+        return jax.value_and_grad(loss_fn)(params, batch, index, key)
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(count // parts, parts, *x.shape[1:]), 1, 0)
+
+    def add(total: tuple[jax.Array, dict], part: tuple[Batch, jax.Array]) -> tuple[tuple[jax.Array, dict], None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *part, key)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, (jax.tree.map(split, batch), split(index)))
+    return jax.tree.map(lambda x: x / parts, total)
 
 
 def make_train_step(stage: Stage, optimizer: optax.GradientTransformation,
@@ -66,7 +94,8 @@ def make_train_step(stage: Stage, optimizer: optax.GradientTransformation,
     loss_fn, settings = make_loss_fn(stage), stage.train
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        value, gradient = jax.value_and_grad(loss_fn)(state.params, batch, jax.random.fold_in(key, state.step))
+        value, gradient = value_and_gradient(loss_fn, state.params, batch, jax.random.fold_in(key, state.step),
+                                             settings.accumulate)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

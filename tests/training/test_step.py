@@ -23,8 +23,8 @@ from relay_jax.training.step import drop_labels, make_loss_fn, make_train_step, 
 
 BATCH, CLASSES = 16, 4
 TRAIN = TrainSettings(images=1600, batch=BATCH, learning_rate=1e-2, warmup_images=1, adam_beta1=0.9, adam_beta2=0.99,
-                      adam_epsilon=1e-3, ema_halflife_images=64.0, ema_rampup=0.05, label_dropout=0.5, augment=0.0,
-                      max_nonfinite=3)
+                      adam_epsilon=1e-3, accumulate=1, ema_halflife_images=64.0, ema_rampup=0.05,
+                      label_dropout=0.5, augment=0.0, max_nonfinite=3)
 STAGE = Stage(name="base", index=0, resolution=4, process=EdmProcess(), sample_process=EdmProcess(), train=TRAIN,
               network=UNet(resolution=4, channels=8, multipliers=(1,), blocks=1, num_classes=CLASSES, dropout=0.1),
               sampler=EdmSampler(num_steps=2), guidance=Guidance(weight=1.0, interval=(0.0, math.inf)))
@@ -97,15 +97,15 @@ def test_a_network_that_answers_zero_has_the_loss_of_its_skip_connection() -> No
     expected = np.sum(0.25 / (np.exp(2 * (-1.2 + 1.2 * normal)) + 0.25) * density) / np.sum(density)
     batch = {"image": np.full((4096, 4, 4, 3), 128, np.uint8), "label": np.zeros(4096, np.int32)}
     zero = jax.tree.map(np.zeros_like, LINEAR_PARAMS)
-    got = jax.jit(make_loss_fn(LINEAR))(zero, batch, KEY)
+    got = jax.jit(make_loss_fn(LINEAR))(zero, batch, jnp.arange(4096), KEY)
     assert got.shape == () and got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=0.02)
 
 
 def test_the_loss_is_the_mean_over_images_of_what_they_are_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "loss", lambda process, denoise, images, key: images.mean(axis=(1, 2, 3)))
+    monkeypatch.setattr(step_module, "loss", lambda process, denoise, images, *_: images.mean(axis=(1, 2, 3)))
     batch = batch_of(6)
-    got = jax.jit(make_loss_fn(LINEAR))(LINEAR_PARAMS, batch, KEY)
+    got = jax.jit(make_loss_fn(LINEAR))(LINEAR_PARAMS, batch, jnp.arange(6), KEY)
     np.testing.assert_allclose(got, np.mean(batch["image"] / 127.5 - 1), atol=1e-6)
 
 
@@ -115,13 +115,14 @@ def test_a_relay_stage_is_trained_with_its_own_process(monkeypatch: pytest.Monke
                     sampler=RelaySampler(num_steps=20, handoff_sigma=0.9))
     given = []
     monkeypatch.setattr(step_module, "loss", lambda process, *_: given.append(process) or jnp.zeros(6))
-    jax.eval_shape(make_loss_fn(relay), LINEAR_PARAMS, batch_of(6), KEY)
+    jax.eval_shape(make_loss_fn(relay), LINEAR_PARAMS, batch_of(6), jnp.arange(6), KEY)
     assert given == [process]
 
 
 def test_augmentation_gives_the_network_its_nine_labels() -> None:
     loss_fn = jax.jit(make_loss_fn(replace(LINEAR, train=replace(TRAIN, augment=1.0))))
-    losses = {float(loss_fn({**LINEAR_PARAMS, "augment": row}, batch_of(8), KEY)) for row in np.eye(10, 9, dtype="f4")}
+    losses = {float(loss_fn({**LINEAR_PARAMS, "augment": row}, batch_of(8), jnp.arange(8), KEY))
+              for row in np.eye(10, 9, dtype="f4")}
     assert len(losses) == 10        # each label alone, and none
 
 
@@ -130,7 +131,7 @@ def test_augmentation_gives_the_network_its_nine_labels() -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.7, 1.0])
 def test_label_dropout_empties_the_given_share_of_rows_and_leaves_the_others(probability: float) -> None:
     labels = np.eye(CLASSES, dtype=np.float32)[np.arange(20_000) % CLASSES]
-    got = np.asarray(jax.jit(drop_labels, static_argnums=1)(labels, probability, KEY))
+    got = np.asarray(jax.jit(drop_labels, static_argnums=1)(labels, probability, KEY, np.arange(len(labels))))
     empty = ~got.any(axis=1)
     np.testing.assert_array_equal(got[~empty], labels[~empty])
     assert abs(empty.mean() - probability) <= 5 * math.sqrt(probability * (1 - probability) / len(labels))
@@ -142,7 +143,7 @@ def test_labels_matter_unless_all_are_dropped() -> None:
         unlabelled = {**LINEAR_PARAMS, "classes": np.zeros(CLASSES, np.float32)}
         batch = batch_of()
         other = {**batch, "label": (batch["label"] + 1) % CLASSES}
-        return {float(loss_fn(*inputs, KEY)) for inputs in
+        return {float(loss_fn(*inputs, jnp.arange(BATCH), KEY)) for inputs in
                 ((LINEAR_PARAMS, batch), (LINEAR_PARAMS, other), (unlabelled, batch))}
 
     assert len(losses(0.0)) == 3
@@ -182,10 +183,21 @@ def test_the_randomness_of_a_step_comes_from_the_key_and_the_step_number_alone(l
 def test_the_metrics_are_those_of_the_gradient(linear_step: Callable) -> None:
     state, batch = state_of(LINEAR_PARAMS), batch_of()
     key = jax.random.fold_in(KEY, state.step)
-    value, gradient = jax.jit(jax.value_and_grad(make_loss_fn(LINEAR)))(state.params, batch, key)
+    value, gradient = jax.jit(jax.value_and_grad(make_loss_fn(LINEAR)))(state.params, batch, jnp.arange(BATCH), key)
     norm = math.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(gradient)))
     _, metrics = linear_step(state, batch, KEY)
     np.testing.assert_allclose([metrics["loss"], metrics["gradient_norm"]], [value, norm], rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_a_batch_in_parts_is_the_same_step(parts: int, linear_step: Callable) -> None:
+    """Noise, augmentation and dropped labels belong to the image's place in the batch, not to the part."""
+    settings = replace(TRAIN, augment=0.5, accumulate=parts)
+    in_parts = jax.jit(make_train_step(replace(LINEAR, train=settings), OPTIMIZER))
+    whole = jax.jit(make_train_step(replace(LINEAR, train=replace(settings, accumulate=1)), OPTIMIZER))
+    (state, metrics), (want, numbers) = (step(state_of(LINEAR_PARAMS), batch_of(), KEY) for step in (in_parts, whole))
+    chex.assert_trees_all_close(metrics, numbers, rtol=2e-5)
+    chex.assert_trees_all_close(state.opt_state, want.opt_state, rtol=2e-4, atol=1e-6)
 
 
 # Steps that are not finite
@@ -209,7 +221,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(poison: float,
 
 
 def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    def root_of_zero(process: EdmProcess, denoise: Callable, images: jax.Array, key: jax.Array) -> jax.Array:
+    def root_of_zero(process: EdmProcess, denoise: Callable, images: jax.Array, key: jax.Array, *_: object) -> jax.Array:
         return jnp.sqrt(0 * jnp.square(denoise(images, jnp.ones(len(images)))).mean(axis=(1, 2, 3)))
 
     monkeypatch.setattr(step_module, "loss", root_of_zero)
