@@ -132,7 +132,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
         model.attention = tuple(r // factor for r in model.attention if r // factor in sizes and r // factor <= 8)
         stage.train.update(images=256, batch=16, warmup_images=64, learning_rate=1e-3, ema_halflife_images=64.0)
         stage.sample.num_steps = 4 if stage.process.kind == "edm" else 8
-    config.dataset.update(source="synthetic", path="", size=256, num_classes=8 if config.dataset.num_classes else 0)
+    config.dataset.update(source="synthetic", path="", size=256, threads=1, workers=0,
+                          num_classes=8 if config.dataset.num_classes else 0)
     config.checkpoint.every_images = 128
     config.log.update(every_steps=4, grid_every_images=128, grid_images=4)
     config.sample.batch = 8
