@@ -88,8 +88,8 @@ def get_config() -> ConfigDict:
         seed=0,                      # of initialisation, data order and training noise
         stages=dict(),
         dataset=dict(
-            source="synthetic",      # synthetic | folder | zip (EDM's dataset.json format) | tfds
-            path="",                 # folder or zip
+            source="synthetic",      # synthetic | folder | zip (EDM's dataset.json format) | tfds | packed
+            path="",                 # folder, zip or packed (--mode=prepare)
             name="", split="train", data_dir="",     # tfds
             num_classes=0,           # 0 = unconditional
             size=50_000,             # images in the synthetic set

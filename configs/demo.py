@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     relay = default.relay_stage(32, patch=4)
     relay.model.update(channels=32, multipliers=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0)
-    relay.train.update(images=16_000, batch=16, learning_rate=1e-3, warmup_images=1_000, ema_halflife_images=700.0)
+    relay.train.update(images=12_000, batch=16, learning_rate=1e-3, warmup_images=1_000, ema_halflife_images=700.0)
     relay.sample.update(num_steps=40, rho=7.0, handoff_sigma=0.9)
 
     config.stages.base, config.stages.relay = base, relay

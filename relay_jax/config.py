@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from relay_jax.data.sources import DataError, EdmZip, Source, make_source
+from relay_jax.data.sources import DataError, EdmZip, Source, at_resolution, make_source
 from relay_jax.diffusion.augment import NUM_LABELS
 from relay_jax.diffusion.dct import check_patch
 from relay_jax.diffusion.sampler import EdmSampler, RelaySampler
@@ -258,6 +258,14 @@ def parse_stage(stages: list[Stage], name: str) -> Stage | None:
     return None
 
 
+def describe_source(config: ConfigDict, stages: list[Stage]) -> dict[str, object]:
+    """What dataset.source reads, for the record of a preparation."""
+    node = config.dataset
+    keys = {"synthetic": ("size",), "tfds": ("name", "split", "data_dir")}.get(node.source, ("path",))
+    drawn = {"resolution": stages[-1].resolution, "seed": config.seed} if node.source == "synthetic" else {}
+    return {"source": node.source} | {key: node[key] for key in keys} | drawn
+
+
 def parse_weights(stages: list[Stage], given: dict[str, str]) -> dict[str, Path]:
     """Folders with the weights of stages, by stage name. Raises ConfigError for an unknown stage or an absent folder."""
     folders = {name: Path(folder) for name, folder in given.items() if folder}
@@ -275,7 +283,11 @@ def open_source(config: ConfigDict, stages: list[Stage]) -> Source:
     try:
         source = make_source(node.source, path=node.path, name=node.name, split=node.split, data_dir=node.data_dir,
                              resolution=largest, size=node.size, seed=config.seed)
+        for stage in stages:
+            at_resolution(source, stage.resolution)
     except DataError as error:
+        if node.source == "packed":     # the hint is about originals
+            raise
         raise DataError(f"{error}; {node.hint}" if node.hint else str(error)) from error
     if node.num_classes and source.num_classes != node.num_classes:
         found = f"{source.num_classes} classes" if source.num_classes else "no classes"

@@ -4,31 +4,48 @@
     python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo --mode=sample --seeds=0-63 --out=images
     python -m relay_jax.main --config=configs/imagenet256.py --mode=sample --weights.base=DIR --weights.relay=DIR
 
-Bad input ends with one line and exit status 2, before anything is compiled or written.
+Bad input ends with one line and exit status 2, before anything is compiled or written. SIGTERM saves and ends with
+status 75: start the same command again. Several processes: see relay_jax/distributed.py and launch/.
 """
 
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from relay_jax import distributed
 from relay_jax.checkpoint import CheckpointError
-from relay_jax.config import ConfigError, build, claim_workdir, open_source, parse_stage, parse_weights
+from relay_jax.config import (
+    ConfigError,
+    Stage,
+    build,
+    claim_workdir,
+    describe_source,
+    open_source,
+    parse_stage,
+    parse_weights,
+)
 from relay_jax.data.sources import DataError
 from relay_jax.logs import fail, quieten
 from relay_jax.sampling.verb import sample
+from relay_jax.tools.plan import DEFAULT_UTILISATION, plan
+from relay_jax.tools.prepare import prepare
 from relay_jax.training.loop import TrainingError
 from relay_jax.training.verb import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py (:smoke for a tiny "
                                           "variant); override keys with --config.KEY=VALUE.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, samples.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "prepare", "plan"], "What to do; prepare packs the data "
+                          "set for all stages into --out, plan says what a training costs before it is launched.")
 _STAGE = flags.DEFINE_string("stage", "", "Train or sample this stage alone (default: all, in order).")
 _SEEDS = flags.DEFINE_string("seeds", "0-63", "Sampling: seeds, one image each, e.g. 0-63 or 1,5,10-12.")
 _OUT = flags.DEFINE_string("out", "", "Sampling: folder for the images (default: WORKDIR/samples/images).")
@@ -37,7 +54,12 @@ _CLASS = flags.DEFINE_integer("class", None, "Sampling: one class for all images
 _LOW_RES = flags.DEFINE_string("low_res", "", "Sampling --stage of a relay: folder of low-resolution images written "
                                "before (default: down-sampled real images).")
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
+_TOPOLOGY = flags.DEFINE_string("topology", "", "Plan: ask the TPU compiler for this slice, e.g. v5e:4x4 (needs libtpu).")
+_DEVICES = flags.DEFINE_integer("devices", 0, "Plan: chips or cards of the training (default: up to 64).")
+_UTILISATION = flags.DEFINE_float("utilisation", DEFAULT_UTILISATION, "Plan: assumed share of the peak.")
+_HARDWARE = flags.DEFINE_list("hardware", [], "Plan: only these devices, e.g. v5e,H100.")
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError, distributed.DistributedError)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -69,23 +91,56 @@ def use_compilation_cache(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "cache").absolute()))
 
 
+def claim(config: ConfigDict, workdir: Path, create: bool) -> None:
+    """`claim_workdir` for all processes: the first one writes config.json, the others find and compare it."""
+    def action(first: bool) -> None:
+        if not first and create and not (workdir / "config.json").exists():
+            raise ConfigError(f"{workdir} is not the same folder on all hosts; use a file system that they share")
+        claim_workdir(config, workdir, create and first)
+
+    distributed.first_then_others(action)
+
+
+def prepare_data(config: ConfigDict, stages: list[Stage]) -> None:
+    """--mode=prepare: packs the data set, cropped and resized for every stage, into --out."""
+    if jax.process_count() > 1:
+        raise ConfigError("--mode=prepare runs in one process; start it on one host")
+    if not _OUT.value:
+        raise ConfigError("name the folder to prepare into: --out=DIR")
+
+    def each() -> None:
+        if distributed.stop_requested():
+            raise distributed.Stopped("stopped by SIGTERM while preparing")
+
+    prepare(open_source(config, stages), [stage.resolution for stage in stages], Path(_OUT.value),
+            description=describe_source(config, stages), threads=config.dataset.threads, each=each)
+
+
 def run(config: ConfigDict, workdir: Path | None) -> None:
     """Checks everything that can be checked cheaply, then does what --mode says."""
-    stages = build(config)
-    only = parse_stage(stages, _STAGE.value)
+    together = partial(distributed.everywhere, errors=USER_ERRORS)
+    stages = together(lambda: build(config))
+    only = together(lambda: parse_stage(stages, _STAGE.value))
     given = {name.removeprefix(_WEIGHTS): flags.FLAGS[name].value for name in flags.FLAGS if name.startswith(_WEIGHTS)}
-    weights = parse_weights(stages, given)
+    weights = together(lambda: parse_weights(stages, given))
+    if _MODE.value == "plan":
+        plan([only] if only else stages, fsdp=config.mesh.fsdp, devices=_DEVICES.value, utilisation=_UTILISATION.value,
+             hardware=_HARDWARE.value, topology=_TOPOLOGY.value, workdir=workdir)
+        return
+    if _MODE.value == "prepare":
+        prepare_data(config, stages)
+        return
     if workdir is None and (_MODE.value == "train" or any(s.name not in weights for s in ([only] if only else stages))):
         raise ConfigError("name the folder of the run: --workdir=runs/NAME")
     if _MODE.value == "train":
         assert workdir is not None
-        source = open_source(config, stages)
-        claim_workdir(config, workdir, create=True)
+        source = together(lambda: open_source(config, stages))
+        claim(config, workdir, create=True)
         use_compilation_cache(workdir)
         train(config, stages, only, source, workdir, weights)
         return
     if workdir is not None:
-        claim_workdir(config, workdir, create=False)
+        claim(config, workdir, create=False)
         use_compilation_cache(workdir)
         weights = {stage.name: workdir / stage.name for stage in stages} | weights
     out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "samples" / "images"
@@ -93,15 +148,45 @@ def run(config: ConfigDict, workdir: Path | None) -> None:
            low_res=Path(_LOW_RES.value) if _LOW_RES.value else None)
 
 
+def give_up(error: Exception) -> NoReturn:
+    """Ends with status 2 and one line, also where other processes are waiting in a collective."""
+    if not distributed.joined():
+        fail(error)
+    agreed = isinstance(error, TrainingError) or (isinstance(error, distributed.DistributedError) and error.agreed)
+    try:
+        if not agreed or jax.process_index() == 0:
+            fail(error)
+    finally:
+        if agreed:
+            distributed.leave()
+        else:
+            os._exit(2)     # leaving in order would wait for the others; the launcher, or JAX's heartbeat, ends them
+    sys.exit(2)
+
+
 def main(_: Sequence[str]) -> None:
     quieten()
     try:
-        run(_CONFIG.value, Path(_WORKDIR.value) if _WORKDIR.value else None)
+        distributed.initialize()
+        with distributed.sigterm_asks():
+            run(_CONFIG.value, Path(_WORKDIR.value) if _WORKDIR.value else None)
+        distributed.leave()
+    except distributed.Stopped as stop:
+        logging.info("%s; the same command continues", stop)
+        distributed.leave()
+        sys.exit(distributed.STOPPED)
     except USER_ERRORS as error:
-        fail(error)
+        give_up(error)
     except KeyboardInterrupt:
         logging.info("interrupted; the same command continues from the last checkpoint")
+        if distributed.joined():
+            os._exit(130)
         sys.exit(130)
+    except Exception:
+        if not distributed.joined():
+            raise
+        traceback.print_exc()       # the interpreter's own way out would wait for processes that wait for this one
+        os._exit(1)
 
 
 if __name__ == "__main__":

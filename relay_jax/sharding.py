@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MIN_SHARDED_SIZE = 2**14    # smaller arrays are copied: the communication would cost more than it saves
@@ -48,3 +50,39 @@ def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's part of a batch -> global arrays, first axis over all devices."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def from_all(values: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Whole arrays that every process has alike -> global arrays, first axis over all devices."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+            for key, value in values.items()}
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """A global array as numpy, whole on every process."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def stream_order(batch: int, mesh: Mesh) -> np.ndarray | None:
+    """Where the images of a batch, in the order of the stream, lie in the global array of `to_devices`; None if in place.
+
+    Host k of m loads the images k, k + m, ... of a batch, and its devices hold them in the order of their place in the
+    mesh. The noise of training depends on the place in the batch, so a result that does not depend on the number of
+    hosts needs the order of the stream: int [batch], image i is at [i].
+    """
+    if jax.process_count() == 1:
+        return None
+    host = np.empty(batch, int)
+    for device, index in batch_sharding(mesh).devices_indices_map((batch,)).items():
+        host[index] = device.process_index
+    places = [np.flatnonzero(host == k) for k in range(jax.process_count())]
+    return np.stack(places, axis=1).reshape(-1)
+
+
+def describe(mesh: Mesh) -> str:
+    """Hosts, devices and mesh in a few words."""
+    hosts = jax.process_count()
+    each = f" ({mesh.size // hosts} on each)" if hosts > 1 else ""
+    return (f"{hosts} host{'s' if hosts > 1 else ''}, {mesh.size} x {jax.devices()[0].device_kind}{each}, mesh data "
+            f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}")

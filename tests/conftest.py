@@ -62,6 +62,7 @@ def command_line(*arguments: str) -> Iterator[None]:
         for name in list(flags.FLAGS):
             if name.startswith(("config.", "weights.")):
                 delattr(flags.FLAGS, name)
-        for name in ("config", "mode", "stage", "seeds", "out", "class", "low_res", "workdir"):
+        for name in ("config", "mode", "stage", "seeds", "out", "class", "low_res", "workdir", "topology", "devices",
+                     "utilisation", "hardware"):
             flags.FLAGS[name].value = values.get(name)
             flags.FLAGS[name].present = 0

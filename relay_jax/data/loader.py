@@ -14,7 +14,7 @@ from typing import Self, TypedDict
 import grain
 import numpy as np
 
-from relay_jax.data.sources import DataError, Source
+from relay_jax.data.sources import DataError, Source, at_resolution
 from relay_jax.data.transforms import center_crop_resize, flip_x
 
 
@@ -39,7 +39,7 @@ class _Examples:
     """The source as Grain wants it: one dictionary per position, cropped."""
 
     def __init__(self, source: Source, resolution: int) -> None:
-        self._source, self._resolution = source, resolution
+        self._source, self._resolution = at_resolution(source, resolution), resolution
 
     def __len__(self) -> int:
         return len(self._source)
@@ -64,7 +64,8 @@ class Loader(Iterator[Batch]):
     threads: decoding threads in each process; 0 decodes in the caller, without prefetching.
     workers: decoding processes; 0 for none. They need parsed absl flags (`app.run` does it) and, as they are spawned, a
         main module that can be imported. Threads do while decoding dominates: Pillow releases the interpreter lock.
-    Raises ValueError for impossible arguments. `next` raises DataError for an unreadable image; any error closes it.
+    Raises ValueError for impossible arguments, and DataError for a packed set without this resolution. `next` raises
+    DataError for an unreadable image; any error closes it.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ def read(source: Source, positions: Sequence[int], resolution: int) -> tuple[np.
     """Images uint8 [n, r, r, 3] and labels int32 [n] at `positions`, in that order, unshuffled and unflipped."""
     images = np.empty((len(positions), resolution, resolution, 3), np.uint8)
     labels = np.empty(len(positions), np.int32)
+    source = at_resolution(source, resolution)
     for n, position in enumerate(positions):
         image, labels[n] = source[int(position)]
         images[n] = center_crop_resize(image, resolution)

@@ -16,10 +16,22 @@ from typing import Protocol
 import numpy as np
 
 from relay_jax.data.decode import EXTENSIONS, DataError, decode_image, is_image, one_line
+from relay_jax.data.index import list_images
+from relay_jax.data.packed import PackedDataset
 from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.data.tfds_source import TfdsSource
 
-__all__ = ["DataError", "EdmZip", "ImageFolder", "Source", "SyntheticShapes", "TfdsSource", "make_source"]
+__all__ = [
+    "DataError",
+    "EdmZip",
+    "ImageFolder",
+    "PackedDataset",
+    "Source",
+    "SyntheticShapes",
+    "TfdsSource",
+    "at_resolution",
+    "make_source",
+]
 
 
 class Source(Protocol):
@@ -35,20 +47,12 @@ class Source(Protocol):
         ...
 
 
-def _scan(folder: str, above: tuple[tuple[int, int], ...] = ()) -> list[str]:
-    """Paths of the images under `folder`, at any depth, unordered. `above` guards against links to a parent folder."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return []
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                found += [] if entry.name.startswith(".") else _scan(entry.path, above + (here,))
-            elif is_image(entry.name):
-                found.append(entry.path)
-    return found
+def at_resolution(source: Source, resolution: int) -> Source:
+    """The source that a stage of that resolution reads: a packed set holds each resolution apart, any other is itself.
+
+    Raises DataError if a packed set was not prepared for it.
+    """
+    return source.at(resolution) if isinstance(source, PackedDataset) else source
 
 
 class ImageFolder:
@@ -59,16 +63,13 @@ class ImageFolder:
         if not os.path.isdir(root):
             raise DataError(f"{root}: no such folder; put the images there, with one sub-folder per class or none")
         try:
-            with os.scandir(root) as entries:
-                listing = sorted((entry.name, entry.path, entry.is_dir()) for entry in entries)
-            flat = [path for name, path, is_folder in listing if not is_folder and is_image(name)]
-            folders = {n: sorted(_scan(p)) for n, p, is_folder in listing if is_folder and not n.startswith(".")}
+            listing = list_images(root)
         except OSError as error:
             raise DataError(f"{root}: cannot be listed ({one_line(error)})") from error
-        classes = {name: files for name, files in folders.items() if files}
+        flat, classes = listing.flat, listing.classes
         if flat and classes:
             raise DataError(
-                f"{root}: holds images (such as {os.path.basename(flat[0])}) beside sub-folders of images (such as "
+                f"{root}: holds images (such as {flat[0]}) beside sub-folders of images (such as "
                 f"{next(iter(classes))}); move them into the sub-folders, or keep a single flat folder"
             )
         if not flat and not classes:
@@ -76,19 +77,21 @@ class ImageFolder:
         self.path = root
         self.class_names: tuple[str, ...] = tuple(classes)
         self.num_classes = len(classes)
-        self._files = flat or [file for files in classes.values() for file in files]
+        self._files = flat or [file for files in classes.values() for file in files]  # below the folder of the class
         self._labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        file = self._files[position]
+        label = int(self._labels[position]) if self.num_classes else 0
+        folder = os.path.join(self.path, self.class_names[label]) if self.num_classes else self.path
+        file = os.path.join(folder, self._files[position])
         try:
             data = Path(file).read_bytes()
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error.strerror or one_line(error)})") from error
-        return decode_image(data, file), int(self._labels[position]) if self.num_classes else 0
+        return decode_image(data, file), label
 
 
 class EdmZip:
@@ -190,8 +193,10 @@ def make_source(
 ) -> Source:
     """The source a configuration names. Raises DataError if it cannot be had.
 
-    source: "synthetic" (reads resolution, size, seed), "folder" or "zip" (path), "tfds" (name, split, data_dir).
-    resolution: native resolution of the synthetic set, that of the largest stage, which sets the scale of its texture.
+    source: "synthetic" (reads resolution, size, seed), "folder" or "zip" (path), "packed" (path, resolution), "tfds"
+        (name, split, data_dir).
+    resolution: that of the largest stage. The synthetic set draws at it, which sets the scale of its texture; a packed
+        set is opened at it (`at_resolution` gives the others).
     """
     if source == "synthetic":
         return SyntheticShapes(resolution, size, seed)
@@ -203,6 +208,10 @@ def make_source(
         if not path:
             raise DataError("the zip source needs a path: a dataset zip in the format of EDM's dataset_tool.py")
         return EdmZip(path)
+    if source == "packed":
+        if not path:
+            raise DataError("the packed source needs a path: the folder that --mode=prepare has written")
+        return PackedDataset(path, resolution)
     if source == "tfds":
         return TfdsSource(name, split, data_dir)
-    raise DataError(f"unknown source {source!r}; choose synthetic, folder, zip or tfds")
+    raise DataError(f"unknown source {source!r}; choose synthetic, folder, zip or tfds, or packed (--mode=prepare)")

@@ -24,7 +24,7 @@ from relay_jax.diffusion.sampler import (
     seeded_noise,
 )
 from relay_jax.diffusion.schedule import RelayProcess
-from relay_jax.sharding import batch_sharding, to_devices
+from relay_jax.sharding import batch_sharding, from_all, to_host
 
 
 def _noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
@@ -69,7 +69,10 @@ class StageSampler:
 
     def __call__(self, params: dict, seeds: Sequence[int] | np.ndarray, classes: np.ndarray,
                  low_res: np.ndarray | None = None) -> np.ndarray:
-        """Any number of seeds; the last batch is filled up. Returns float32 [n, h, w, c]."""
+        """Any number of seeds, the same on all processes; the last batch is filled up.
+
+        Returns float32 [n, h, w, c], whole on every process.
+        """
         inputs = {"seeds": np.asarray(seeds, np.uint32), "classes": np.asarray(classes, np.int32)}
         if low_res is not None:
             inputs["low_res"] = np.asarray(low_res, np.float32)
@@ -78,7 +81,7 @@ class StageSampler:
             part = {k: v[start:start + self._batch] for k, v in inputs.items()}
             count = len(part["seeds"])
             full = {k: np.resize(v, (self._batch, *v.shape[1:])) for k, v in part.items()}
-            parts.append(np.asarray(self._run(params, *to_devices(full, self._mesh).values()))[:count])
+            parts.append(to_host(self._run(params, *from_all(full, self._mesh).values()))[:count])
         return np.concatenate(parts)
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from relay_jax import distributed
 from relay_jax.checkpoint import CheckpointError, Checkpoints, load_ema
 from relay_jax.config import Stage
 from relay_jax.data.loader import Loader
 from relay_jax.data.sources import Source
 from relay_jax.logs import Progress, ScalarLog, is_writer, write_png
 from relay_jax.models.unet import parameter_count
-from relay_jax.sharding import batch_sharding, replicated, state_shardings, to_devices
+from relay_jax.sharding import batch_sharding, replicated, state_shardings, stream_order, to_devices
 from relay_jax.training.optimizer import make_optimizer
 from relay_jax.training.state import TrainState, make_init
 from relay_jax.training.step import make_train_step
@@ -40,6 +42,7 @@ class LoopSettings:
     grid_every_images: int
 
 
+RUN_AHEAD = 2       # steps queued on the devices beyond the one that they compute
 Preview = Callable[[dict], np.ndarray]      # averaged parameters -> picture, uint8 [H, W, 3]
 
 
@@ -62,15 +65,16 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
     start_from: folder of another training, or of converted weights, whose averaged parameters replace the random ones.
     folder: of this stage (checkpoints, metrics.jsonl, TensorBoard events, grids). Continues from the newest readable
     checkpoint there, with the batches that an uninterrupted run would have had.
-    Raises TrainingError when too many steps in a row were not finite, CheckpointError when no checkpoint of several
-    can be read, DataError for an unreadable image.
+    Raises Stopped after SIGTERM, at the end of a step and with a checkpoint of it; TrainingError when too many steps in
+    a row were not finite, CheckpointError when no checkpoint of several can be read, DataError for an unreadable image.
     """
     if is_finished(stage, folder):
         logging.info("stage %s is finished (%s)", stage.name, folder)
         return
     train = stage.train
-    run_key = jax.random.fold_in(jax.random.key(settings.seed), stage.index)
-    init_key, step_key = jax.random.split(run_key)
+    # Made by a compiled program, so that the keys belong to all processes, like everything else that is computed with.
+    init_key, step_key = jax.jit(lambda: tuple(jax.random.split(
+        jax.random.fold_in(jax.random.key(settings.seed), stage.index))), out_shardings=replicated(mesh))()
     optimizer = make_optimizer(learning_rate=train.learning_rate, batch=train.batch, warmup_images=train.warmup_images,
                                beta1=train.adam_beta1, beta2=train.adam_beta2, epsilon=train.adam_epsilon)
     init = make_init(stage.network, optimizer)
@@ -87,21 +91,30 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
         else:
             step, items = restored
             state, seconds = TrainState(ema=items["ema"], **items["train"]), items["meta"]["seconds"]
-        loader = Loader(source, resolution=stage.resolution, batch_size=train.batch, seed=settings.seed,
-                        x_flip=settings.x_flip, start=step, host=jax.process_index(), hosts=jax.process_count(),
-                        threads=settings.threads, workers=settings.workers)
-        if restored is not None and items["meta"]["data"] != loader.state:
-            raise CheckpointError(f"the data set has changed since {folder} was begun (was {items['meta']['data']}, is "
-                                  f"{loader.state}); use the same data or another --workdir")
+
+        def open_loader() -> Loader:
+            loader = Loader(source, resolution=stage.resolution, batch_size=train.batch, seed=settings.seed,
+                            x_flip=settings.x_flip, start=step, host=jax.process_index(), hosts=jax.process_count(),
+                            threads=settings.threads, workers=settings.workers)
+            if restored is not None and items["meta"]["data"] != loader.state:
+                loader.close()
+                raise CheckpointError(f"the data set has changed since {folder} was begun (was {items['meta']['data']}, "
+                                      f"is {loader.state}); use the same data or another --workdir")
+            return loader
+
+        loader = distributed.everywhere(open_loader)
         logging.info("stage %s: %d px, %.2fM parameters, batch %d, %s, %s", stage.name, stage.resolution,
                      parameter_count(state.params) / 1e6, train.batch, f"{mesh.size} x {jax.devices()[0].device_kind}",
                      f"continues at {step * train.batch:,} images" if step else "begins")
-        train_step = jax.jit(make_train_step(stage, optimizer), donate_argnums=0,
+        train_step = jax.jit(_in_stream_order(make_train_step(stage, optimizer), train.batch, mesh), donate_argnums=0,
                              in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                              out_shardings=(shardings, replicated(mesh)))
 
         log = ScalarLog(folder, step * train.batch)
         progress = Progress(stage.name, train.steps * train.batch, step * train.batch)
+        # Steps that may wait in the queue: each holds a batch on the devices and delays the answer to SIGTERM. Queued
+        # collectives of virtual devices deadlock.
+        ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else RUN_AHEAD
         begun, pending = time.monotonic() - seconds, []
         with loader:
             while step < train.steps:
@@ -109,8 +122,8 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
                 pending.append(metrics)
                 before, step = step * train.batch, step + 1
                 images, last = step * train.batch, step == train.steps
-                if mesh.size > 1 and jax.default_backend() == "cpu":
-                    jax.block_until_ready(metrics)      # queued collectives of virtual devices deadlock
+                if len(pending) > ahead:
+                    jax.block_until_ready(pending[-1 - ahead])
 
                 if step % settings.log_every_steps == 0 or last:
                     _report(log, progress, images, state, pending)
@@ -120,15 +133,36 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
                         raise TrainingError(f"stage {stage.name}: {row} steps in a row had a loss or gradient that is not "
                                             f"finite, last at {images:,} images; lower train.learning_rate, or continue "
                                             f"from the checkpoint in {folder} with other settings")
-                if _due(before, images, settings.checkpoint_every_images) or last:
+                stop = distributed.stop_requested() and not last
+                if _due(before, images, settings.checkpoint_every_images) or last or stop:
                     meta = {"images": images, "data": dict(loader.state), "seconds": time.monotonic() - begun}
                     checkpoints.save(step, **_split(state), meta=meta)
+                if stop:
+                    if pending:
+                        _report(log, progress, images, state, pending)
+                    raise distributed.Stopped(f"stage {stage.name}: stopped by SIGTERM and saved at {images:,} images")
                 if settings.grid_every_images and (_due(before, images, settings.grid_every_images) or last):
                     picture = preview(state.ema)
                     if is_writer():
                         write_png(folder / "grids" / f"{images:012d}.png", picture)
                     log.picture(images, "samples", picture)
         log.close()
+
+
+def _in_stream_order(step: Callable[..., Any], batch: int, mesh: Mesh) -> Callable[..., Any]:
+    """The training step for batches as the hosts have put them together.
+
+    Moves the pixels of a batch between hosts (8 bits each), so that an image meets the same noise on any number of them.
+    """
+    order = stream_order(batch, mesh)
+    if order is None:
+        return step
+
+    def ordered(state: TrainState, parts: dict[str, jax.Array], key: jax.Array) -> Any:
+        moved = {k: jax.lax.with_sharding_constraint(v[order], batch_sharding(mesh)) for k, v in parts.items()}
+        return step(state, moved, key)
+
+    return ordered
 
 
 def _due(before: int, now: int, every: int) -> bool:

@@ -1,5 +1,8 @@
 """--mode=train: every stage in order, then the summary."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +10,16 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from relay_jax import distributed
 from relay_jax.checkpoint import load_ema
 from relay_jax.config import ConfigError, Stage
 from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.evaluation.summary import Trained, summarize
+from relay_jax.logs import is_writer
 from relay_jax.sampling.pipeline import StageSampler
-from relay_jax.sharding import make_mesh
+from relay_jax.sharding import describe, make_mesh
 from relay_jax.tools.plots import grid
 from relay_jax.training.loop import LoopSettings, Preview, is_finished, train_stage
 
@@ -26,13 +31,9 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
     weights: folders from whose averaged weights a stage starts, if it has no checkpoint of its own yet.
     Stages do not depend on each other for training; finished ones are skipped.
     """
-    try:
-        mesh = make_mesh(config.mesh.fsdp)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    for stage in stages:
-        if stage.train.batch % mesh.size:
-            raise ConfigError(f"stage {stage.name}: train.batch {stage.train.batch} is not divisible by {mesh.size} devices")
+    mesh = distributed.everywhere(lambda: make_training_mesh(config, stages))
+    batches = ", ".join(f"{s.name} {s.train.batch} = {mesh.size} x {s.train.batch // mesh.size}" for s in stages)
+    logging.info("%s; batches: %s", describe(mesh), batches)
     settings = LoopSettings(
         seed=config.seed, x_flip=config.dataset.x_flip, threads=config.dataset.threads, workers=config.dataset.workers,
         checkpoint_every_images=config.checkpoint.every_images, keep=config.checkpoint.keep,
@@ -40,11 +41,15 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
     for stage in [only] if only else stages:
         preview = make_preview(stage, source, mesh, config.log.grid_images)
         train_stage(stage, source, mesh, workdir / stage.name, settings, preview, weights.get(stage.name))
+        distributed.barrier(f"trained {stage.name}")    # its last checkpoint is there for all
+        if distributed.stop_requested():
+            raise distributed.Stopped(f"stopped by SIGTERM after stage {stage.name}")
 
     waiting = [stage.name for stage in stages if not is_finished(stage, workdir / stage.name)]
+    drawn = distributed.of_first((workdir / "summary.json").exists())
     if waiting:
         logging.info("still to train: %s", ", ".join(waiting))
-    elif (workdir / "summary.json").exists():
+    elif drawn:
         logging.info("all stages are finished; see %s (remove it to draw the samples again)", workdir / "summary.json")
     else:
         trained = []
@@ -52,9 +57,32 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
             params, meta = load_ema(workdir / stage.name, stage.network, mesh)
             sampler = StageSampler(stage, mesh, config.sample.batch)
             trained.append(Trained(sampler=sampler, params=params, folder=workdir / stage.name, seconds=meta["seconds"]))
-        summary = summarize(trained, source, workdir, config.evaluate.samples, config.evaluate.class_check)
+        with writers_folder(workdir) as folder:
+            summary = summarize(trained, source, folder, config.evaluate.samples, config.evaluate.class_check)
         logging.info("done: %s", ", ".join(f"{k} {v}" for k, v in summary.items() if isinstance(v, int | float | str)))
         logging.info("look at %s", workdir / "samples" / "grid.png")
+
+
+def make_training_mesh(config: ConfigDict, stages: list[Stage]) -> Mesh:
+    """The mesh of all devices, which must divide every stage's batch. Raises ConfigError."""
+    try:
+        mesh = make_mesh(config.mesh.fsdp)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for stage in stages:
+        if stage.train.batch % mesh.size:
+            raise ConfigError(f"stage {stage.name}: train.batch {stage.train.batch} is not divisible by {mesh.size} devices")
+    return mesh
+
+
+@contextmanager
+def writers_folder(workdir: Path) -> Iterator[Path]:
+    """The workdir, or on the processes that do not write a temporary folder: all must draw the samples together."""
+    if is_writer():
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def make_preview(stage: Stage, source: Source, mesh: Mesh, count: int) -> Preview:

@@ -1,0 +1,228 @@
+"""Packed data sets: images cropped and resized once for each resolution, in a few large files (tools/prepare.py).
+
+    DIR/dataset.json                          what the set holds (`Manifest`)
+    DIR/64/00000-of-00129.array_record        the first images at 64 px; read in place, at any position
+    DIR/64/00000-of-00129.array_record.json   its size and checksum (`Shard`), by which a preparation resumes
+
+A record is 12 bytes (b"RLY1", height and width as uint16, label as int32, little endian) and uint8 [h, w, 3]: each
+pixel less its left neighbour, modulo 256. ArrayRecord compresses it with zstd. So it is lossless: training sees the
+pixels that it would have seen without packing. Measured on 256 px photographs, per image and core: 127 KB, 0.3 ms to
+read, 1.3 ms to write; PNG: 120 KB, 1.6 ms, 12.5 ms; plain pixels under zstd: 167 KB, 0.2 ms, 0.9 ms.
+
+DIR may be gs://BUCKET/PATH, where a finished set has been copied: ArrayRecord and tensorstore (which orbax brings) read
+there with the application's default credentials.
+"""
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import re
+import struct
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import numpy as np
+from array_record.python import array_record_module
+
+from relay_jax.data.decode import DataError, one_line
+
+VERSION = 1
+MANIFEST = "dataset.json"
+_HEADER = struct.Struct("<4sHHi")
+_MAGIC = b"RLY1"
+
+
+class Shard(TypedDict):
+    """One file. file: path below the set's folder. bytes and sha256 are those of the whole file."""
+
+    file: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """dataset.json. source: what was packed, for people. shards: by resolution; all hold shard_images but the last."""
+
+    version: int
+    complete: bool
+    source: dict[str, Any]
+    images: int
+    class_names: list[str]
+    resolutions: list[int]
+    shard_images: int
+    shards: dict[str, list[Shard]]
+
+
+def encode_record(image: np.ndarray, label: int) -> bytes:
+    """uint8 [h, w, 3] and its label as a record."""
+    differences = image.copy()
+    differences[:, 1:] -= image[:, :-1]
+    return _HEADER.pack(_MAGIC, image.shape[0], image.shape[1], label) + differences.tobytes()
+
+
+def decode_record(record: bytes) -> tuple[np.ndarray, int]:
+    """The inverse of `encode_record`. Raises ValueError for bytes that it did not write."""
+    if record[:4] != _MAGIC:
+        raise ValueError("not a record of this format")
+    _, height, width, label = _HEADER.unpack_from(record)
+    differences = np.frombuffer(record, np.uint8, offset=_HEADER.size).reshape(height, width, 3)
+    return np.cumsum(differences, axis=1, dtype=np.uint8), label
+
+
+def _is_bucket(folder: str) -> bool:
+    return folder.startswith("gs://")
+
+
+def _bucket_read(folder: str, name: str) -> bytes:
+    """An object below gs://BUCKET/PATH. Raises OSError."""
+    bucket, _, path = folder.removeprefix("gs://").rstrip("/").partition("/")
+    retries = {"max_retries": 5, "max_delay": "2s"}  # the default keeps a user without network waiting for many minutes
+    spec = {"driver": "gcs", "bucket": bucket, "context": {"gcs_request_retries": retries}}
+    try:
+        import tensorstore  # imported late: most sets are in folders
+
+        found = tensorstore.KvStore.open(spec).result().read(f"{path}/{name}" if path else name).result()
+    except Exception as error:  # it raises whatever fits: ValueError, RuntimeError, ImportError ...
+        raise OSError(one_line(error)) from error
+    if found.state != "value":
+        raise FileNotFoundError(errno.ENOENT, "No such object")
+    return found.value
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_name(resolution: int, number: int, count: int) -> str:
+    """Path of a shard below the folder of the set."""
+    return f"{resolution}/{number:05d}-of-{count:05d}.array_record"
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """dataset.json of a packed set, finished or not. Raises DataError if it is absent, damaged or of another format."""
+    folder = os.fspath(folder)
+    path = os.path.join(folder, MANIFEST)
+    try:
+        manifest = json.loads(_bucket_read(folder, MANIFEST) if _is_bucket(folder) else Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: no packed data set ({MANIFEST} is missing); run --mode=prepare") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+    if not isinstance(manifest, dict) or not manifest.keys() >= Manifest.__required_keys__:
+        raise DataError(f"{path}: not a description of a packed data set")
+    if manifest["version"] != VERSION:
+        raise DataError(f"{path}: format {manifest['version']}, this program reads {VERSION}; prepare the set again")
+    return cast(Manifest, manifest)
+
+
+class PackedDataset:
+    """A packed data set at one of its resolutions; `at` gives the others.
+
+    Opening looks at the size of every file (not in a bucket); `verify` reads them. Raises DataError, as reading does,
+    for a set that is unfinished, or of which a file is missing, truncated, damaged or not of this set, naming the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resolution: int) -> None:
+        self.path = os.fspath(path)
+        if re.match(r"\w+:/", self.path) and not _is_bucket(self.path):
+            raise DataError(f"{self.path}: packed sets are read from folders and gs://BUCKET/PATH; mount or copy it")
+        manifest = read_manifest(self.path)
+        if not manifest["complete"]:
+            raise DataError(f"{self.path}: the preparation has not finished; start the same --mode=prepare again")
+        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+        self.num_classes = len(self.class_names)
+        self._manifest = manifest
+        self._forget_readers()
+        self._choose(resolution)
+
+    def at(self, resolution: int) -> "PackedDataset":
+        """The same images at another resolution. Raises DataError naming those there are."""
+        if resolution == self.resolution:
+            return self
+        other = copy.copy(self)
+        other._forget_readers()
+        other._choose(resolution)
+        return other
+
+    def _choose(self, resolution: int) -> None:
+        manifest = self._manifest
+        shards = manifest["shards"].get(str(resolution))
+        if shards is None:
+            present = ", ".join(str(r) for r in manifest["resolutions"])
+            raise DataError(f"{self.path}: packed at {present} px, not at {resolution}; prepare it for this relay")
+        for shard in [] if _is_bucket(self.path) else shards:
+            file = Path(self.path, shard["file"])
+            try:
+                size = file.stat().st_size
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read ({error.strerror}); start the preparation again") from error
+            if size != shard["bytes"]:
+                raise DataError(f"{file}: has {size} bytes instead of {shard['bytes']}; start the preparation again")
+        self.resolution, self._shards = resolution, shards
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")}
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        self.__dict__.update(state)
+        self._forget_readers()
+
+    def _forget_readers(self) -> None:
+        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
+        """The reader of a shard, opened when first needed; threads share it. DataError for a foreign file."""
+        with self._lock:
+            if number not in self._readers:
+                shard = self._shards[number]
+                file = os.path.join(self.path, shard["file"])
+                # Reading ahead is for sequences; ours jumps.
+                reader = array_record_module.ArrayRecordReader(
+                    file, "readahead_buffer_size:0", file_reader_buffer_size=32768
+                )
+                if reader.num_records() != shard["images"]:  # 0 for whatever is not an ArrayRecord file
+                    raise DataError(f"{file}: not the file that was prepared; start the preparation again")
+                self._readers[number] = reader
+            return self._readers[number]
+
+    def __len__(self) -> int:
+        return self._manifest["images"]
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        """Image uint8 [r, r, 3] and its label; IndexError outside the set."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} is outside 0..{len(self) - 1}")
+        number, offset = divmod(int(position), self._manifest["shard_images"])
+        try:
+            image, label = decode_record(self._reader(number).read([offset])[0])
+            if image.shape != (self.resolution, self.resolution, 3) or not 0 <= label < max(self.num_classes, 1):
+                raise ValueError(f"image of {image.shape[1]}x{image.shape[0]} px with label {label}")
+        except DataError:
+            raise
+        except (RuntimeError, ValueError, struct.error) as error:
+            where = f"{os.path.join(self.path, self._shards[number]['file'])}[{offset}]"
+            raise DataError(f"{where}: damaged ({one_line(error)}); start the preparation again") from error
+        return image, label
+
+    def verify(self) -> None:
+        """Compares every file at this resolution with its checksum. Raises DataError for the first that differs."""
+        for shard in self._shards:
+            file = os.path.join(self.path, shard["file"])
+            try:
+                if _is_bucket(self.path):
+                    found = hashlib.sha256(_bucket_read(self.path, shard["file"])).hexdigest()
+                else:
+                    found = file_sha256(Path(file))
+            except OSError as error:
+                why = error.strerror or one_line(error)
+                raise DataError(f"{file}: cannot be read ({why}); prepare or copy it again") from error
+            if found != shard["sha256"]:
+                raise DataError(f"{file}: damaged (its checksum differs); start the preparation again")

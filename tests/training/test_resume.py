@@ -1,0 +1,171 @@
+"""Killed at any moment and started again, a run ends bit-identical; SIGTERM saves and asks to be started again.
+
+The supervisor at the end of this file is a program of its own: it imports the package once and forks for each start, so
+that a start costs a second and not ten.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY, BATCH, KILLS = 64, 2, 4, 24
+CONFIG = f"""
+from configs import demo
+
+
+def get_config(_=''):
+    config = demo.get_config("smoke")
+    config.stages.base.model.update(channels=8, head_width=8, multipliers=(1,), attention=())
+    config.stages.base.train.update(images={STEPS * BATCH}, batch={BATCH})
+    config.dataset.update(size=64, threads=1)
+    config.checkpoint.every_images = {EVERY * BATCH}
+    config.log.update(every_steps=1, grid_every_images=0)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the supervisor did, and the folder of its runs: straight, killed, asked."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "config.py").write_text(CONFIG)
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, __file__, str(folder)], cwd=ROOT, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        said, _ = process.communicate(timeout=500)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"hung: {process.communicate()[0][-3000:]}")
+    assert process.returncode == 0, said[-3000:]
+    return {**json.loads(said.splitlines()[-1]), "folder": folder}
+
+
+@pytest.mark.parametrize("run", ["killed", "asked"])
+def test_an_interrupted_run_ends_bit_identical(told: dict, run: str) -> None:
+    import chex
+
+    from relay_jax.logs import read_jsonl
+    from tests.training.test_loop import final_state
+    ours, straight = (final_state(told["folder"] / name / "base") for name in (run, "straight"))
+    assert ours["step"] == STEPS
+    chex.assert_trees_all_equal(ours, straight)
+    lines = [read_jsonl(told["folder"] / name / "base" / "metrics.jsonl") for name in (run, "straight")]
+    curves = [[(line["images"], line["loss"]) for line in run_lines] for run_lines in lines]
+    assert curves[0] == curves[1] and len(curves[0]) == STEPS, "the curve has gaps or repeats"
+
+
+def test_the_run_was_killed_often_and_in_the_middle_of_saves(told: dict) -> None:
+    assert told["kills"] == KILLS
+    assert told["during_save"] >= 4, "move the moments"
+    assert len(set(told["steps"])) >= 5, "always killed at the same place"
+
+
+def test_sigterm_saves_at_the_end_of_a_step_and_asks_for_a_new_start(told: dict) -> None:
+    assert told["status"] == 75
+    assert told["saved"] and told["saved"][0] > 2
+    assert f"saved at {told['saved'][0] * BATCH} images" in (told["folder"] / "asked.log").read_text()
+
+
+# The supervisor.
+
+def start(folder: Path, name: str, *arguments: str) -> int:
+    """Forks a process that runs the command line; its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        with (folder / f"{name}.log").open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        from absl import logging
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.INFO)
+        sys.argv = ["main", f"--config={folder / 'config.py'}", f"--workdir={folder / name}", "--stage=base", *arguments]
+        main.parse_flags(sys.argv)
+        main.main([])
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def wait_until(pid: int, condition: Callable[[], bool], seconds: float = 100) -> bool:
+    """False if the process ended before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.002)
+    return True
+
+
+def end(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def passed(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
+def complete(checkpoints: Path) -> list[int]:
+    return sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal())
+
+
+def kill_often(folder: Path, rng: random.Random) -> dict:
+    checkpoints, during_save, steps = folder / "killed" / "base" / "checkpoints", 0, []
+    for kill in range(KILLS):
+        pid, before = start(folder, "killed"), complete(checkpoints)
+        left_over = set(checkpoints.glob("*tmp*"))      # of the kill before
+        if kill % 3 == 0:       # whenever, mostly while it starts
+            until = time.monotonic() + rng.uniform(0.1, 3)
+            alive = wait_until(pid, partial(passed, until))
+        elif kill % 3 == 1:     # as soon as a save has begun, and somewhat later
+            alive = wait_until(pid, lambda old=left_over: bool(set(checkpoints.glob("*tmp*")) - old))
+            time.sleep(rng.choice([0, rng.uniform(0, 0.02), rng.uniform(0, 0.1)]))
+        else:                   # after a save
+            alive = wait_until(pid, lambda old=before: complete(checkpoints) != old)
+            time.sleep(rng.uniform(0, 0.2))
+        assert alive, "ended by itself: more steps are needed for so many kills"
+        os.kill(pid, signal.SIGKILL)
+        end(pid)
+        during_save += bool(set(checkpoints.glob("*tmp*")) - left_over)
+        steps.append(max(complete(checkpoints), default=0))
+    assert end(start(folder, "killed")) == 0
+    return {"kills": KILLS, "during_save": during_save, "steps": steps}
+
+
+def ask_to_stop(folder: Path) -> dict:
+    rare, metrics = f"--config.checkpoint.every_images={STEPS * BATCH}", folder / "asked" / "base" / "metrics.jsonl"
+    pid = start(folder, "asked", rare)
+    wait_until(pid, lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+    os.kill(pid, signal.SIGTERM)
+    told = {"status": end(pid), "saved": complete(folder / "asked" / "base" / "checkpoints")}
+    assert end(start(folder, "asked", rare)) == 0
+    return told
+
+
+if __name__ == "__main__":
+    from relay_jax import main
+    where = Path(sys.argv[1])
+    began = time.monotonic()
+    assert end(start(where, "straight", f"--config.checkpoint.every_images={STEPS * BATCH}")) == 0
+    report = {**ask_to_stop(where), **kill_often(where, random.Random(0)), "seconds": round(time.monotonic() - began, 1)}
+    print(json.dumps(report))
