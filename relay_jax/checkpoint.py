@@ -68,8 +68,8 @@ class Checkpoints:
         if distributed.joined():    # each process writes the parts that it has
             self._write(step, ema, train, meta)
             return
-        # Orbax's own part before it writes in the background costs 0.2 ms for each array, some training steps in all. Here
-        # only the copy to the host keeps the loop waiting; it must be a copy, as the arrays are donated to the next step.
+        # What Orbax does before it writes in the background takes 0.2 ms for each array, some training steps in all.
+        # Here only the copy to the host keeps the loop waiting: a copy, as the arrays are donated to the next step.
         for leaf in jax.tree.leaves((ema, train)):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()       # all at once, before the first is waited for

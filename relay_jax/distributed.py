@@ -1,8 +1,8 @@
 """Several processes as one run: how they find each other, agree, and stop together.
 
-Every process runs the same command and owns some of the devices. Collectives wait for all of them, so nothing may happen
-on one process alone that changes which collectives come next: errors, stop requests and what was found on disk are
-agreed on.
+Every process runs the same command and owns some of the devices. Collectives wait for all of them, so nothing may
+happen on one process alone that changes which collectives come next: errors, stop requests and what was found on disk
+are agreed on.
 
 The launchers set RELAY_COORDINATOR=host:port (of process 0), RELAY_NUM_PROCESSES and RELAY_PROCESS_ID. Without them,
 Cloud TPU, SLURM (srun) and Open MPI are detected, and anything else is one process. RELAY_NUM_PROCESSES=1 forbids

@@ -65,7 +65,7 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 
 def stream_order(batch: int, mesh: Mesh) -> np.ndarray | None:
-    """Where the images of a batch, in the order of the stream, lie in the global array of `to_devices`; None if in place.
+    """Where the images of a batch, in the order of the stream, lie in the array of `to_devices`; None if in place.
 
     Host k of m loads the images k, k + m, ... of a batch, and its devices hold them in the order of their place in the
     mesh. The noise of training depends on the place in the batch, so a result that does not depend on the number of

@@ -98,7 +98,7 @@ def test_the_dry_run_for_a_tpu_pod_shows_every_gcloud_command() -> None:
 
 
 def test_a_tpu_run_is_kept_up_through_preemptions(tmp_path: Path) -> None:
-    """The real script against a gcloud that has one host, this one: a request, a run that asks for another start twice."""
+    """The real script against a gcloud that has one host, this one; the run asks for another start twice."""
     fake_python(tmp_path, 75, 75, 0)
     home = tmp_path / "home"
     (home / "venv" / "bin").mkdir(parents=True)

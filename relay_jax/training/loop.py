@@ -152,7 +152,7 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
 def _in_stream_order(step: Callable[..., Any], batch: int, mesh: Mesh) -> Callable[..., Any]:
     """The training step for batches as the hosts have put them together.
 
-    Moves the pixels of a batch between hosts (8 bits each), so that an image meets the same noise on any number of them.
+    Moves the pixels of a batch (8 bits each) between hosts: an image meets the same noise on any number of them.
     """
     order = stream_order(batch, mesh)
     if order is None:
