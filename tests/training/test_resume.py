@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY, BATCH, KILLS = 300, 2, 4, 24
+STEPS, EVERY, BATCH, KILLS = 800, 2, 4, 24
 RARE = f"--config.checkpoint.every_images={STEPS * BATCH}"      # only at the end
 CONFIG = f"""
 from configs import demo
