@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from configs import demo
 from relay_jax import main
+from relay_jax.data.sources import DataError
 
 
 def tiny_relay() -> ConfigDict:
@@ -66,3 +67,17 @@ def command_line(*arguments: str) -> Iterator[None]:
                      "utilisation", "hardware"):
             flags.FLAGS[name].value = values.get(name)
             flags.FLAGS[name].present = 0
+
+
+def error_of(action: Callable[[], object]) -> str:
+    """The one line of the DataError that the action must raise."""
+    with pytest.raises(DataError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from PIL import Image
 
 from relay_jax.data.loader import Loader, read
 from relay_jax.data.packed import PackedDataset, decode_record, encode_record
-from relay_jax.data.sources import DataError, ImageFolder, SyntheticShapes, at_resolution, make_source
+from relay_jax.data.sources import ImageFolder, SyntheticShapes, at_resolution, make_source
 from relay_jax.tools.prepare import prepare
+from tests.conftest import error_of
 
 COUNT = 23
 
@@ -40,14 +40,6 @@ def packed(photographs: ImageFolder, tmp_path: Path) -> Path:
     """Packed at 8 and 32 px in shards of 5: the last one holds 3."""
     prepare(photographs, [8, 32], tmp_path / "packed", description={"source": "test"}, shard_images=5, threads=2)
     return tmp_path / "packed"
-
-
-def error_of(action: Callable[[], object]) -> str:
-    with pytest.raises(DataError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 64)])

@@ -5,7 +5,6 @@ import json
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.data.sources import DataError, EdmZip, ImageFolder, Source, SyntheticShapes, TfdsSource, make_source
+from relay_jax.data.sources import EdmZip, ImageFolder, Source, SyntheticShapes, TfdsSource, make_source
+from tests.conftest import error_of
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -35,14 +35,6 @@ def write_zip(path: Path, images: dict[str, bytes], index: object = None) -> Pat
         if index is not None:
             archive.writestr("dataset.json", index if isinstance(index, str) else json.dumps(index))
     return path
-
-
-def error_of(action: Callable[[], object]) -> str:
-    with pytest.raises(DataError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def read_all(source: Source) -> list[tuple[int, int]]:

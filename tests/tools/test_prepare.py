@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from relay_jax.data.packed import PackedDataset, read_manifest
 from relay_jax.data.sources import DataError, SyntheticShapes
 from relay_jax.tools import prepare as module
 from relay_jax.tools.prepare import prepare
+from tests.conftest import content, error_of
 
 SET = SyntheticShapes(16, 22, 1)
 OPTIONS: dict[str, Any] = {"description": {"source": "synthetic", "size": 22}, "shard_images": 4, "threads": 2}
@@ -62,18 +62,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "set"
     prepare(SET, [8, 16], out, **OPTIONS)
     return out
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
-
-
-def error_of(action: Callable[[], object]) -> str:
-    with pytest.raises(DataError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_the_folder_holds_shards_by_resolution_their_checksums_and_a_description(whole: Path) -> None:

@@ -1,16 +1,16 @@
 """Where a preparation must not begin, and what it says instead: one line, and nothing is changed."""
 
 import fcntl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from relay_jax.data.packed import PackedDataset
-from relay_jax.data.sources import DataError, SyntheticShapes
+from relay_jax.data.sources import SyntheticShapes
 from relay_jax.tools import prepare as module
 from relay_jax.tools.prepare import prepare
+from tests.conftest import content, error_of
 
 SET = SyntheticShapes(16, 22, 1)
 OPTIONS: dict[str, Any] = {"description": {"source": "synthetic", "size": 22}, "shard_images": 4, "threads": 2}
@@ -21,18 +21,6 @@ def whole(tmp_path: Path) -> Path:
     """A finished set."""
     prepare(SET, [8, 16], tmp_path / "set", **OPTIONS)
     return tmp_path / "set"
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
-
-
-def error_of(action: Callable[[], object]) -> str:
-    with pytest.raises(DataError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(
