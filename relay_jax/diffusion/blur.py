@@ -11,6 +11,7 @@ patch means are untouched, so an infinite blur leaves (almost) the nearest-neigh
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from relay_jax.diffusion.dct import apply_per_patch, check_patch, dct_matrix
 
@@ -31,9 +32,11 @@ def attenuation(blur_sigma: jax.Array, patch: int, min_scale: float = MIN_SCALE)
 
 def blur_matrix(blur_sigma: jax.Array, patch: int) -> jax.Array:
     """The matrix A of equation (3). blur_sigma: [...] in pixels. Returns [..., p, p], symmetric."""
-    c = jnp.asarray(dct_matrix(patch), jnp.float32)
+    c = dct_matrix(patch)
+    outer = jnp.asarray((c[:, :, None] * c[:, None, :]).reshape(patch, patch * patch), jnp.float32)
     decay = _decay(jnp.asarray(blur_sigma, jnp.float32), patch)
-    return jnp.sum(c[:, :, None] * c[:, None, :] * decay[..., :, None, None], axis=-3)
+    # A product, not a sum over an axis: XLA for CPU (jax 0.10, 0.11) gets that wrong for 64 or more equal blur_sigma.
+    return jnp.matmul(decay, outer, precision=lax.Precision.HIGHEST).reshape(*decay.shape, patch)
 
 
 def blur(x: jax.Array, blur_sigma: jax.Array, patch: int, min_scale: float = MIN_SCALE) -> jax.Array:

@@ -1,6 +1,7 @@
 """Blur: equal to attenuated DCT coefficients, means kept, patches apart, symmetric, identity at both ends."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.fft
@@ -90,6 +91,12 @@ def test_one_sigma_per_image_and_one_for_all() -> None:
     each = fast_blur(x, SIGMAS, patch=4)
     for i, sigma in enumerate(SIGMAS):
         np.testing.assert_allclose(each[i], fast_blur(x, sigma, patch=4)[i], atol=1e-6)
+
+
+def test_one_sigma_repeated_for_many_images_inside_a_compiled_program() -> None:
+    """XLA for CPU computes a sum over an axis wrongly here, from 64 repetitions on."""
+    repeated = jax.jit(lambda sigma: blur_matrix(jnp.full(64, sigma), 4))(np.float32(0.7))
+    np.testing.assert_allclose(repeated, np.repeat(blur_matrix(np.float32([0.7]), 4), 64, axis=0), atol=1e-6)
 
 
 def test_the_blur_is_symmetric_and_is_its_own_gradient() -> None:
