@@ -1,7 +1,8 @@
 """RDM on CelebA-HQ, 64 -> 256 px, unconditional: the published settings (SPEC sections 1, 5, 6 and 7).
 
 Command:   python -m relay_jax.main --config=configs/celebahq256.py --workdir=runs/celebahq256
-Hardware:  not yet measured.
+Hardware:  TPU v5e:8x8 with --config=configs/celebahq256.py:v5e, v5p:2x2x4 with :v5p (what fits is in
+           docs/benchmarks.md), or GPUs; not yet measured.
 Score:     not yet measured. Published by the authors (their code, their evaluation): FID 3.15.
 """
 
@@ -31,4 +32,4 @@ def get_config(variant: str = "") -> ConfigDict:
     relay.sample.update(num_steps=150, rho=7.0, handoff_sigma=0.95, cdf_max=1.05)
 
     config.stages.base, config.stages.relay = base, relay
-    return default.variant(config, variant)
+    return default.variant(config, variant, default.TPU_SLICES)

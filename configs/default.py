@@ -99,19 +99,30 @@ def get_config() -> ConfigDict:
             hint="",                 # where to get the data: added to the message when it is missing
         ),
         mesh=dict(fsdp=1),           # devices that share one copy of the parameters; the rest is data parallel
-        checkpoint=dict(every_images=5_000_000, keep=2),
+        checkpoint=dict(
+            every_images=5_000_000,
+            keep=2,                  # how many of the newest stay
+            keep_every_images=0,     # the first one after each multiple of this stays for ever, 0 = none
+        ),
         log=dict(
             every_steps=50,          # progress line and scalars
             grid_every_images=5_000_000,             # sample grids during training, 0 = none
             grid_images=16,
+            profile_first=0,         # step of a stage from which a profiler trace is taken, 0 = none
+            profile_steps=5,         # its length; also of one asked for by `touch WORKDIR/STAGE/profile.request`
         ),
         sample=dict(
             batch=64,                # images per sampler call, over all devices
             pixel_edit="none",       # colours of the final images: none, or what the official scripts did before
         ),                           # scoring: imagenet | celebahq (SPEC section 9)
         evaluate=dict(
-            samples=64,              # images drawn when all stages are trained, for samples/grid.png and summary.json
+            samples=64,              # images drawn when all stages are trained, for samples/grid.png and report.json
             class_check=False,       # train a small classifier on real images and score the samples with it
+            features="random-conv",  # what is compared: random-conv | inception | package.module:function
+            inception="",            # file of the Inception weights, for features="inception"
+            reference_images=10_000, # real images that samples are compared with, 0 = all
+            every=0,                 # images between small evaluations during training, 0 = none
+            every_samples=1_000,     # samples of each of them
         ),
     ))
 
@@ -137,13 +148,30 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.checkpoint.every_images = 128
     config.log.update(every_steps=4, grid_every_images=128, grid_images=4)
     config.sample.batch = 8
-    config.evaluate.samples = 16
+    config.evaluate.update(samples=16, every_samples=16)
     config.mesh.fsdp = 1
     return config
 
 
-def variant(config: ConfigDict, name: str) -> ConfigDict:
-    """`--config=configs/FILE.py:NAME`. Raises ValueError for an unknown name."""
-    if name not in ("", "smoke"):
-        raise ValueError(f"unknown variant {name!r} of the configuration; there is only :smoke")
-    return smoke(config) if name else config
+# What makes the two published networks fit the chips of a TPU slice: `:v5e` for 16 images of the batch per chip (256
+# chips for a batch of 4096, 64 for 1024), `:v5p` for 64. On fewer chips accumulate more, on more chips less: that
+# keeps batch / (chips * accumulate), the images at once. docs/benchmarks.md has the memory that they take.
+TPU_SLICES = {
+    "v5e": {"mesh.fsdp": 4, "stages.base.train.accumulate": 2,
+            "stages.relay.train.accumulate": 4, "stages.relay.model.remat": True},
+    "v5p": {"stages.relay.train.accumulate": 2, "stages.relay.model.remat": True},
+}
+
+
+def variant(config: ConfigDict, name: str, slices: dict[str, dict] | None = None) -> ConfigDict:
+    """`--config=configs/FILE.py:NAME`: smoke, or one of `slices`, name -> settings by dotted key. '' changes nothing.
+
+    Raises ValueError for an unknown name.
+    """
+    slices = slices or {}
+    if name in slices:
+        config.update_from_flattened_dict(slices[name])
+    elif name not in ("", "smoke"):
+        known = ", ".join(f":{known}" for known in ("smoke", *slices))
+        raise ValueError(f"unknown variant {name!r} of the configuration; there is only {known}")
+    return smoke(config) if name == "smoke" else config

@@ -1,7 +1,8 @@
 """RDM on ImageNet, 64 -> 256 px, class-conditional: the published settings (SPEC sections 1, 5, 6 and 7).
 
 Command:   python -m relay_jax.main --config=configs/imagenet256.py --workdir=runs/imagenet256
-Hardware:  a Cloud TPU pod slice or several GPU nodes; not yet measured.
+Hardware:  TPU v5e:16x16 with --config=configs/imagenet256.py:v5e, v5p:4x4x4 with :v5p (what fits is in
+           docs/benchmarks.md), or several GPU nodes; not yet measured.
 Score:     not yet measured. Published by the authors (their code, their evaluation): FID 1.87 with
            guidance 3.5, FID 5.27 without.
 Departs from the official commands: label dropout 0.1 in the relay stage, without which guidance has no
@@ -32,4 +33,4 @@ def get_config(variant: str = "") -> ConfigDict:
     relay.sample.update(num_steps=200, rho=100.0, handoff_sigma=0.9, cdf_max=0.93, guidance=3.5)
 
     config.stages.base, config.stages.relay = base, relay
-    return default.variant(config, variant)
+    return default.variant(config, variant, default.TPU_SLICES)

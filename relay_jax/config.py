@@ -118,8 +118,10 @@ def build(config: ConfigDict) -> list[Stage]:
 
 # Least value of the keys that stages share.
 _LEAST = {"dataset.num_classes": 0, "dataset.size": 1, "dataset.threads": 0, "dataset.workers": 0, "mesh.fsdp": 1,
-          "checkpoint.every_images": 1, "checkpoint.keep": 1, "log.every_steps": 1, "log.grid_every_images": 0,
-          "log.grid_images": 1, "sample.batch": 1, "evaluate.samples": 1, "seed": 0}
+          "checkpoint.every_images": 1, "checkpoint.keep": 1, "checkpoint.keep_every_images": 0, "log.every_steps": 1,
+          "log.grid_every_images": 0, "log.grid_images": 1, "log.profile_first": 0, "log.profile_steps": 1,
+          "sample.batch": 1, "evaluate.samples": 4, "evaluate.reference_images": 0,
+          "evaluate.every": 0, "evaluate.every_samples": 4, "seed": 0}
 
 
 def _check_shared(config: ConfigDict) -> None:
@@ -267,13 +269,28 @@ def describe_source(config: ConfigDict, stages: list[Stage]) -> dict[str, object
 
 
 def parse_weights(stages: list[Stage], given: dict[str, str]) -> dict[str, Path]:
-    """Folders with the weights of stages, by stage name. Raises ConfigError for an unknown stage or an absent folder."""
-    folders = {name: Path(folder) for name, folder in given.items() if folder}
-    for name, folder in folders.items():
-        parse_stage(stages, name)
-        if not (folder / "checkpoints").is_dir():
-            raise ConfigError(f"--weights.{name}: {folder} has no checkpoints; name a converted or trained stage")
-    return folders
+    """Weights of stages by stage name: the folder of a stage, or of one of its checkpoints for FOLDER@STEP.
+
+    Raises ConfigError for an unknown stage, and for a folder or checkpoint that is not there.
+    """
+    return {name: _weights_folder(parse_stage(stages, name), text) for name, text in given.items() if text}
+
+
+def _weights_folder(stage: Stage | None, text: str) -> Path:
+    """FOLDER as it is, FOLDER@STEP as FOLDER/checkpoints/STEP."""
+    assert stage is not None    # for the name '' alone
+    folder, step = Path(text), ""
+    before, at, after = text.rpartition("@")
+    if at and after.isdecimal() and not (folder / "checkpoints").is_dir():
+        folder, step = Path(before), after
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir():
+        raise ConfigError(f"--weights.{stage.name}: {folder} has no checkpoints; name a converted or trained stage")
+    if step and not (checkpoints / step).is_dir():
+        there = sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), reverse=True)
+        raise ConfigError(f"--weights.{stage.name}: {folder} has no checkpoint of step {step}; there are "
+                          f"{', '.join(map(str, there)) or 'none'}")
+    return checkpoints / step if step else folder
 
 
 def open_source(config: ConfigDict, stages: list[Stage]) -> Source:

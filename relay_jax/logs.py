@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -20,10 +20,10 @@ def quieten() -> None:
     logging.get_absl_handler().addFilter(lambda r: r.levelno >= 40 or r.pathname.startswith(ours))
 
 
-def fail(message: object) -> NoReturn:
-    """Ends the program for a mistake of the user's: one line on stderr, exit status 2."""
+def fail(message: object, status: int = 2) -> NoReturn:
+    """Ends the program with one line on stderr and an exit status: 2 for a mistake of the user's."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def is_writer() -> bool:
@@ -69,6 +69,11 @@ class ScalarLog:
         if self._events is not None:
             self._events.add_image(name, pixels, images, dataformats="HWC")
 
+    def text(self, images: int, name: str, value: Any) -> None:
+        """Plain values, for TensorBoard: JSON in a block of Markdown."""
+        if self._events is not None:
+            self._events.add_text(name, f"```json\n{json.dumps(value, indent=1)}\n```", images)
+
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
@@ -85,16 +90,27 @@ def read_jsonl(path: Path) -> list[dict]:
     return lines
 
 
+def append_jsonl(path: Path, value: dict) -> None:
+    """Adds a line to a file that stays whole, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace_text(path, "".join(json.dumps(line) + "\n" for line in [*read_jsonl(path), value]))
+
+
 def _replace_text(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_text(path, json.dumps(value, indent=1) + "\n")
+    _replace_text(path, text)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a whole file or nothing."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
@@ -106,10 +122,14 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 class Progress:
-    """Rate and time left of a long loop, as one console line now and then."""
+    """Rate and time left of a long loop, as one console line now and then.
 
-    def __init__(self, what: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._total, self._clock = what, total, clock
+    of_rate: what else to say that follows from the rate.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic,
+                 of_rate: Callable[[float], str] = lambda rate: "") -> None:
+        self._what, self._total, self._clock, self._of_rate = what, total, clock, of_rate
         self._start: float | None = None
         self._start_done, self._last_done, self._last = done, done, clock()
 
@@ -125,6 +145,7 @@ class Progress:
         self._last_done, self._last = done, now
         left = (self._total - done) / overall if overall > 0 else math.inf
         if is_writer():
-            logging.info("%s: %s of %s images%s, %.4g img/s, %s left", self._what, f"{done:,}", f"{self._total:,}",
-                         f", {extra}" if extra else "", rate, duration(left))
+            further = self._of_rate(rate)
+            logging.info("%s: %s of %s images%s, %.4g img/s%s, %s left", self._what, f"{done:,}", f"{self._total:,}",
+                         f", {extra}" if extra else "", rate, f", {further}" if further else "", duration(left))
         return rate

@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from relay_jax import distributed
-from relay_jax.checkpoint import CheckpointError
+from relay_jax.checkpoint import CheckpointError, SaveError
 from relay_jax.config import (
     ConfigError,
     Stage,
@@ -34,32 +34,57 @@ from relay_jax.config import (
     parse_weights,
 )
 from relay_jax.data.sources import DataError
+from relay_jax.evaluation.features import FeatureError
+from relay_jax.evaluation.verb import evaluate
+from relay_jax.host_memory import reuse_on_cpu
 from relay_jax.logs import fail, quieten
+from relay_jax.sampling.classes import parse_class_rule
+from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.sampling.verb import sample
+from relay_jax.sampling.writer import FORMATS
 from relay_jax.tools.plan import DEFAULT_UTILISATION, plan
 from relay_jax.tools.prepare import prepare
+from relay_jax.tools.verb import PLOTS, plot
 from relay_jax.training.loop import TrainingError
 from relay_jax.training.verb import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py (:smoke for a tiny "
                                           "variant); override keys with --config.KEY=VALUE.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, samples.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "prepare", "plan"], "What to do; prepare packs the data "
-                          "set for all stages into --out, plan says what a training costs before it is launched.")
-_STAGE = flags.DEFINE_string("stage", "", "Train or sample this stage alone (default: all, in order).")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "prepare", "plan", "plot"], "What to do; "
+                          "evaluate scores images, or samples of the run, and writes a report, prepare packs the data "
+                          "set for all stages into --out, plan says what a training costs before it is launched, plot "
+                          "draws pictures of the data, the schedules and the run into --out.")
+_STAGE = flags.DEFINE_string("stage", "", "Train, sample or evaluate this stage alone (default: all, in order).")
 _SEEDS = flags.DEFINE_string("seeds", "0-63", "Sampling: seeds, one image each, e.g. 0-63 or 1,5,10-12.")
 _OUT = flags.DEFINE_string("out", "", "Sampling: folder for the images (default: WORKDIR/samples/images).")
 _WEIGHTS = "weights."      # --weights.STAGE=DIR: a converted or trained stage to sample, or to start training, from
-_CLASS = flags.DEFINE_integer("class", None, "Sampling: one class for all images (default: seed mod classes).")
+_FORMAT = flags.DEFINE_enum("format", "png", FORMATS, "Sampling: numbered PNG files, npz files as ADM's, and all of them "
+                            "in one, or ArrayRecord files, a data set for dataset.source=packed.")
+_CLASS = flags.DEFINE_string("class", None, "Sampling: the class of a seed's image: mod (seed mod classes, the default), "
+                             "balanced, random, or a number for all.")
 _LOW_RES = flags.DEFINE_string("low_res", "", "Sampling --stage of a relay: folder of low-resolution images written "
                                "before (default: down-sampled real images).")
+
+_REFERENCE = flags.DEFINE_string("reference", "dataset", "Evaluate: what to compare with: dataset (the configuration's), a "
+                                 "folder of images, ADM's VIRTUAL_*.npz or EDM's fid-refs npz.")
+_REFERENCE_IMAGES = flags.DEFINE_integer("reference_images", 0, "Evaluate: images of the reference at most, 0 = all.")
+_IMAGES = flags.DEFINE_string("images", "", "Evaluate: folder of images, or npz (default: samples drawn from the run, with "
+                              "--seeds and --class).")
+_FEATURES = flags.DEFINE_string("features", "", "Evaluate: inception, random-conv or package.module:function (default: "
+                                "evaluate.features of the configuration).")
+_INCEPTION = flags.DEFINE_string("inception", "", "Evaluate: file of the Inception weights (default: evaluate.inception).")
+_CACHE = flags.DEFINE_string("cache", "", "Evaluate: folder for the features of references (default: WORKDIR/cache).")
+
+_PLOT = flags.DEFINE_list("plot", [], f"Plot: only these pictures, of {','.join(PLOTS)} (default: all that can be drawn).")
+_PLOT_IMAGES = flags.DEFINE_integer("plot_images", 0, "Plot: real images to read (default: 256; neighbours: 10,000).")
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Plan: ask the TPU compiler for this slice, e.g. v5e:4x4 (needs libtpu).")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Plan: chips or cards of the training (default: up to 64).")
 _UTILISATION = flags.DEFINE_float("utilisation", DEFAULT_UTILISATION, "Plan: assumed share of the peak.")
 _HARDWARE = flags.DEFINE_list("hardware", [], "Plan: only these devices, e.g. v5e,H100.")
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError, distributed.DistributedError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, FeatureError, TrainingError, distributed.DistributedError)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -85,6 +110,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def check_folders() -> None:
+    """Raises ConfigError where a flag names a bucket: pathlib would make a local folder `gs:` of it."""
+    places = ("workdir", "out", "low_res", "images", "reference", "inception", "cache")
+    given = {name: flags.FLAGS[name].value for name in flags.FLAGS if name in places or name.startswith(_WEIGHTS)}
+    for name, value in given.items():
+        if value and re.match(r"\w+://", value) and (_MODE.value, name) != ("prepare", "out"):      # it has its own advice
+            raise ConfigError(f"--{name}={value}: only folders can be used; mount the bucket (gcsfuse --implicit-dirs "
+                              "BUCKET DIR, as launch/tpu_pod.sh does) and name a folder in it")
+
+
 def use_compilation_cache(workdir: Path) -> None:
     """Compiled programs are kept in the workdir, unless the user has chosen a place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -106,19 +141,58 @@ def prepare_data(config: ConfigDict, stages: list[Stage]) -> None:
     if jax.process_count() > 1:
         raise ConfigError("--mode=prepare runs in one process; start it on one host")
     if not _OUT.value:
-        raise ConfigError("name the folder to prepare into: --out=DIR")
+        raise ConfigError("name the folder to prepare into: --out=DIR or --out=gs://BUCKET/PATH")
 
     def each() -> None:
         if distributed.stop_requested():
             raise distributed.Stopped("stopped by SIGTERM while preparing")
 
-    prepare(open_source(config, stages), [stage.resolution for stage in stages], Path(_OUT.value),
+    prepare(open_source(config, stages), [stage.resolution for stage in stages], _OUT.value,
             description=describe_source(config, stages), threads=config.dataset.threads, each=each)
+
+
+def draw(config: ConfigDict, stages: list[Stage], weights: dict[str, Path], workdir: Path | None) -> None:
+    """--mode=plot: pictures into --out, by default WORKDIR/plots. Without a workdir those that need none of it."""
+    if _STAGE.value:
+        raise ConfigError("--mode=plot draws all stages; leave --stage out")
+    if workdir is None and not _OUT.value:
+        raise ConfigError("name the run or the folder for the pictures: --workdir=runs/NAME or --out=DIR")
+    if workdir is not None:
+        claim(config, workdir, create=False)
+        use_compilation_cache(workdir)
+        weights = {stage.name: workdir / stage.name for stage in stages} | weights
+    out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "plots"
+    rule = parse_class_rule(_CLASS.value or "mod", stages[-1].network.num_classes)
+    plot(config, stages, weights, _PLOT.value, seeds=parse_seeds(_SEEDS.value), class_rule=rule,
+         images=_PLOT_IMAGES.value, out=out)
+
+
+def score(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: dict[str, Path],
+          workdir: Path | None) -> None:
+    """--mode=evaluate: scores of --images, or of samples drawn from the run or from --weights, into --out."""
+    drawn = not _IMAGES.value
+    if workdir is None and drawn and any(s.name not in weights for s in ([only] if only else stages)):
+        raise ConfigError("name what to score: --images=DIR, or the run with --workdir=runs/NAME")
+    if workdir is None and not _OUT.value:
+        raise ConfigError("name the folder of the report: --out=DIR")
+    out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "evaluation"
+    if workdir is not None:
+        if drawn:
+            claim(config, workdir, create=False)
+        use_compilation_cache(workdir)
+        weights = {stage.name: workdir / stage.name for stage in stages} | weights
+    features, inception = _FEATURES.value or config.evaluate.features, _INCEPTION.value or config.evaluate.inception
+    evaluate(config, stages, only, weights, images=None if drawn else Path(_IMAGES.value), seeds=_SEEDS.value,
+             class_rule=_CLASS.value or "", low_res=Path(_LOW_RES.value) if _LOW_RES.value else None,
+             reference=_REFERENCE.value, reference_images=_REFERENCE_IMAGES.value, features=features,
+             inception=Path(inception) if inception else None, out=out,
+             cache=Path(_CACHE.value) if _CACHE.value else (workdir or out) / "cache")
 
 
 def run(config: ConfigDict, workdir: Path | None) -> None:
     """Checks everything that can be checked cheaply, then does what --mode says."""
     together = partial(distributed.everywhere, errors=USER_ERRORS)
+    together(check_folders)
     stages = together(lambda: build(config))
     only = together(lambda: parse_stage(stages, _STAGE.value))
     given = {name.removeprefix(_WEIGHTS): flags.FLAGS[name].value for name in flags.FLAGS if name.startswith(_WEIGHTS)}
@@ -129,6 +203,14 @@ def run(config: ConfigDict, workdir: Path | None) -> None:
         return
     if _MODE.value == "prepare":
         prepare_data(config, stages)
+        return
+    if not distributed.joined():        # the collectives of several processes need XLA's own threads
+        reuse_on_cpu()
+    if _MODE.value == "evaluate":
+        score(config, stages, only, weights, workdir)
+        return
+    if _MODE.value == "plot":
+        draw(config, stages, weights, workdir)
         return
     if workdir is None and (_MODE.value == "train" or any(s.name not in weights for s in ([only] if only else stages))):
         raise ConfigError("name the folder of the run: --workdir=runs/NAME")
@@ -144,24 +226,26 @@ def run(config: ConfigDict, workdir: Path | None) -> None:
         use_compilation_cache(workdir)
         weights = {stage.name: workdir / stage.name for stage in stages} | weights
     out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "samples" / "images"
-    sample(config, stages, only, weights, seeds=_SEEDS.value, out=out, class_=_CLASS.value,
-           low_res=Path(_LOW_RES.value) if _LOW_RES.value else None)
+    sample(config, stages, only, weights, seeds=_SEEDS.value, out=out, class_rule=_CLASS.value or "",
+           low_res=Path(_LOW_RES.value) if _LOW_RES.value else None, image_format=_FORMAT.value)
 
 
 def give_up(error: Exception) -> NoReturn:
-    """Ends with status 2 and one line, also where other processes are waiting in a collective."""
+    """Ends with one line, also where other processes are waiting in a collective. Status 2, or 1 where launchers may try
+    again."""
+    status = 1 if isinstance(error, SaveError) else 2
     if not distributed.joined():
-        fail(error)
+        fail(error, status)
     agreed = isinstance(error, TrainingError) or (isinstance(error, distributed.DistributedError) and error.agreed)
     try:
         if not agreed or jax.process_index() == 0:
-            fail(error)
+            fail(error, status)
     finally:
         if agreed:
             distributed.leave()
         else:
-            os._exit(2)     # leaving in order would wait for the others; the launcher, or JAX's heartbeat, ends them
-    sys.exit(2)
+            os._exit(status)     # leaving in order would wait for the others; the launcher, or JAX's heartbeat, ends them
+    sys.exit(status)
 
 
 def main(_: Sequence[str]) -> None:

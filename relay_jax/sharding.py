@@ -46,10 +46,34 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(rule, tree)
 
 
+def host_rows(batch: int, mesh: Mesh) -> np.ndarray:
+    """Which images of a batch this process's devices hold under `batch_sharding`, ascending: int [batch / hosts].
+
+    They need not be neighbours: where a device stands in the mesh depends on the machine's wiring.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.sort(np.concatenate([np.arange(batch)[place] for place in places]))
+
+
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's part of a batch -> global arrays, first axis over all devices."""
+    """This host's rows of a batch (`host_rows`) -> global arrays, first axis over all devices, every row in its place.
+
+    Nothing moves between hosts.
+    """
     sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+    def place(own: np.ndarray) -> jax.Array:
+        total = len(own) * mesh.size // len(mesh.local_devices)
+        rows = host_rows(total, mesh)
+
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:      # a device's rows are neighbours, there and here
+            first, stop, _ = index[0].indices(total)
+            begin = int(np.searchsorted(rows, first))
+            return own[begin:begin + stop - first]
+
+        return jax.make_array_from_callback((total, *own.shape[1:]), sharding, of_device)
+
+    return {key: place(value) for key, value in batch.items()}
 
 
 def from_all(values: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -62,22 +86,6 @@ def from_all(values: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def to_host(array: jax.Array) -> np.ndarray:
     """A global array as numpy, whole on every process."""
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def stream_order(batch: int, mesh: Mesh) -> np.ndarray | None:
-    """Where the images of a batch, in the order of the stream, lie in the array of `to_devices`; None if in place.
-
-    Host k of m loads the images k, k + m, ... of a batch, and its devices hold them in the order of their place in the
-    mesh. The noise of training depends on the place in the batch, so a result that does not depend on the number of
-    hosts needs the order of the stream: int [batch], image i is at [i].
-    """
-    if jax.process_count() == 1:
-        return None
-    host = np.empty(batch, int)
-    for device, index in batch_sharding(mesh).devices_indices_map((batch,)).items():
-        host[index] = device.process_index
-    places = [np.flatnonzero(host == k) for k in range(jax.process_count())]
-    return np.stack(places, axis=1).reshape(-1)
 
 
 def describe(mesh: Mesh) -> str:

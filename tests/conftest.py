@@ -63,10 +63,9 @@ def command_line(*arguments: str) -> Iterator[None]:
         for name in list(flags.FLAGS):
             if name.startswith(("config.", "weights.")):
                 delattr(flags.FLAGS, name)
-        for name in ("config", "mode", "stage", "seeds", "out", "class", "low_res", "workdir", "topology", "devices",
-                     "utilisation", "hardware"):
-            flags.FLAGS[name].value = values.get(name)
-            flags.FLAGS[name].present = 0
+        for flag in flags.FLAGS.get_flags_for_module(main):
+            flag.value = values.get(flag.name)
+            flag.present = 0
 
 
 def error_of(action: Callable[[], object]) -> str:

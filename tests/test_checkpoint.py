@@ -1,6 +1,8 @@
 """Checkpoints: round trips, falling back from damage, what is kept, another placement."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from relay_jax.checkpoint import CheckpointError, Checkpoints
+from relay_jax.checkpoint import CheckpointError, Checkpoints, SaveError, load_ema
+from relay_jax.models.unet import UNet, init_params
+from tests.conftest import mesh_of
 
 
 class Carried(NamedTuple):
@@ -83,6 +87,15 @@ def test_the_newest_is_restored_and_the_oldest_are_dropped(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"30", "40"}
 
 
+def test_chosen_steps_stay_for_ever_beside_the_newest(tmp_path: Path) -> None:
+    for steps in ((10, 20, 30, 40, 50), (60, 70)):      # in two starts of a run
+        with Checkpoints(tmp_path, keep=2, keep_always=lambda step: step % 20 == 0) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, ema=ema_of(step), train=train_of(step), meta=META)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [70, 60, 40, 20]
+
+
 def test_a_step_that_is_there_is_not_saved_again(tmp_path: Path) -> None:
     saved(tmp_path, (10,))
     with Checkpoints(tmp_path) as checkpoints:
@@ -115,6 +128,73 @@ def test_other_damage_is_passed_over_too(tmp_path: Path) -> None:
     (tmp_path / "30" / "train" / "_METADATA").write_text('{"tree')
     (tmp_path / "20" / "meta" / "metadata").write_text("{")
     assert restore(tmp_path)[0] == 10
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no index": lambda step: (step / "train" / "manifest.ocdbt").unlink(),
+    "half an index": lambda step: cut(step / "ema" / "manifest.ocdbt"),
+    "no list of parts": lambda step: [path.unlink() for path in (step / "ema" / "d").iterdir()],
+    "half the notes": lambda step: cut(step / "meta" / "metadata"),
+    "half the names": lambda step: cut(step / "train" / "_METADATA"),
+    "no item": lambda step: shutil.rmtree(step / "ema"),
+    "nothing": lambda step: [shutil.rmtree(path) for path in step.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_plain_damage_is_seen_without_reading_the_arrays(kind: str, tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20))
+    DAMAGE[kind](tmp_path / "20")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.looks_whole(10) and not checkpoints.looks_whole(20)
+    assert restore(tmp_path)[0] == 10, "what cannot be read was said to be whole, or the other way round"
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, UNet]:
+    """A stage's folder with the checkpoints 10 and 20, of which 20 is damaged; do not write into it."""
+    folder = tmp_path_factory.mktemp("stage")
+    network = UNet(resolution=4, channels=8, multipliers=(1,), blocks=1, attention=(), head_width=8)
+    params = jax.jit(lambda key: init_params(network, key))(jax.random.key(0))
+    with Checkpoints(folder / "checkpoints", 3) as checkpoints:
+        for step in (10, 20):
+            ema = jax.tree.map(lambda x, step=step: x + step, params)
+            checkpoints.save(step, ema=ema, train={"step": jnp.int32(step)}, meta={**META, "images": 64 * step})
+    damage(folder / "checkpoints", 20)
+    return folder, network
+
+
+def test_a_named_checkpoint_is_read_with_its_step(stage: tuple[Path, UNet]) -> None:
+    folder, network = stage
+    for named in (folder, folder / "checkpoints" / "10"):       # the newest is damaged, so both are the same
+        params, notes = load_ema(named, network, mesh_of(1))
+        assert notes == {**META, "images": 640, "step": 10}
+        np.testing.assert_array_equal(params["out_norm"]["scale"], np.full(8, 11.0))
+
+
+@pytest.mark.parametrize(("step", "says"), [("20", "cannot be read; there are [20, 10]"),
+                                            ("30", "no checkpoint 30 in"), ("30", "there are [20, 10]")])
+def test_a_named_checkpoint_has_no_substitute(stage: tuple[Path, UNet], step: str, says: str) -> None:
+    folder, network = stage
+    with pytest.raises(CheckpointError) as error:
+        load_ema(folder / "checkpoints" / step, network, mesh_of(1))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise ValueError("Error writing\n" + 300 * "x" + "\nNo space left on device")
+
+    with pytest.raises(SaveError) as error, Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        checkpoints.save(10, ema=ema_of(10), train=train_of(10), meta=META)
+    message = str(error.value)
+    assert message.startswith(f"checkpoints cannot be written in {tmp_path}: Error writing")
+    assert message.endswith("No space left on device") and "\n" not in message
 
 
 def test_when_all_are_damaged_the_folder_is_named_in_one_line_and_kept(tmp_path: Path) -> None:

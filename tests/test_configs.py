@@ -102,6 +102,21 @@ def test_an_unknown_variant_is_refused(name: str) -> None:
         get_config(name, "tiny")
 
 
+@pytest.mark.parametrize("name", ["imagenet256", "celebahq256"])
+@pytest.mark.parametrize("variant, per_chip, at_once", [("v5e", 16, (8, 4)), ("v5p", 64, (64, 32))])
+def test_the_variants_for_tpu_slices_change_the_layout_alone(name: str, variant: str, per_chip: int,
+                                                             at_once: tuple[int, int]) -> None:
+    published, slice_ = get_config(name), get_config(name, variant)
+    for stage, images in zip(slice_.stages.values(), at_once, strict=True):
+        chips = stage.train.batch // per_chip
+        assert stage.train.batch == images * chips * stage.train.accumulate and chips % slice_.mesh.fsdp == 0
+    for config in (published, slice_):
+        config.mesh.fsdp = 0
+        for stage in config.stages.values():
+            stage.model.remat, stage.train.accumulate = False, 0
+    assert slice_.to_dict() == published.to_dict()
+
+
 # Published values
 
 @pytest.mark.parametrize("read, imagenet, celebahq", [

@@ -37,7 +37,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "demo"
     process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    deadline = time.time() + 240
+    deadline = time.time() + 600
     while not list(workdir.glob("base/checkpoints/8/_CHECKPOINT_METADATA")):
         assert process.poll() is None and time.time() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
@@ -49,12 +49,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_run_leaves_what_the_readme_promises(demo: Path) -> None:
-    summary = json.loads((demo / "summary.json").read_text())
-    assert {"class_accuracy", "class_accuracy_upsampled", "class_accuracy_real", "seconds"} <= set(summary)
-    assert all(0 <= summary[k] <= 1 for k in summary if k.startswith("class_accuracy"))
+    report = json.loads((demo / "report.json").read_text())
+    assert list(report["scores"]) == ["FD-random-conv", "precision-random-conv", "recall-random-conv", "class_accuracy",
+                                      "class_accuracy_upsampled", "class_accuracy_real"]
+    assert all(0 <= value <= 1 for name, value in report["scores"].items() if name != "FD-random-conv")
+    assert report["scores"]["FD-random-conv"] > 0 and report["time"]["seconds"]["total"] > 0
+    assert "| class_accuracy |" in (demo / "report.md").read_text()
     for name in ("base", "relay"):
-        stage = summary["stages"][name]
-        assert stage["images"] == 256 and stage["loss"] > 0 and stage["images_per_second"] > 0
+        assert report["training"][name]["images"] == 256 and report["training"][name]["loss"] > 0
+        assert report["time"]["images_per_second"][name] > 0
         lines = [json.loads(line) for line in (demo / name / "metrics.jsonl").read_text().splitlines()]
         assert [line["images"] for line in lines] == [64, 128, 192, 256]
         assert list((demo / name / "grids").glob("*.png")) and list((demo / name).glob("events.*"))
@@ -64,9 +67,9 @@ def test_the_run_leaves_what_the_readme_promises(demo: Path) -> None:
 
 
 def test_a_finished_run_does_nothing_again(demo: Path) -> None:
-    before = (demo / "summary.json").stat().st_mtime_ns
+    before = (demo / "report.json").stat().st_mtime_ns
     assert "all stages are finished" in run(demo)
-    assert (demo / "summary.json").stat().st_mtime_ns == before
+    assert (demo / "report.json").stat().st_mtime_ns == before
 
 
 def test_sampling_numbers_images_by_seed_and_keeps_existing_ones(demo: Path, tmp_path: Path) -> None:

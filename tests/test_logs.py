@@ -1,7 +1,9 @@
 """Logs: durations, rates by a clock of our own, gapless curves after a kill, whole files or none."""
 
+import io
 import json
 import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from absl import logging
 from PIL import Image
 
 from relay_jax import logs
-from relay_jax.logs import Progress, ScalarLog, duration, read_jsonl, write_json, write_png
+from relay_jax.logs import Progress, ScalarLog, append_jsonl, duration, read_jsonl, write_json, write_png
 
 
 @pytest.mark.parametrize("seconds, text", [
@@ -41,6 +43,13 @@ def test_rates_are_of_the_last_interval_and_the_time_left_leaves_out_the_first(l
         "stage base: 600 of 10,000 images, 10 img/s, 15:40 left",                   # 9400 / 10
         "stage base: 1,600 of 10,000 images, loss 0.5, 100 img/s, 1:24 left",       # 8400 / 100
         "stage base: 2,600 of 10,000 images, 250 img/s, 0:52 left"]                 # 7400 / (2000 / 14)
+
+
+def test_what_follows_from_the_rate_is_said_beside_it(lines: list[str]) -> None:
+    times = iter([0.0, 10.0])
+    progress = Progress("x", total=1000, clock=lambda: next(times), of_rate=lambda rate: f"{2 * rate:g} FLOP/s")
+    progress.line(500, "loss 1")
+    assert lines == ["x: 500 of 1,000 images, loss 1, 50 img/s, 100 FLOP/s, 0:10 left"]
 
 
 def test_a_continued_run_counts_only_its_own_images(lines: list[str]) -> None:
@@ -96,11 +105,41 @@ def test_a_run_from_the_start_drops_the_old_curve(tmp_path: Path) -> None:
     assert curve(tmp_path) == [(32, 2.0)]
 
 
-def test_pictures_go_to_the_event_file(tmp_path: Path) -> None:
-    log = ScalarLog(tmp_path, 0)
-    log.picture(64, "samples", np.zeros((4, 4, 3), np.uint8))
+def events(folder: Path) -> list:
+    """The records of the one event file: length, its checksum, protocol buffer, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+    [path] = folder.glob("events.out.tfevents*")
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        found.append(Event.FromString(data[12:12 + length]))
+        data = data[16 + length:]
+    return found
+
+
+def test_scalars_pictures_and_texts_can_be_read_from_the_event_file(tmp_path: Path) -> None:
+    log, told = ScalarLog(tmp_path, 0), {"seed": 3, "stages": {"base": {"batch": 32}}}
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    log.text(0, "config", told)
+    log.write(64, {"loss": 0.25})
+    log.picture(64, "samples", pixels)
     log.close()
-    assert any(b"samples" in path.read_bytes() for path in tmp_path.glob("events.out.tfevents*"))
+    found = {(value.tag, event.step): value for event in events(tmp_path) for value in event.summary.value}
+    assert len(found) == 3 and found["loss", 64].simple_value == 0.25
+    np.testing.assert_array_equal(Image.open(io.BytesIO(found["samples", 64].image.encoded_image_string)), pixels)
+    text = next(value for (tag, step), value in found.items() if tag.startswith("config") and step == 0)
+    assert text.metadata.plugin_data.plugin_name == "text"
+    shown = text.tensor.string_val[0].decode()
+    assert shown.startswith("```json\n") and json.loads(shown.removeprefix("```json").removesuffix("```")) == told
+
+
+def test_a_line_is_added_to_a_file_that_stays_whole(tmp_path: Path) -> None:
+    path = tmp_path / "stage" / "starts.jsonl"
+    append_jsonl(path, {"images": 0})
+    with path.open("a") as file:
+        file.write('{"images": 6')
+    append_jsonl(path, {"images": 64})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"images": 0}, {"images": 64}]
 
 
 def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

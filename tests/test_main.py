@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from relay_jax import main
+from relay_jax.checkpoint import SaveError
 from tests.conftest import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ([DEMO, "--stage=middle"], "unknown stage 'middle'"),
     ([DEMO, "--mode=sample"], "no run in"),
     ([DEMO, "--mode=fly"], "mode"),
+    ([DEMO, "--mode=sample", "--format=gif"], "png|npz|arrayrecord"),
+    ([DEMO, "--mode=sample", "--out=gs://bucket/images"], "gcsfuse"),
+    ([DEMO, "--weights.base=gs://bucket/base"], "--weights.base=gs://bucket/base"),
+    ([DEMO, "--config.checkpoint.keep_every_images=-1"], "keep_every_images"),
+    ([DEMO, "--config.log.profile_steps=0"], "profile_steps"),
     ([DEMO, "extra"], "unexpected argument 'extra'"),
     (["--config=configs/nothing.py"], "nothing.py"),
     (["--config=configs/demo.py:huge"], "huge"),
@@ -62,6 +68,14 @@ def test_bad_input_is_one_line_and_status_two(capsys: pytest.CaptureFixture[str]
 def test_a_workdir_is_required(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert "--workdir" in run(capsys, DEMO, "--workdir=")
+
+
+def test_a_bucket_as_workdir_is_refused_and_makes_no_folder_of_that_name(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ROOT / "configs" / "demo.py"
+    monkeypatch.chdir(tmp_path)
+    assert "--workdir=gs://bucket/run" in run(capsys, f"--config={config}:smoke", "--workdir=gs://bucket/run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_workdir_of_another_configuration_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path,
@@ -89,3 +103,15 @@ def test_images_smaller_than_a_stage_are_refused(capsys: pytest.CaptureFixture[s
 def test_help_names_the_flags() -> None:
     done = subprocess.run([sys.executable, "-m", "relay_jax.main", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert "--mode" in done.stdout and "--low_res" in done.stdout
+
+
+def test_a_full_disk_is_one_line_and_no_mistake_of_the_users(monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise SaveError("checkpoints cannot be written in DIR: No space left on device")
+
+    monkeypatch.setattr(main, "run", full)
+    with pytest.raises(SystemExit) as stopped, command_line(f"--config={ROOT / 'configs' / 'demo.py'}:smoke"):
+        main.main([])
+    assert stopped.value.code == 1      # launchers may start it again
+    assert capsys.readouterr().err == "error: checkpoints cannot be written in DIR: No space left on device\n"

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from relay_jax.config import build, parse_stage
-from relay_jax.sampling.writer import parse_seeds
+from relay_jax.sampling.seeds import parse_seeds
 from tests.conftest import command_line
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,9 @@
 """Mesh and placement: the rule on shapes, batches to devices and back, what is refused."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +11,8 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from relay_jax import sharding
-from relay_jax.sharding import batch_sharding, make_mesh, replicated, state_shardings, to_devices
+from relay_jax.sharding import batch_sharding, host_rows, make_mesh, replicated, state_shardings, to_devices
+from tests.test_distributed import ROOT, free_port
 
 
 def mesh_of_four() -> Mesh:
@@ -76,6 +81,7 @@ def test_batches_are_split_over_all_devices_and_come_back_whole(fsdp: int) -> No
              "label": np.arange(count, dtype=np.int32)}
     got = to_devices(batch, mesh)
     assert set(got) == set(batch)
+    assert host_rows(count, mesh).tolist() == list(range(count))     # one process holds all
     for key, value in batch.items():
         assert got[key].sharding == batch_sharding(mesh) and got[key].dtype == value.dtype
         assert [shard.data.shape[0] for shard in got[key].addressable_shards] == [2] * mesh.size
@@ -87,3 +93,51 @@ def test_replicated_is_a_whole_copy_on_every_device() -> None:
     mesh = make_mesh()
     x = jax.device_put(np.arange(3), replicated(mesh))
     assert x.sharding.is_fully_replicated and len(x.addressable_shards) == mesh.size
+
+
+ROWS = """
+import jax, numpy as np
+from jax.sharding import AxisType
+from relay_jax import distributed
+from relay_jax.data.loader import Loader
+from relay_jax.data.sources import SyntheticShapes
+from relay_jax.sharding import host_rows, to_devices
+
+distributed.initialize()
+source, settings = SyntheticShapes(8, 30, 0), dict(resolution=8, batch_size=12, seed=1, x_flip=True, threads=0)
+with Loader(source, **settings) as whole:
+    expected = next(whole)
+for fsdp, order in ((1, [0, 1, 2, 3]), (2, [0, 2, 1, 3]), (4, [3, 0, 2, 1]), (1, [1, 2, 3, 0])):
+    mesh = jax.make_mesh((4 // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
+                         devices=[jax.devices()[n] for n in order])
+    rows = host_rows(12, mesh)
+    assert len(rows) == 6
+    with Loader(source, rows=rows, **settings) as loader:
+        batch = to_devices(dict(next(loader)), mesh)
+    held = []
+    for key, value in batch.items():
+        assert value.shape == expected[key].shape and len(value.addressable_shards) == 2
+        for shard in value.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[key][shard.index])
+            held += range(12)[shard.index[0]] if key == "label" else []
+    assert sorted(held) == rows.tolist()
+    print("rows", order, jax.process_index(), *rows, flush=True)
+distributed.leave()
+"""
+
+
+def test_each_host_loads_what_its_devices_hold_in_any_order_of_the_devices() -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "RELAY_NUM_PROCESSES": "2",
+                   "RELAY_COORDINATOR": f"localhost:{free_port()}", "RELAY_TIMEOUT": "60"}
+    processes = [subprocess.Popen([sys.executable, "-c", ROWS], cwd=ROOT, env={**environment, "RELAY_PROCESS_ID": str(n)},
+                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for n in range(2)]
+    said = ""
+    for process in processes:
+        try:
+            said += process.communicate(timeout=400)[0]
+        finally:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said[-3000:]
+    for line in ("[0, 1, 2, 3] 0 0 1 2 3 4 5", "[0, 2, 1, 3] 0 0 1 2 6 7 8", "[3, 0, 2, 1] 1 0 1 2 6 7 8",
+                 "[1, 2, 3, 0] 0 0 1 2 9 10 11"):
+        assert f"rows {line}" in said

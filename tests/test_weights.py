@@ -42,7 +42,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_converted_stages_are_sampled_without_a_run(converted: Path, tmp_path: Path) -> None:
-    given = [f"--weights.{name}={converted / name}" for name in ("base", "relay")]
+    given = [f"--weights.base={converted / 'base'}", f"--weights.relay={converted / 'relay'}@0"]
     with command_line(f"--config={converted / 'config.py'}", "--mode=sample", *given, "--seeds=7-9", f"--out={tmp_path}"):
         main.main([])
     files = sorted(tmp_path.rglob("*.png"))
@@ -64,6 +64,9 @@ def test_a_training_starts_from_converted_weights(converted: Path, tmp_path: Pat
     (["--mode=sample", "--weights.base={base}"], "--workdir"),
     (["--mode=sample", "--weights.middle={base}"], "unknown stage 'middle'"),
     (["--mode=sample", "--weights.base=nowhere"], "no checkpoints"),
+    (["--mode=sample", "--weights.base=nowhere@3"], "no checkpoints"),
+    (["--mode=sample", "--weights.base={base}", "--weights.relay={relay}@7"], "no checkpoint of step 7; there are 0"),
+    (["--mode=sample", "--weights.base={base}", "--weights.relay={base}@0"], "checkpoints/0 cannot be read"),
     (["--mode=sample", "--weights.base={relay}", "--weights.relay={relay}", "--seeds=0"], "cannot be read|can be read"),
     (["--mode=sample", "--weights.base={base}", "--weights.relay={relay}", "--config.sample.pixel_edit=sepia"], "sepia"),
 ])

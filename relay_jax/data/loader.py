@@ -1,10 +1,10 @@
 """Batches by position: batch n is a pure function of the source, the seed and n.
 
     stream = the source's positions, shuffled anew each epoch, repeated for ever, each image flipped or not
-    batch n on host k of m = images k, k + m, k + 2m, ... of stream[n * batch_size : (n + 1) * batch_size]
+    batch n = stream[n * batch_size : (n + 1) * batch_size], of which a host loads the rows that its devices hold
 
-So a run resumes with nothing but n, and the images of a global batch are the same whatever the number of hosts, threads
-or worker processes. Grain (github.com/google/grain) supplies the random-access shuffle and the prefetching.
+So a run resumes with nothing but n, and row r of a batch is the same image whatever the number of hosts, threads or
+worker processes. Grain (github.com/google/grain) supplies the random-access shuffle and the prefetching.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import Self, TypedDict
 import grain
 import numpy as np
 
-from relay_jax.data.sources import DataError, Source, at_resolution
+from relay_jax.data.sources import DataError, Source, at_resolution, picture
 from relay_jax.data.transforms import center_crop_resize, flip_x
 
 
@@ -45,8 +45,22 @@ class _Examples:
         return len(self._source)
 
     def __getitem__(self, position: int) -> dict[str, object]:
-        image, label = self._source[int(position)]
+        image, label = picture(self._source, int(position))
         return {"image": center_crop_resize(image, self._resolution), "label": np.int32(label)}
+
+
+class _OwnRows:
+    """The rows of one batch after the other that this host loads, as a source for Grain."""
+
+    def __init__(self, stream: grain.MapDataset, batch_size: int, rows: np.ndarray) -> None:
+        self._stream, self._batch_size, self._rows = stream, batch_size, rows.tolist()
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, row = divmod(int(index), len(self._rows))
+        return self._stream[batch * self._batch_size + self._rows[row]]
 
 
 class _RandomFlip(grain.transforms.RandomMap):
@@ -59,7 +73,8 @@ class _RandomFlip(grain.transforms.RandomMap):
 class Loader(Iterator[Batch]):
     """Endless iterator over batches of this host; a context manager, to be closed.
 
-    batch_size: images of all hosts together. `hosts` must divide it; it may exceed the number of images.
+    batch_size: images of all hosts together; it may exceed the number of images in the source.
+    rows: those of each batch that this host loads, in this order (`sharding.host_rows`); all by default.
     start: batches already consumed: `state["next_batch"]` of an earlier loader continues it exactly.
     threads: decoding threads in each process; 0 decodes in the caller, without prefetching.
     workers: decoding processes; 0 for none. They need parsed absl flags (`app.run` does it) and, as they are spawned, a
@@ -77,24 +92,26 @@ class Loader(Iterator[Batch]):
         seed: int,
         x_flip: bool,
         start: int = 0,
-        host: int = 0,
-        hosts: int = 1,
+        rows: Sequence[int] | np.ndarray | None = None,
         threads: int = 2,
         workers: int = 0,
     ) -> None:
-        if not 0 <= host < hosts or start < 0 or threads < 0 or workers < 0:
-            raise ValueError(f"impossible {host=} {hosts=} {start=} {threads=} {workers=}")
-        if batch_size < 1 or batch_size % hosts:
-            raise ValueError(f"batch_size {batch_size} must be a positive multiple of the number of hosts, {hosts}")
+        if batch_size < 1 or start < 0 or threads < 0 or workers < 0:
+            raise ValueError(f"impossible {batch_size=} {start=} {threads=} {workers=}")
+        own = np.arange(batch_size) if rows is None else np.asarray(rows, int)
+        if not len(own) or own.min() < 0 or own.max() >= batch_size:
+            raise ValueError(f"rows must name images of a batch, 0 to {batch_size - 1}: {rows}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed {seed} must fit 32 bits without sign")
         self._state = LoaderState(next_batch=start, seed=seed, length=len(source), batch_size=batch_size, x_flip=x_flip)
         # The order matters: shuffling before repeating covers each image once per epoch, and anything random comes
-        # before the host slice, so that it depends on the position in the global stream.
+        # before the choice of rows, so that it depends on the position in the global stream.
         stream = grain.MapDataset.source(_Examples(source, resolution)).seed(seed).shuffle().repeat()
         if x_flip:
             stream = stream.random_map(_RandomFlip())
-        batches = stream[host::hosts].batch(batch_size // hosts, drop_remainder=True)[start:]
+        if rows is not None:
+            stream = grain.MapDataset.source(_OwnRows(stream, batch_size, own))
+        batches = stream.batch(len(own), drop_remainder=True)[start:]
         # Grain's own default would buffer 500 elements, and after batching an element is a batch.
         reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
         if workers:
@@ -141,6 +158,6 @@ def read(source: Source, positions: Sequence[int], resolution: int) -> tuple[np.
     labels = np.empty(len(positions), np.int32)
     source = at_resolution(source, resolution)
     for n, position in enumerate(positions):
-        image, labels[n] = source[int(position)]
+        image, labels[n] = picture(source, int(position))
         images[n] = center_crop_resize(image, resolution)
     return images, labels

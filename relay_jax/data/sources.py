@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
-from relay_jax.data.decode import EXTENSIONS, DataError, decode_image, is_image, one_line
+from relay_jax.data.decode import EXTENSIONS, DataError, EncodedImages, is_image, one_line
 from relay_jax.data.index import list_images
 from relay_jax.data.packed import PackedDataset
 from relay_jax.data.synthetic import SyntheticShapes
@@ -31,6 +32,7 @@ __all__ = [
     "TfdsSource",
     "at_resolution",
     "make_source",
+    "picture",
 ]
 
 
@@ -55,7 +57,12 @@ def at_resolution(source: Source, resolution: int) -> Source:
     return source.at(resolution) if isinstance(source, PackedDataset) else source
 
 
-class ImageFolder:
+def picture(source: Source, position: int) -> tuple[np.ndarray | Image.Image, int]:
+    """The image at `position` as `center_crop_resize` takes it soonest, and its label. Raises DataError."""
+    return source.picture(position) if isinstance(source, EncodedImages) else source[position]
+
+
+class ImageFolder(EncodedImages):
     """Image files in a folder: one class per sub-folder (labels by sorted name), or a flat folder without labels."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -83,18 +90,24 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        label = int(self._labels[position]) if self.num_classes else 0
-        folder = os.path.join(self.path, self.class_names[label]) if self.num_classes else self.path
-        file = os.path.join(folder, self._files[position])
+    def _label(self, position: int) -> int:
+        return int(self._labels[position]) if self.num_classes else 0
+
+    def file(self, position: int) -> str:
+        """Path of the image at a position."""
+        below = [self.class_names[self._label(position)]] if self.num_classes else []
+        return os.path.join(self.path, *below, self._files[position])
+
+    def encoded(self, position: int) -> tuple[bytes, str, int]:
+        label, file = self._label(position), self.file(position)
         try:
             data = Path(file).read_bytes()
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error.strerror or one_line(error)})") from error
-        return decode_image(data, file), label
+        return data, file, label
 
 
-class EdmZip:
+class EdmZip(EncodedImages):
     """EDM's dataset format (arXiv 2206.00364): square images of one size in a zip, labels in its `dataset.json`.
 
     `dataset.json` is {"labels": [["00000/img00000000.png", 6], ...]}; without the file, or with null, there are no
@@ -119,7 +132,7 @@ class EdmZip:
         self._labels = self._read_labels(index)
         self.num_classes = int(self._labels.max()) + 1 if len(self._labels) else 0
         self.class_names: tuple[str, ...] = tuple(str(label) for label in range(self.num_classes))
-        height, width, _ = self._image(0).shape
+        width, height = super().picture(0)[0].size
         self.resolution: int = height
         if height != width:
             raise DataError(f"{self.path}:{self._files[0]}: wrong image size {width}x{height}; it must be square")
@@ -152,7 +165,7 @@ class EdmZip:
         self.__dict__.update(state)
         self._open_zip, self._lock = None, threading.Lock()
 
-    def _image(self, position: int) -> np.ndarray:
+    def encoded(self, position: int) -> tuple[bytes, str, int]:
         where = f"{self.path}:{self._files[position]}"
         try:
             # One handle for each process: its file offset is shared by threads, and by a child after fork. Decoding,
@@ -161,23 +174,21 @@ class EdmZip:
                 if self._open_zip is None or self._open_zip[0] != os.getpid():
                     self._open_zip = os.getpid(), zipfile.ZipFile(self.path)
                 data = self._open_zip[1].read(self._files[position])
-
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, KeyError) as error:
             raise DataError(f"{where}: cannot be read ({one_line(error)}); the zip is damaged") from error
-        return decode_image(data, where)
+        return data, where, int(self._labels[position]) if self.num_classes else 0
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        image = self._image(position)
-        height, width, _ = image.shape
-        if (height, width) != (self.resolution, self.resolution):
+    def picture(self, position: int) -> tuple[Image.Image, int]:
+        picture, label = super().picture(position)
+        if picture.size != (self.resolution, self.resolution):
             raise DataError(
-                f"{self.path}:{self._files[position]}: wrong image size {width}x{height}; the first image of this zip "
-                f"is {self.resolution}x{self.resolution}, and all must be alike"
+                f"{self.path}:{self._files[position]}: wrong image size {picture.width}x{picture.height}; the first "
+                f"image of this zip is {self.resolution}x{self.resolution}, and all must be alike"
             )
-        return image, int(self._labels[position]) if self.num_classes else 0
+        return picture, label
 
 
 def make_source(

@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from relay_jax.data.decode import DataError, decode_image, one_line
+from relay_jax.data.decode import DataError, EncodedImages, one_line
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -42,12 +40,13 @@ def _find(name: str, data_dir: str) -> Path:
     if not prepared:
         raise DataError(
             f'{root / base}: no prepared TFDS data set {name}; run: python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder('{name}', data_dir='{root}', file_format='array_record').download_and_prepare()\""
+            f"tfds.builder('{name}', data_dir='{root}', file_format='array_record').download_and_prepare()\"; "
+            "preparing may need tensorflow, training does not"
         )
     return prepared[-1]
 
 
-class TfdsSource:
+class TfdsSource(EncodedImages):
     """Split `split` (slices such as "train[:90%]" too) of the prepared TFDS data set `name` in `data_dir`.
 
     The features must hold `image`; a ClassLabel named `label` gives the classes, otherwise there are no labels.
@@ -96,7 +95,7 @@ class TfdsSource:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+    def encoded(self, position: int) -> tuple[bytes, str, int]:
         where = f"{self._where}[{position}]"
         try:
             record = self._records[position]
@@ -107,4 +106,4 @@ class TfdsSource:
             raise DataError(f"{where}: has the label {label}, which means none; choose a labelled split")
         if not isinstance(data, bytes):
             raise DataError(f"{where}: the image is stored as {type(data).__name__}, not as an encoded file")
-        return decode_image(data, where), label
+        return data, where, label

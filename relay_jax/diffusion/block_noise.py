@@ -11,6 +11,7 @@ resolution. It is neither constant inside a block nor aligned to blocks.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def block_noise(gaussian: jax.Array, patch: int) -> jax.Array:
@@ -19,7 +20,9 @@ def block_noise(gaussian: jax.Array, patch: int) -> jax.Array:
     gaussian: white unit noise [b, h, w, c]. Returns [b, h, w, c] of variance 1 and covariance (2).
     """
     for axis in (1, 2):
-        gaussian = sum((jnp.roll(gaussian, i, axis) for i in range(1, patch)), gaussian)
+        size = gaussian.shape[axis]
+        around = jnp.concatenate([lax.slice_in_dim(gaussian, size - patch + 1, size, axis=axis), gaussian], axis)
+        gaussian = sum(lax.slice_in_dim(around, i, i + size, axis=axis) for i in reversed(range(patch)))
     return gaussian / patch
 
 

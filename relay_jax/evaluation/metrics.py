@@ -9,12 +9,13 @@ float64, and counting points on the edge of a ball must not depend on the machin
 minute on two cores; precision and recall of 50,000 samples 1e13 flops, minutes on a server.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy import linalg
 from scipy.special import rel_entr
 
+Tick = Callable[[int], None]        # is told how many pairs of points have been compared
 BLOCK = 2048    # rows of features in float64 at a time; a tile of distances is BLOCK x BLOCK (32 MB)
 
 
@@ -125,7 +126,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1) - 2 * (a @ b.T), 0)
 
 
-def _radii(features: np.ndarray, neighbours: int, block: int) -> np.ndarray:
+def _radii(features: np.ndarray, neighbours: int, block: int, tick: Tick) -> np.ndarray:
     """Squared distance of each point to its `neighbours`-th nearest other one, [n]; float32, as officially."""
     radii = []
     for rows in _blocks(features, block):
@@ -135,17 +136,19 @@ def _radii(features: np.ndarray, neighbours: int, block: int) -> np.ndarray:
             if nearest.shape[1] > neighbours + 1:       # the point itself is one of them
                 nearest = np.partition(nearest, neighbours, axis=1)[:, :neighbours + 1]
         radii.append(nearest.max(axis=1).astype(np.float32))
+        tick(len(rows) * len(features))
     return np.concatenate(radii)
 
 
-def precision_recall(ref: np.ndarray, sample: np.ndarray, neighbours: int = 3,
-                     block: int = BLOCK) -> tuple[float, float]:
+def precision_recall(ref: np.ndarray, sample: np.ndarray, neighbours: int = 3, block: int = BLOCK,
+                     progress: Callable[[float], None] | None = None) -> tuple[float, float]:
     """Improved precision and recall of features: ref [n, d], sample [m, d], n and m above `neighbours`.
 
     The ball of a point reaches to its `neighbours`-th nearest other point of its own set, border included.
     Precision: share of samples inside some ball of ref; recall: share of ref inside some ball of the samples.
     block: points per tile of distances; memory grows with its square and not with n. The official protocol takes
-    10,000 reference images. Raises ValueError for too few points, other shapes and numbers that are not finite.
+    10,000 reference images. progress: is told the share of the work that is done, after every row of tiles.
+    Raises ValueError for too few points, other shapes and numbers that are not finite.
     """
     ref, sample = _checked(ref), _checked(sample)
     if ref.shape[1] != sample.shape[1]:
@@ -155,7 +158,15 @@ def precision_recall(ref: np.ndarray, sample: np.ndarray, neighbours: int = 3,
     if min(len(ref), len(sample)) <= neighbours:
         raise ValueError(f"{len(ref)} and {len(sample)} images are too few for {neighbours} neighbours; each set needs "
                          f"at least {neighbours + 1}")
-    radii_ref, radii_sample = _radii(ref, neighbours, block), _radii(sample, neighbours, block)
+    total, done = len(ref) ** 2 + len(sample) ** 2 + len(ref) * len(sample), 0
+
+    def tick(pairs: int) -> None:
+        nonlocal done
+        done += pairs
+        if progress is not None:
+            progress(done / total)
+
+    radii_ref, radii_sample = _radii(ref, neighbours, block, tick), _radii(sample, neighbours, block, tick)
     ref_found, sample_found = np.zeros(len(ref), bool), np.zeros(len(sample), bool)
     for i, a in enumerate(_blocks(ref, block)):
         rows = slice(i * block, i * block + len(a))
@@ -164,6 +175,7 @@ def precision_recall(ref: np.ndarray, sample: np.ndarray, neighbours: int = 3,
             distance = _squared_distances(a, b)
             sample_found[columns] |= (distance <= radii_ref[rows, None]).any(axis=0)
             ref_found[rows] |= (distance <= radii_sample[columns]).any(axis=1)
+        tick(len(a) * len(sample))
     return float(sample_found.mean()), float(ref_found.mean())
 
 

@@ -1,40 +1,57 @@
-"""What a finished relay leaves behind: samples/grid.png, loss.png and summary.json."""
+"""What a finished relay leaves behind: samples/grid.png, loss.png, and the report of its samples."""
 
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
+from relay_jax import distributed
 from relay_jax.config import Stage
 from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
-from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.evaluation.classifier import train_classifier
-from relay_jax.logs import read_jsonl, write_json, write_png
-from relay_jax.sampling.pipeline import StageSampler, generate, handoff_images
+from relay_jax.evaluation.collect import collect
+from relay_jax.evaluation.features import FeatureExtractor
+from relay_jax.evaluation.image_sets import ArrayImages, ImageSet, chosen
+from relay_jax.evaluation.references import Reference, of_source, reference_features
+from relay_jax.evaluation.report import averaging, make_report, write_report
+from relay_jax.evaluation.scores import NEIGHBOURS, SETTINGS, notes, score
+from relay_jax.logs import is_writer, read_jsonl, write_png
+from relay_jax.sampling.classes import classes_for
+from relay_jax.sampling.pipeline import StageSampler, generate
 from relay_jax.sampling.pixels import to_uint8
-from relay_jax.tools.plots import grid, loss_curves, panels
+from relay_jax.sampling.record import describe_sampling
+from relay_jax.tools.plots import loss_curves, relay_picture
 
 CLASSIFIER_IMAGES, HELD_OUT_IMAGES = 4096, 1024
-GRID_ROWS, GRID_COLUMNS = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A finished stage: its sampler and averaged parameters, its folder, and the seconds its training took."""
+    """A finished stage: its sampler and averaged parameters, the notes of its checkpoint, and its folder."""
     sampler: StageSampler
     params: dict
+    notes: Mapping[str, Any]
     folder: Path
-    seconds: float
 
     @property
     def stage(self) -> Stage:
         return self.sampler.stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummarySettings:
+    """samples: images drawn. class_check: score them also with a classifier trained on real images (needs classes).
+    reference_images: real images that they are compared with, 0 = all. cache: for the features of the reference."""
+    samples: int
+    class_check: bool
+    reference_images: int
+    threads: int
+    cache: Path
 
 
 def class_accuracies(source: Source, images: dict[str, np.ndarray], classes: np.ndarray,
@@ -53,72 +70,92 @@ def class_accuracies(source: Source, images: dict[str, np.ndarray], classes: np.
     return {name: round(float(np.mean(classify(x) == wanted)), 4) for name, (x, wanted) in seen.items()}
 
 
-def summarize(trained: Sequence[Trained], source: Source, workdir: Path, samples: int, class_check: bool) -> dict:
-    """Draws `samples` images (seeds 0, 1, ...; class = seed mod classes) through all stages and writes the summary.
+def summarize(trained: Sequence[Trained], source: Source, description: dict[str, Any], extractor: FeatureExtractor,
+              workdir: Path, settings: SummarySettings) -> dict[str, Any]:
+    """Draws samples (seeds 0, 1, ...; class = seed mod classes) through all stages, and writes pictures and report.
 
-    class_check: also score them with a classifier (needs classes). Returns what summary.json holds.
+    description: what the configuration says of the data set, which is the reference. All processes must call it.
+    Returns the report.
     """
+    begun = time.monotonic()
     stages = [t.stage for t in trained]
-    last, num_classes = stages[-1], stages[-1].network.num_classes
-    seeds = np.arange(samples)
-    classes = seeds % max(num_classes, 1)
-    start = time.monotonic()
+    last, num_classes, seeds = stages[-1], stages[-1].network.num_classes, np.arange(settings.samples)
+    classes = classes_for(seeds, num_classes, "mod")
     images = generate([(t.sampler, t.params) for t in trained], seeds, classes)
-    seconds = time.monotonic() - start
-    logging.info("drew %d samples through %d stages in %.1f s, compilation included", samples, len(stages), seconds)
+    seconds = {"sampling": time.monotonic() - begun}
+    logging.info("drew %d samples through %d stages in %.1f s, compilation included", len(seeds), len(stages),
+                 seconds["sampling"])
+    if is_writer():
+        write_png(workdir / "samples" / "grid.png", relay_picture(stages, images, seeds, classes))
+        loss_curves([(t.stage.name, t.folder / "metrics.jsonl") for t in trained], workdir / "loss.png")
 
-    write_png(workdir / "samples" / "grid.png", _relay_picture(stages, images, seeds, classes))
-    loss_curves([(t.stage.name, t.folder / "metrics.jsonl") for t in trained], workdir / "loss.png")
-    summary = {
-        "stages": {t.stage.name: _stage_summary(t) for t in trained},
-        "samples": samples, "sampling_seconds": round(seconds, 1),
-        "sampling_images_per_second": round(samples / seconds, 2),
-        "sampler": {s.name: {"steps": len(s.sampler.sigmas()) - 1, "guidance": s.guidance.weight} for s in stages},
-    }
-    if class_check and num_classes and len(stages) > 1:
-        first = images[stages[0].name]
-        factor = last.resolution // stages[0].resolution
+    record = describe_sampling(stages, {t.stage.name: (t.params, t.notes) for t in trained}, seeds.tolist(), "mod")
+    samples = ArrayImages(to_uint8(images[last.name]), {"kind": "drawn"})
+    reference = of_source(source, description, last.resolution, threads=settings.threads, limit=settings.reference_images)
+    start = time.monotonic()
+    scores, told = distances(samples, reference, source, extractor, settings)
+    seconds["distances"], start = time.monotonic() - start, time.monotonic()
+    if settings.class_check and num_classes and len(stages) > 1:
+        first, factor = images[stages[0].name], last.resolution // stages[0].resolution
         upsampled = first.repeat(factor, axis=1).repeat(factor, axis=2)
         accuracy = class_accuracies(source, {"relay": images[last.name], "upsampled": upsampled}, classes, last.resolution)
-        summary.update(class_accuracy=accuracy["relay"], class_accuracy_upsampled=accuracy["upsampled"],
-                       class_accuracy_real=accuracy["real"])
-    summary.update(seconds=round(sum(t.seconds for t in trained) + time.monotonic() - start, 1),
-                   device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", jax=jax.__version__,
-                   python=platform.python_version())
-    write_json(workdir / "summary.json", summary)
-    return summary
+        scores |= {"class_accuracy": accuracy["relay"], "class_accuracy_upsampled": accuracy["upsampled"],
+                   "class_accuracy_real": accuracy["real"]}
+        told.append("class_accuracy: share of the samples that a small classifier, trained on real images, gives the class "
+                    "that was asked for; _upsampled: of the first stage's images, enlarged; _real: of held-out real images.")
+        seconds["classifier"] = time.monotonic() - start
+
+    asked = {"samples": {**samples.identity, "resolution": last.resolution, "sampling": record, "ema": averaging(stages)},
+             "reference": reference.identity, "features": extractor.identity, "metrics": SETTINGS}
+    training: dict[str, Any] = {}
+    rates: dict[str, float | None] = {"sampling": round(len(seeds) / seconds["sampling"], 2)}
+    for t in trained:
+        training[t.stage.name], rates[t.stage.name] = _training(t)
+        seconds[f"training {t.stage.name}"] = t.notes["seconds"]
+    seconds["total"] = sum(t.notes["seconds"] for t in trained) + time.monotonic() - begun
+    report = make_report(scores, told, asked, seconds, training=training)
+    report["time"]["images_per_second"] = rates
+    if is_writer():
+        write_report(workdir, report)
+    return report
 
 
-def _stage_summary(trained: Trained) -> dict:
-    """Length, time, rate and loss of a stage's training; the loss is the mean of the last tenth of the curve."""
-    lines = read_jsonl(trained.folder / "metrics.jsonl")
+def distances(samples: ImageSet, reference: Reference, source: Source, extractor: FeatureExtractor,
+              settings: SummarySettings) -> tuple[dict[str, float], list[str]]:
+    """Scores of the samples, and of as many real images in their place, with notes; on the process that writes."""
+    if len(source) <= NEIGHBOURS:
+        return {}, [f"{len(source)} real images are too few to compare with."]
+    real = reference_features(reference, extractor, cache=settings.cache)
+    found = collect(samples, extractor, what="samples", rows=len(samples), probabilities=True)
+    others = ArrayImages(other_images(source, len(samples), settings.reference_images, samples.resolution), {})
+    ideal = collect(others, extractor, what="real images", rows=len(others)) if len(others) else None
+
+    def compare() -> dict[str, float]:
+        if real is None or not is_writer():
+            return {}
+        of_real = score(real, ideal, extractor.name) if ideal else {}
+        return score(real, found, extractor.name) | {f"{name}_real": value for name, value in of_real.items()}
+
+    scores = distributed.everywhere(compare)
+    told = notes(real, found, extractor.name) if real else []
+    if ideal:
+        told.append("Names with _real: as many real images, none of them in the reference, in the place of the samples.")
+    return scores, told
+
+
+def other_images(source: Source, count: int, reference_images: int, resolution: int) -> np.ndarray:
+    """Real images that are not in the reference: uint8 [count, r, r, 3], or none if there are not enough."""
+    rest = np.setdiff1d(np.arange(len(source)), chosen(len(source), reference_images or len(source)))
+    wanted = rest[chosen(len(rest), count)].tolist() if len(rest) >= count else []
+    return read(source, wanted, resolution)[0]
+
+
+def _training(trained: Trained) -> tuple[dict[str, Any], float | None]:
+    """Length and loss of a stage's training, and its rate; the loss is the mean of the last tenth of the curve."""
+    lines = [line for line in read_jsonl(trained.folder / "metrics.jsonl") if "images_per_second" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
-    rates = [line["images_per_second"] for line in lines]
     tail = losses[-max(len(losses) // 10, 1):]
-    return {
-        "resolution": trained.stage.resolution,
-        "images": lines[-1]["images"] if lines else 0,
-        "seconds": round(trained.seconds, 1),
-        "images_per_second": float(np.median(rates)) if rates else None,
-        "loss": round(float(np.mean(tail)), 5) if tail else None,
-        "steps_skipped": lines[-1]["steps_skipped"] if lines else 0,
-    }
-
-
-def _relay_picture(stages: Sequence[Stage], images: dict[str, np.ndarray], seeds: np.ndarray,
-                   classes: np.ndarray) -> np.ndarray:
-    """Each stage, and each hand-off, as a panel: a row for each of the first classes, a column for each sample."""
-    if stages[-1].network.num_classes:
-        rows = [np.flatnonzero(classes == c)[:GRID_COLUMNS] for c in range(min(stages[-1].network.num_classes, GRID_ROWS))]
-        chosen = np.concatenate([row for row in rows if len(row) == GRID_COLUMNS] or [np.arange(len(seeds))])
-    else:
-        chosen = np.arange(len(seeds))
-    chosen = chosen[:GRID_ROWS * GRID_COLUMNS]
-    side = min(stages[-1].resolution * 3, 96) if stages[-1].resolution <= 64 else stages[-1].resolution
-    pictures = []
-    for before, stage in zip([None, *stages[:-1]], stages, strict=True):
-        if before is not None and isinstance(stage.process, RelayProcess):
-            start = handoff_images(stage, seeds[chosen], images[before.name][chosen])
-            pictures.append((f"hand-off to {stage.name}", grid(start, GRID_COLUMNS, side)))
-        pictures.append((f"{stage.name}, {stage.resolution} px", grid(images[stage.name][chosen], GRID_COLUMNS, side)))
-    return panels(pictures)
+    rates = [line["images_per_second"] for line in lines]
+    return ({"resolution": trained.stage.resolution, "images": lines[-1]["images"] if lines else 0,
+             "loss": round(float(np.mean(tail)), 5) if tail else None,
+             "steps_skipped": lines[-1]["steps_skipped"] if lines else 0}, float(np.median(rates)) if rates else None)

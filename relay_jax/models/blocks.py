@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from relay_jax.models.cpu import conv, conv3x3_upsampled, upsample
+from relay_jax.models.tpu import attend
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -37,11 +40,15 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features]."""
+    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features].
+
+    upsampled: of the image of twice the size instead, [b, 2h, 2w, features]; width 3 alone.
+    """
     features: int
     width: int = 3
     zero_init: bool = False
     dtype: jnp.dtype = jnp.float32
+    upsampled: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,9 +56,8 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero_init else fan_in_uniform(fan_in)
         kernel = self.param("kernel", init, (self.width, self.width, x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        x = lax.conv_general_dilated(x.astype(self.dtype), kernel.astype(self.dtype), (1, 1), "SAME",
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return x + bias.astype(self.dtype)
+        x = (conv3x3_upsampled if self.upsampled else conv)(x.astype(self.dtype), kernel.astype(self.dtype))
+        return (x + bias).astype(self.dtype)     # float32 sum, also over the pixels in the gradient of the bias
 
 
 def group_count(channels: int) -> int:
@@ -69,7 +75,9 @@ def group_affine(x: jax.Array, gain: jax.Array, bias: jax.Array, groups: int,
 
     x: [b, h, w, c]; gain, bias: [c] or [b, c]. Statistics in float32, first over the pixels of each channel,
     then over the few channels of a group: seven times faster on CPU than one small-axis reduction, no slower
-    elsewhere. Two passes, because E[x^2] - E[x]^2 cancels where the mean dominates.
+    elsewhere. Two passes, because E[x^2] - E[x]^2 cancels where the mean dominates; one for 16-bit numbers, which have
+    lost as much already: on TPU both sums then ride on the convolution that makes x. Both results end in a division:
+    XLA does not repeat one in every pixel, as it does with a product, and the rest of these few numbers with it.
     """
     b, _, _, c = x.shape
 
@@ -78,10 +86,14 @@ def group_affine(x: jax.Array, gain: jax.Array, bias: jax.Array, groups: int,
         return jnp.broadcast_to(mean, (b, groups, c // groups)).reshape(b, c)
 
     mean = over_group(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
-    centred = x.astype(jnp.float32) - mean[:, None, None, :]
-    variance = over_group(jnp.mean(jnp.square(centred), axis=(1, 2)))
-    multiplier = lax.rsqrt(variance + epsilon) * gain
-    return multiplier[:, None, None, :], (bias - mean * multiplier)[:, None, None, :]
+    if x.dtype == jnp.float32:
+        variance = over_group(jnp.mean(jnp.square(x - mean[:, None, None, :]), axis=(1, 2)))
+    else:
+        square = over_group(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 2)))
+        variance = jnp.maximum(square - jnp.square(mean), 0)
+    deviation = jnp.sqrt(variance + epsilon)
+    multiplier, offset = gain / deviation, (bias * deviation - mean * gain) / deviation
+    return multiplier[:, None, None, :], offset[:, None, None, :]
 
 
 class GroupNorm(nn.Module):
@@ -105,13 +117,26 @@ def downsample(x: jax.Array) -> jax.Array:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
-def upsample(x: jax.Array) -> jax.Array:
-    """Every pixel becomes 2 x 2 pixels. [b, h, w, c] -> [b, 2h, 2w, c]."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-
-
 RESAMPLE = {"": lambda x: x, "down": downsample, "up": upsample}
+
+
+class Dropout(nn.Module):
+    """Zeroes a share `rate` of the numbers of [b, h, w, c], to 1/65536, and scales the others to keep the mean.
+
+    Two draws from each random word: the generator costs as much as a convolution. The barrier keeps XLA from repeating
+    it in each of the three places where the mask is used.
+    """
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        b, h, w, c = x.shape
+        words = jax.random.bits(self.make_rng("dropout"), (b, -(-h // 2), w, c), jnp.uint32)
+        draws = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :h]
+        keep = lax.optimization_barrier(draws >= round(self.rate * 2**16))
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -124,7 +149,7 @@ class Attention(nn.Module):
         b, h, w, c = x.shape
         qkv = Conv(3 * c, 1, dtype=self.dtype, name="qkv")(GroupNorm(name="norm2")(x))
         q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
-        out = jax.nn.dot_product_attention(q, k, v)      # scores scaled by 1/sqrt(c / heads), softmax in float32
+        out = attend(q, k, v)
         return x + Conv(c, 1, zero_init=True, dtype=self.dtype, name="proj")(out.reshape(b, h, w, c))
 
 
@@ -142,12 +167,12 @@ class UNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
-        resample = RESAMPLE[self.resample]
-        h = resample(nn.silu(GroupNorm(name="norm0")(x)))
-        h = Conv(self.channels, dtype=self.dtype, name="conv0")(h)
+        resample, up = RESAMPLE[self.resample], self.resample == "up"
+        h = nn.silu(GroupNorm(name="norm0")(x))
+        h = Conv(self.channels, dtype=self.dtype, upsampled=up, name="conv0")(h if up else resample(h))
         scale, shift = jnp.split(Linear(2 * self.channels, name="affine")(embedding), 2, axis=-1)
         h = nn.silu(GroupNorm(name="norm1")(h, scale, shift))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         h = Conv(self.channels, zero_init=True, dtype=self.dtype, name="conv1")(h)
         x = resample(x)
         if x.shape[-1] != self.channels:

@@ -4,7 +4,8 @@ Image i depends on its seed (and class) alone: every draw comes from the key fol
 Stages hand over float images, neither clipped nor quantised in between (SPEC section 5.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,15 @@ from relay_jax.diffusion.sampler import (
     EdmSampler,
     NoiseFn,
     RelaySampler,
+    Samples,
     handoff,
     sample_edm,
     sample_relay,
     seeded_noise,
 )
 from relay_jax.diffusion.schedule import RelayProcess
-from relay_jax.sharding import batch_sharding, from_all, to_host
+from relay_jax.models.unet import init_params
+from relay_jax.sharding import batch_sharding, from_all, state_shardings, to_host
 
 
 def _noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
@@ -34,6 +37,23 @@ def _noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
     return seeded_noise(keys, (stage.resolution, stage.resolution, stage.network.image_channels))
 
 
+def stage_denoiser(stage: Stage, params: dict, classes: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(x [b, h, w, c], scalar sigma) -> denoised images, guided as the stage is sampled. classes: int32 [b]."""
+    denoise = precondition(lambda *inputs: stage.network.apply({"params": params}, *inputs), stage.process.sigma_data)
+    labels = jax.nn.one_hot(classes, stage.network.num_classes) if stage.network.num_classes else None
+    return classifier_free(denoise, labels, stage.guidance.weight, stage.guidance.interval)
+
+
+def run_stage(stage: Stage, params: dict, seeds: jax.Array, classes: jax.Array, low_res: jax.Array | None = None,
+              return_states: bool = False) -> Samples:
+    """`sample_stage`, and on request the states of all steps, which take their memory."""
+    guided, noise_fn = stage_denoiser(stage, params, classes), _noise(stage, seeds)
+    if isinstance(stage.sampler, EdmSampler):
+        return sample_edm(guided, noise_fn(0, "latents"), noise_fn, stage.sampler, return_states)
+    assert low_res is not None and isinstance(stage.sample_process, RelayProcess)
+    return sample_relay(guided, low_res, noise_fn, stage.sample_process, stage.sampler, return_states)
+
+
 def sample_stage(stage: Stage, params: dict, seeds: jax.Array, classes: jax.Array,
                  low_res: jax.Array | None = None) -> jax.Array:
     """One stage as a pure function.
@@ -41,14 +61,7 @@ def sample_stage(stage: Stage, params: dict, seeds: jax.Array, classes: jax.Arra
     seeds: uint32 [b]; classes: int32 [b], ignored by an unconditional network; low_res: images of the stage before,
     [b, h/p, w/p, c], for relay stages. Returns images [b, h, w, c], about [-1, 1], not clipped.
     """
-    denoise = precondition(lambda *inputs: stage.network.apply({"params": params}, *inputs), stage.process.sigma_data)
-    labels = jax.nn.one_hot(classes, stage.network.num_classes) if stage.network.num_classes else None
-    guided = classifier_free(denoise, labels, stage.guidance.weight, stage.guidance.interval)
-    noise_fn = _noise(stage, seeds)
-    if isinstance(stage.sampler, EdmSampler):
-        return sample_edm(guided, noise_fn(0, "latents"), noise_fn, stage.sampler).final
-    assert low_res is not None and isinstance(stage.sample_process, RelayProcess)
-    return sample_relay(guided, low_res, noise_fn, stage.sample_process, stage.sampler).final
+    return run_stage(stage, params, seeds, classes, low_res).final
 
 
 def handoff_images(stage: Stage, seeds: np.ndarray, low_res: np.ndarray) -> np.ndarray:
@@ -63,9 +76,30 @@ class StageSampler:
 
     def __init__(self, stage: Stage, mesh: Mesh, batch: int) -> None:
         """batch: images per call of the compiled program; rounded up to a multiple of the devices."""
-        self.stage, self._mesh = stage, mesh
-        self._batch = -(-batch // mesh.size) * mesh.size
-        self._run = jax.jit(lambda *inputs: sample_stage(stage, *inputs), out_shardings=batch_sharding(mesh))
+        self.stage, self.mesh = stage, mesh
+        self.batch = -(-batch // mesh.size) * mesh.size
+        self._run: Callable[..., jax.Array] = jax.jit(lambda *inputs: sample_stage(stage, *inputs),
+                                                      out_shardings=batch_sharding(mesh))
+
+    def compile(self) -> None:
+        """Compiles now, so that several stages can do it at once, for parameters as checkpoint.load_ema places them."""
+        if isinstance(self._run, jax.stages.Compiled):
+            return
+        net, rows = self.stage.network, batch_sharding(self.mesh)
+        shapes = jax.eval_shape(partial(init_params, net), jax.random.key(0))
+        params = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes,
+                              state_shardings(shapes, self.mesh))
+        inputs = [jax.ShapeDtypeStruct((self.batch,), dtype, sharding=rows) for dtype in (np.uint32, np.int32)]
+        if isinstance(self.stage.process, RelayProcess):
+            side = self.stage.resolution // self.stage.process.patch
+            inputs.append(jax.ShapeDtypeStruct((self.batch, side, side, net.image_channels), np.float32, sharding=rows))
+        self._run = self._run.lower(params, *inputs).compile()      # type: ignore[attr-defined]
+
+    def start(self, params: dict, seeds: jax.Array, classes: jax.Array, low_res: jax.Array | None = None) -> jax.Array:
+        """One batch that is on the devices already, as by sharding.from_all; the result stays there, and may not be
+        finished yet. float32 [batch, h, w, c]."""
+        given = [low_res] if isinstance(self.stage.process, RelayProcess) else []
+        return self._run(params, seeds, classes, *given)
 
     def __call__(self, params: dict, seeds: Sequence[int] | np.ndarray, classes: np.ndarray,
                  low_res: np.ndarray | None = None) -> np.ndarray:
@@ -77,11 +111,11 @@ class StageSampler:
         if low_res is not None:
             inputs["low_res"] = np.asarray(low_res, np.float32)
         parts = []
-        for start in range(0, len(inputs["seeds"]), self._batch):
-            part = {k: v[start:start + self._batch] for k, v in inputs.items()}
+        for start in range(0, len(inputs["seeds"]), self.batch):
+            part = {k: v[start:start + self.batch] for k, v in inputs.items()}
             count = len(part["seeds"])
-            full = {k: np.resize(v, (self._batch, *v.shape[1:])) for k, v in part.items()}
-            parts.append(to_host(self._run(params, *from_all(full, self._mesh).values()))[:count])
+            full = {k: np.resize(v, (self.batch, *v.shape[1:])) for k, v in part.items()}
+            parts.append(to_host(self.start(params, **from_all(full, self.mesh)))[:count])
         return np.concatenate(parts)
 
 

@@ -9,6 +9,10 @@ The arithmetic is Pillow's, as in the official scripts: every edit is value = lo
 clipped and truncated to 8 bits; low is 0 (brightness), the image's mean grey (contrast) or the pixel's grey (colour).
 """
 
+from functools import cache
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageEnhance
 
@@ -23,6 +27,34 @@ PIXEL_EDITS = tuple(_STEPS)
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """About [-1, 1] to 8 bits: clip(127.5 x + 128, 0, 255), truncated (SPEC section 9). Same shape."""
     return np.clip(np.asarray(images) * 127.5 + 128, 0, 255).astype(np.uint8)
+
+
+def to_uint8_on_device(images: jax.Array) -> jax.Array:
+    """`to_uint8` for use inside a compiled program: the same bytes from the same float32, to the last one.
+
+    A compiler may round 127.5 x + 128 once instead of twice, which moves a level now and then. So the product only
+    proposes a level, and the least float32 of that level and of the next, known from `to_uint8` itself, decide.
+    """
+    least = jnp.asarray(np.concatenate([[-np.inf], _least_of_levels(), [np.nan]]), jnp.float32)     # nothing is above 255
+    near = jnp.clip(images * 127.5 + 128, 0, 255).astype(jnp.int32)
+    return (near - (images < least[near]) + (images >= least[near + 1])).astype(jnp.uint8)
+
+
+@cache
+def _least_of_levels() -> np.ndarray:
+    """The least float32 that `to_uint8` takes to each of the levels 1 to 255, by bisection; it never falls."""
+    def ordered(bits: np.ndarray) -> np.ndarray:        # its own inverse: floats in order have their numbers in order
+        return np.where(bits < 0, np.int32(-2**31) - bits, bits).astype(np.int32)
+
+    def floats(numbers: np.ndarray) -> np.ndarray:
+        return ordered(numbers.astype(np.int32)).view(np.float32)
+
+    below, above = (ordered(np.full(255, x, np.float32).view(np.int32)).astype(np.int64) for x in (-2, 2))
+    while np.any(above - below > 1):
+        middle = (below + above) // 2
+        reached = to_uint8(floats(middle)) >= np.arange(1, 256)
+        below, above = np.where(reached, below, middle), np.where(reached, middle, above)
+    return floats(above)
 
 
 def edit_pixels(pixels: np.ndarray, edit: str) -> np.ndarray:

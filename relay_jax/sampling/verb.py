@@ -1,9 +1,10 @@
 """--mode=sample: numbered images from a trained relay, or from one of its stages."""
 
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -11,82 +12,114 @@ from ml_collections import ConfigDict
 
 from relay_jax import distributed
 from relay_jax.checkpoint import load_ema
-from relay_jax.config import ConfigError, Stage, open_source
-from relay_jax.data.loader import read
+from relay_jax.config import ConfigError, Stage, describe_source, open_source
 from relay_jax.data.sources import Source
-from relay_jax.diffusion.schedule import RelayProcess
-from relay_jax.logs import Progress
-from relay_jax.sampling.pipeline import StageSampler, generate
-from relay_jax.sampling.pixels import PIXEL_EDITS
-from relay_jax.sampling.writer import missing, parse_seeds, read_images, write_images
+from relay_jax.logs import Progress, is_writer
+from relay_jax.sampling.pipeline import StageSampler
+from relay_jax.sampling.pixels import PIXEL_EDITS, edit_pixels
+from relay_jax.sampling.record import check_folder, read_record, write_record
+from relay_jax.sampling.request import Request, parse_request
+from relay_jax.sampling.seeds import parse_seeds
+from relay_jax.sampling.shards import ShardFolder, merge_npz, write_manifest
+from relay_jax.sampling.stream import Bytes, arrange, compile_all, stream
+from relay_jax.sampling.writer import Background, ImageFolder, PngFolder, read_images
 from relay_jax.sharding import describe, make_mesh
+
+LINE_SECONDS = 5.0
 
 
 def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: dict[str, Path], *, seeds: str, out: Path,
-           class_: int | None, low_res: Path | None) -> None:
-    """Writes one PNG for each seed to `out`; those that exist are not made again. Each process writes a share of them.
+           class_rule: str, low_res: Path | None, image_format: str) -> None:
+    """Writes the image of each seed to `out`; those that exist are not made again. Each process writes a share.
 
     weights: the folder of each stage, with its checkpoints.
     only: a stage alone. The first stage writes low-resolution images; a relay stage reads them from `low_res`, or
     starts from down-sampled real images (image number seed mod size, of its own class).
-    class_: one class for all, default seed mod classes. Raises ConfigError for what cannot be done.
+    class_rule: see classes.py, or '' (`parse_request`). image_format: one of writer.FORMATS.
+    Raises ConfigError for what cannot be done, and for a folder that holds images of other settings.
     """
-    chosen = [only] if only else stages
-    num_classes = stages[-1].network.num_classes
-    relay_alone = isinstance(chosen[0].process, RelayProcess)
-    low_resolution = stages[chosen[0].index - 1].resolution if relay_alone else 0
-
-    def check() -> list[int]:
-        wanted = parse_seeds(seeds)
-        if class_ is not None and not 0 <= class_ < num_classes:
-            allowed = f"0 to {num_classes - 1}" if num_classes else "none: the network is unconditional"
-            raise ConfigError(f"unknown class {class_}; there are {allowed}")
+    def check() -> tuple[Request, dict]:
         if config.sample.pixel_edit not in PIXEL_EDITS:
             raise ConfigError(f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, not {config.sample.pixel_edit!r}")
-        if low_res is not None and not relay_alone:
-            raise ConfigError("--low_res is for --stage of a relay; the first stage starts from noise")
-        return wanted
+        request = parse_request(stages, only, seeds=seeds, class_rule=class_rule, pixel_edit=config.sample.pixel_edit,
+                                low_res=low_res, data=describe_source(config, stages))
+        record = request.record({}) | output
+        if is_writer():
+            check_folder(out, record, weights=False)
+        return request, record
 
-    wanted = distributed.everywhere(check)
-    absent = set(missing(out, wanted))
-    left = distributed.array_of_first(np.asarray([seed in absent for seed in wanted]))
-    seeds_left = [seed for seed, keep in zip(wanted, left, strict=True) if keep]
-    logging.info("%d images wanted, %d there already in %s; pixel_edit %s", len(wanted), len(wanted) - len(seeds_left),
-                 out, config.sample.pixel_edit)
-    if not seeds_left:
-        return
+    output = {"output": {"format": image_format}}
+    request, record = distributed.everywhere(check)
+    resolution = request.stages[-1].resolution
+    folder: ImageFolder = PngFolder(out) if image_format == "png" else ShardFolder(out, image_format, resolution,
+                                                                                   request.num_classes)
+    there = folder.finished(request.seeds)
+    left = distributed.array_of_first(np.asarray([seed not in there for seed in request.seeds]))
+    missing = [seed for seed, keep in zip(request.seeds, left, strict=True) if keep]
+    logging.info("%d images wanted, %d there already in %s; class rule %s, pixel_edit %s", len(request.seeds),
+                 len(request.seeds) - len(missing), out, request.class_rule, request.pixel_edit)
 
     def open_inputs() -> tuple[Source | None, Mesh]:
-        source = open_source(config, stages) if relay_alone and low_res is None else None
-        if low_res is not None:
-            read_images(low_res, seeds_left, low_resolution)        # all of them, before anything is compiled
+        source = open_source(config, stages) if request.from_real_images else None
+        if request.low_res is not None:
+            for start in range(0, len(missing), 1000):      # all of them, before anything is compiled
+                read_images(request.low_res, missing[start:start + 1000], request.low_resolution)
         try:
             return source, make_mesh(config.mesh.fsdp)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     source, mesh = distributed.everywhere(open_inputs)
-    logging.info("%s", describe(mesh))
-    share = slice(jax.process_index(), None, jax.process_count())       # of the images of a batch, to encode and write
-    samplers = [(StageSampler(s, mesh, config.sample.batch), load_ema(weights[s.name], s.network, mesh)[0]) for s in chosen]
-    progress = Progress("sample", len(wanted), len(wanted) - len(seeds_left))
-    last = time.monotonic()
-    for start in range(0, len(seeds_left), config.sample.batch):
-        part = seeds_left[start:start + config.sample.batch]
-        classes = np.full(len(part), class_) if class_ is not None else np.asarray(part) % max(num_classes, 1)
-        given = None
-        if low_res is not None:
-            given = read_images(low_res, part, low_resolution)
-        elif source is not None:
-            pixels, labels = read(source, [seed % len(source) for seed in part], low_resolution)
-            given, classes = pixels.astype(np.float32) / 127.5 - 1, classes if class_ is not None else labels
-        images = generate(samplers, part, classes, given)[chosen[-1].name]
-        write_images(out, part[share], images[share],
-                     config.sample.pixel_edit if chosen[-1] is stages[-1] else "none")
-        done = len(wanted) - len(seeds_left) + start + len(part)
-        if start == 0 or time.monotonic() - last > 5 or done == len(wanted):
+    loaded = {stage.name: load_ema(weights[stage.name], stage.network, mesh) for stage in request.stages}
+    record = request.record(loaded) | output
+
+    def claim() -> None:
+        if is_writer():
+            check_folder(out, record)
+            write_record(out, record)
+
+    distributed.everywhere(claim)
+    if missing:
+        logging.info("%s", describe(mesh))
+        samplers = [(StageSampler(s, mesh, config.sample.batch), loaded[s.name][0]) for s in request.stages]
+        compile_all([sampler for sampler, _ in samplers])
+        folder.plan(missing)
+        batches = stream(samplers, arrange(missing, samplers[0][0].batch), lambda part: request.inputs(part, source))
+        with Background() as background:
+            _write(batches, folder, background, request, len(missing))
+    distributed.barrier("all images are written")
+    distributed.everywhere(lambda: _finish(folder, record) if isinstance(folder, ShardFolder) and is_writer() else None)
+
+
+def _write(batches: Iterator[Bytes], folder: ImageFolder, background: Background, request: Request, missing: int) -> None:
+    """Hands every image to the folder, and says how far it is. Raises Stopped after SIGTERM."""
+    total = len(request.seeds)
+    done, progress, last = total - missing, Progress("sample", total, total - missing), -math.inf
+
+    def add(seed: int, pixels: np.ndarray, label: int) -> None:
+        folder.add(seed, edit_pixels(pixels[None], request.pixel_edit)[0], label)
+
+    for batch in batches:
+        for seed, pixels, label in zip(batch.seeds.tolist(), batch.pixels, batch.classes.tolist(), strict=True):
+            if folder.owns(seed):
+                background.submit(add, seed, pixels, label)
+        done += len(batch.seeds)
+        if time.monotonic() - last > LINE_SECONDS or done == total:
             progress.line(done)
             last = time.monotonic()
-        if distributed.stop_requested() and done < len(wanted):
-            raise distributed.Stopped(f"stopped by SIGTERM; {done} of {len(wanted)} images are in {out}")
-    distributed.barrier("all images are written")
+        if distributed.stop_requested() and done < total:
+            background.wait()
+            folder.flush()
+            raise distributed.Stopped(f"stopped by SIGTERM; {done} of {total} images are finished")
+
+
+def _finish(folder: ShardFolder, record: dict) -> None:
+    """What makes one set of the files: one npz, or the description of a data set."""
+    everything = read_record(folder.out) or record
+    if folder.kind == "npz":
+        merged = merge_npz(folder, parse_seeds(everything["seeds"]))
+        logging.info("%s", f"all images are in {merged}" if merged else
+                     f"{folder.out}: not all of seeds {everything['seeds']} are there yet, so there is no single npz")
+    else:
+        write_manifest(folder, {"source": "samples", **everything})
+        logging.info("the images are a data set: --config.dataset.source=packed --config.dataset.path=%s", folder.out)

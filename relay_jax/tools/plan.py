@@ -27,13 +27,12 @@ from jax.extend import core
 from jax.sharding import AbstractMesh
 
 from relay_jax.config import ConfigError, Stage
+from relay_jax.cost import DEVICES, Device, matmul_flops, si
 from relay_jax.diffusion.sampler import EdmSampler
 from relay_jax.logs import write_json
 from relay_jax.models.unet import parameter_count
 from relay_jax.sharding import state_shardings
 from relay_jax.tools.tpu_compile import (
-    DEVICES,
-    Device,
     Topology,
     abstract_batch,
     abstract_key,
@@ -42,7 +41,6 @@ from relay_jax.tools.tpu_compile import (
     compile_stage,
     describe,
     require_libtpu,
-    si,
 )
 from relay_jax.training.step import make_loss_fn, value_and_gradient
 
@@ -81,27 +79,6 @@ class Memory:
     def room(self, memory: float) -> int:
         """Images per device that fit into `memory` bytes."""
         return max(int((memory - self.fixed) // self.per_image), 0)
-
-
-def matmul_flops(jaxpr: core.Jaxpr) -> int:
-    """Twice the multiply-adds of every convolution and matrix product of a program, those with padding included.
-
-    Loops of a known length count that often, of branches the dearest one; a `while` counts once.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            total += 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * equation.outvars[0].aval.size * kernel.size // outputs
-        else:
-            inner = [matmul_flops(sub) for sub in core.jaxprs_in_params(params)]
-            total += (max(inner, default=0) if name == "cond" else sum(inner)) * params.get("length", 1)
-    return total
 
 
 def forward_flops(stage: Stage) -> int:
@@ -159,7 +136,7 @@ def _kept(residuals: Callable[..., Any], arguments: Sequence[Any], images: int) 
     for leaf in jax.tree.leaves(jax.eval_shape(residuals, *arguments)):
         if leaf.size % images == 0:
             per_image += leaf.size // images * leaf.dtype.itemsize
-        elif leaf.dtype != jnp.float32:     # float32: the parameters themselves
+        elif leaf.ndim and leaf.dtype != jnp.float32:   # float32: the parameters; a number: which platform's branch
             copies += leaf.size * leaf.dtype.itemsize
     return per_image, copies
 

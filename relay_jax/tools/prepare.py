@@ -1,6 +1,6 @@
 """--mode=prepare: any source, cropped and resized once for each stage, into the files of data/packed.py.
 
-    python -m relay_jax.main --config=configs/imagenet256.py --mode=prepare --out=DIR
+    python -m relay_jax.main --config=configs/imagenet256.py --mode=prepare --out=DIR      (or gs://BUCKET/PATH)
     python -m relay_jax.main --config=configs/imagenet256.py --workdir=runs/imagenet \\
         --config.dataset.source=packed --config.dataset.path=DIR
 
@@ -12,7 +12,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -32,13 +31,13 @@ from relay_jax.data.packed import (
     PackedDataset,
     Shard,
     encode_record,
-    file_sha256,
     read_manifest,
     shard_name,
 )
-from relay_jax.data.sources import Source
+from relay_jax.data.sources import Source, picture
+from relay_jax.data.storage import Bucket, Folder, storage
 from relay_jax.data.transforms import center_crop_resize
-from relay_jax.logs import Progress, write_json
+from relay_jax.logs import Progress
 
 WRITER_OPTIONS = "group_size:1,zstd:3"  # one record per group: read at any position without decoding its neighbours
 PROGRESS_SECONDS = 10.0
@@ -47,7 +46,7 @@ PROGRESS_SECONDS = 10.0
 def prepare(
     source: Source,
     resolutions: Sequence[int],
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     description: Mapping[str, Any],
     shard_images: int = 10_000,
@@ -56,6 +55,7 @@ def prepare(
 ) -> Manifest:
     """Writes `source` at each of `resolutions` into the folder `out`, or finishes what an earlier call has begun.
 
+    out: a folder, or gs://BUCKET/PATH: there each file is made in a temporary folder of this machine first.
     description: what the source is, as plain values: kept in dataset.json, and compared when a preparation goes on.
     shard_images: images per file: what is lost when the preparation is stopped.
     threads: that decode and resize; 0 for one per core.
@@ -67,8 +67,7 @@ def prepare(
         raise DataError(f"cannot prepare with {resolutions=} {shard_images=} {threads=}")
     if isinstance(source, PackedDataset):
         raise DataError(f"{source.path}: is packed already; prepare from the original images, resized once")
-    if re.match(r"\w+:/", os.fspath(out)):  # a Path has turned gs:// into gs:/
-        raise DataError(f"{out}: prepare into a folder, then copy it: gcloud storage cp -r DIR gs://BUCKET/PATH")
+    place = storage(out)
     ours = Manifest(
         version=VERSION,
         complete=False,
@@ -80,73 +79,87 @@ def prepare(
         shards={},
     )
     try:
-        _check_belongs(out, ours)
-        out.mkdir(parents=True, exist_ok=True)
-        with _only_one(out):
-            if not (out / MANIFEST).exists():
-                write_json(out / MANIFEST, dict(ours))
-            return _prepare(source, out, ours, threads, each)
+        begun = _belongs(place, ours)
+        with _only_one(place), place.workshop() as workshop:
+            if not begun:
+                _write_json(place, MANIFEST, ours)
+            return _prepare(source, place, workshop, ours, threads, each)
     except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors, such as for a full disk
         raise DataError(f"{out}: cannot be written ({one_line(error)})") from error
 
 
-def _check_belongs(out: Path, ours: Manifest) -> None:
-    """Raises DataError unless `out` is new, empty, or holds this very preparation, whole or in part."""
-    leftovers = {".lock", Path(MANIFEST).with_suffix(".tmp").name}  # of a preparation that was killed at once
-    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= leftovers):
-        return
-    if not (out / MANIFEST).exists():
-        raise DataError(f"{out}: holds something else; name a new or empty folder to prepare into")
-    theirs = read_manifest(out)
+def _belongs(place: Folder, ours: Manifest) -> bool:
+    """Whether this very preparation has begun at `place`; False if it is new or empty. DataError for anything else."""
+    occupants = place.occupants()
+    if MANIFEST not in occupants:
+        leftovers = {".lock", Path(MANIFEST).with_suffix(".tmp").name}  # of a preparation that was killed at once
+        if occupants <= leftovers:
+            return False
+        raise DataError(f"{place.path}: holds something else; name a new or empty folder to prepare into")
+    theirs = read_manifest(place.path)
     for key in ("source", "images", "class_names", "resolutions", "shard_images"):
         if theirs[key] != ours[key]:
             old, new = (f"{manifest[key]!r:.200}" for manifest in (theirs, ours))
-            raise DataError(f"{out}: belongs to another preparation: {key} is {old} there and {new} here; use another")
+            raise DataError(
+                f"{place.path}: belongs to another preparation: {key} is {old} there and {new} here; use another"
+            )
+    return True
 
 
 @contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder. Raises DataError if there is one. Some file systems cannot lock."""
-    with (out / ".lock").open("w") as lock:
+def _only_one(place: Folder) -> Iterator[None]:
+    """Keeps a second process out of the folder. Raises DataError if there is one. Buckets and some file systems cannot
+    lock; two that write there do the same work twice, and the files are equal."""
+    if isinstance(place, Bucket):
+        yield
+        return
+    Path(place.path).mkdir(parents=True, exist_ok=True)
+    with Path(place.path, ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"{out}: another process is preparing this folder") from error
+            raise DataError(f"{place.path}: another process is preparing this folder") from error
         except OSError:
             pass
         yield
 
 
-def _note(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
+def _write_json(place: Folder, name: str, value: Mapping[str, Any]) -> None:
+    place.write(name, json.dumps(value, indent=1) + "\n")
 
 
-def _kept(out: Path, name: str) -> Shard | None:
+def _note(name: str) -> str:
+    return name + ".json"
+
+
+def _kept(place: Folder, name: str) -> Shard | None:
     """What is noted of a finished file, None if there is none or if it is damaged."""
     try:
-        shard: Shard = json.loads(_note(out / name).read_bytes())
-        if (out / name).stat().st_size == shard["bytes"] and file_sha256(out / name) == shard["sha256"]:
+        shard: Shard = json.loads(place.read(_note(name)))
+        if place.checksum(name) == (shard["bytes"], shard["sha256"]):
             return shard
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    logging.warning("%s is damaged and will be made again", out / name)
+    logging.warning("%s/%s is damaged and will be made again", place.path, name)
     return None
 
 
-def _prepare(source: Source, out: Path, manifest: Manifest, threads: int, each: Callable[[], None]) -> Manifest:
+def _prepare(
+    source: Source, place: Folder, workshop: Path, manifest: Manifest, threads: int, each: Callable[[], None]
+) -> Manifest:
     total, size, resolutions = manifest["images"], manifest["shard_images"], manifest["resolutions"]
     count = math.ceil(total / size)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(2 if isinstance(place, Bucket) else threads) as pool:  # an object is read into memory
 
         def kept_at(number: int) -> list[Shard | None]:
-            return [_kept(out, shard_name(resolution, number, count)) for resolution in resolutions]
+            return [_kept(place, shard_name(resolution, number, count)) for resolution in resolutions]
 
         shards = list(pool.map(kept_at, range(count)))
     waiting = [number for number in range(count) if None in shards[number]]
     lengths = [min(size, total - number * size) for number in range(count)]
     done = total - sum(lengths[number] for number in waiting)
     if done:
-        logging.info("%s: %s of %s images are there, and whole", out, f"{done:,}", f"{total:,}")
+        logging.info("%s: %s of %s images are there, and whole", place.path, f"{done:,}", f"{total:,}")
 
     progress, last = Progress("prepare", total, done), time.monotonic()
     positions = (number * size + n for number in waiting for n in range(lengths[number]))
@@ -154,7 +167,7 @@ def _prepare(source: Source, out: Path, manifest: Manifest, threads: int, each: 
         for number in waiting:
             names = [shard_name(resolution, number, count) for resolution in resolutions]
             with ExitStack() as stack:
-                files = [stack.enter_context(_ShardWriter(out, name)) for name in names]
+                files = [stack.enter_context(_ShardWriter(place, workshop, name)) for name in names]
                 for _ in range(lengths[number]):
                     for file, record in zip(files, next(records), strict=True):
                         file.write(record)
@@ -168,11 +181,11 @@ def _prepare(source: Source, out: Path, manifest: Manifest, threads: int, each: 
         progress.line(done)
     by_resolution = {str(r): [row[n] for row in shards if row[n]] for n, r in enumerate(resolutions)}
     finished: Manifest = {**manifest, "complete": True, "shards": by_resolution}  # type: ignore[typeddict-item]
-    write_json(out / MANIFEST, dict(finished))
+    _write_json(place, MANIFEST, finished)
     gigabytes = sum(shard["bytes"] for row in finished["shards"].values() for shard in row) / 1e9
     sizes = " and ".join(map(str, resolutions))
     logging.info("%s: %s images at %s px, %.3g GB; train on them with --config.dataset.source=packed "
-                 "--config.dataset.path=%s", out, f"{total:,}", sizes, gigabytes, out)
+                 "--config.dataset.path=%s", place.path, f"{total:,}", sizes, gigabytes, place.path)
     return finished
 
 
@@ -182,7 +195,7 @@ def _records(
     """For each position, in order, its record at each resolution. A bounded number of images is in memory."""
 
     def convert(position: int) -> list[bytes]:
-        image, label = source[position]
+        image, label = picture(source, position)
         return [encode_record(center_crop_resize(image, resolution), label) for resolution in resolutions]
 
     pool = ThreadPoolExecutor(threads)
@@ -201,14 +214,13 @@ def _records(
 class _ShardWriter:
     """A file that appears under its name when it is whole and on disk; left early, it leaves nothing behind."""
 
-    def __init__(self, out: Path, name: str) -> None:
-        self._out, self._name, self._images = out, name, 0
-        self._path = out / name
-        self._temporary = self._path.with_suffix(".tmp")
+    def __init__(self, place: Folder, workshop: Path, name: str) -> None:
+        self._place, self._name, self._images = place, name, 0
+        self._temporary = (workshop / name).with_suffix(".tmp")
 
     def __enter__(self) -> "_ShardWriter":
-        self._path.parent.mkdir(exist_ok=True)
-        _note(self._path).unlink(missing_ok=True)
+        self._temporary.parent.mkdir(exist_ok=True)
+        self._place.forget(_note(self._name))
         self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), WRITER_OPTIONS)
         return self
 
@@ -219,16 +231,10 @@ class _ShardWriter:
     def finish(self) -> Shard:
         """Closes the file, gives it its name and notes its checksum, by which it counts as finished."""
         self._writer.close()
-        with self._temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        shard = Shard(
-            file=self._name,
-            images=self._images,
-            bytes=self._temporary.stat().st_size,
-            sha256=file_sha256(self._temporary),
-        )
-        self._temporary.replace(self._path)
-        write_json(_note(self._path), dict(shard))
+        size, sha256 = Folder(str(self._temporary.parent)).checksum(self._temporary.name)
+        shard = Shard(file=self._name, images=self._images, bytes=size, sha256=sha256)
+        self._place.take(self._temporary, self._name)
+        _write_json(self._place, _note(self._name), shard)
         return shard
 
     def __exit__(self, *_: object) -> None:

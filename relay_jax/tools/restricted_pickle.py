@@ -192,6 +192,8 @@ class Machine:
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
+        if type(target) is dict and type(state) is dict and list(state) == ["_metadata"]:
+            return      # of a torch state dict: versions of its modules
         if not isinstance(target, Record) or target.state is not None:
             raise FileError(f"it sets the state of {show(target)}, which has none")
         target.state = state

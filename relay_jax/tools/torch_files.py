@@ -2,6 +2,7 @@
 
     .pt   zip of torch.save: <folder>/data.pkl, and one stored member <folder>/data/<key> per storage
     .pkl  plain pickle; each storage is the argument of torch.storage._load_from_bytes, a small pickle stream itself
+    .pth  torch.save before version 1.6: three pickles of header, the object, its storages' keys, then their bytes
 
 Tensors are views of the memory-mapped file: nothing is copied unless another precision is asked for.
 """
@@ -13,7 +14,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,10 @@ def _load_from_bytes(machine: Machine, args: tuple) -> Storage:
     """The legacy stream of one storage: magic, protocol, system, the storage, its keys, a count and the raw data."""
     if len(args) != 1 or not isinstance(args[0], memoryview):
         raise FileError("torch.storage._load_from_bytes is called without bytes")
-    inner = Machine(args[0], _STORAGES, _legacy_storage, machine.budget)
-    magic, protocol, system, storage, keys = [inner.run() for _ in range(5)]
-    if magic != LEGACY_MAGIC or protocol != 1001 or not isinstance(storage, Storage) or keys != [storage.key]:
+    storage, storages = _legacy(Machine(args[0], _STORAGES, no_storage, machine.budget))
+    if not isinstance(storage, Storage) or list(storages) != [storage.key]:
         raise FileError("a storage is not in torch's legacy format")
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise FileError("a storage is not little-endian")
-    if inner.number("<q") != storage.count:
-        raise FileError(f"storage {show(storage.key)} does not have the announced {storage.count} elements")
-    return replace(storage, data=inner.take(storage.count * _itemsize(storage.dtype)))
+    return storage
 
 
 def _numpy_dtype(_: Machine, args: tuple) -> _Dtype:
@@ -178,8 +174,31 @@ def _storage_id(tag: object, length: int) -> tuple[str, str, int]:
     raise FileError("a persistent id is not that of a storage")
 
 
-def _legacy_storage(tag: object) -> Storage:
-    return Storage(*_storage_id(tag, 6), memoryview(b""))
+def _legacy(machine: Machine) -> tuple[object, dict[str, Storage]]:
+    """The object of a legacy stream, and its storages by key, whose data follow it in an order of their own."""
+    magic, protocol, system = [machine.run() for _ in range(3)]
+    if magic != LEGACY_MAGIC or protocol != 1001:
+        raise FileError("a storage is not in torch's legacy format")
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise FileError("a storage is not little-endian")
+    storages: dict[str, Storage] = {}
+
+    def announce(tag: object) -> Storage:
+        key, dtype, count = _storage_id(tag, 6)
+        found = storages.setdefault(key, Storage(key, dtype, count, memoryview(b"")))
+        if (found.dtype, found.count) != (dtype, count):
+            raise FileError(f"storage {show(key)} is announced twice, differently")
+        return found
+
+    machine.persistent = announce
+    loaded, keys = machine.run(), machine.run()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages):
+        raise FileError("its list of storages does not fit to its tensors")
+    for storage in (storages[key] for key in keys):
+        if machine.number("<q") != storage.count:
+            raise FileError(f"storage {show(storage.key)} does not have the announced {storage.count} elements")
+        storage.data = machine.take(storage.count * _itemsize(storage.dtype))
+    return loaded, storages
 
 
 class _Archive:
@@ -253,7 +272,7 @@ _FOREIGN = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"\x1f\x
 
 
 def load(path: Path) -> tuple[Any, mmap.mmap]:
-    """The object in a file of either format, told apart by content: plain containers, Records and Tensors.
+    """The object in a file of any of the formats, told apart by content: plain containers, Records and Tensors.
 
     Also the mapped file that the tensors view, which must not change while they are in use. Raises FileError or
     OSError; the errors of zipfile and struct for some damage.
@@ -273,9 +292,7 @@ def load(path: Path) -> tuple[Any, mmap.mmap]:
             return Machine(zipped.program(), NAMES, zipped.storage).run(), mapping
     if start[:1] == pickle.PROTO and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         loaded = Machine(whole, NAMES, no_storage).run()
-        if loaded == LEGACY_MAGIC:
-            raise FileError("it was written by torch.save before version 1.6, as no official file is")
-        return loaded, mapping
+        return (_legacy(Machine(whole, NAMES, no_storage))[0] if loaded == LEGACY_MAGIC else loaded), mapping
     kind = next((kind for magic, kind in _FOREIGN.items() if start.startswith(magic)), "")
     kind = "a safetensors file" if start[8:10] == b'{"' else kind
     raise FileError("it is neither a zip of torch.save nor a pickle" + (f"; it is {kind}" if kind else ""))

@@ -1,4 +1,4 @@
-"""The accelerators of a plan, and what the TPU compiler says of a training step, for a slice that is not there.
+"""What the TPU compiler says of a training step, for a slice that is not there.
 
 libtpu compiles for a described topology without any TPU. It wants its own environment before it is loaded and holds a
 lock, so each stage is compiled in a process of its own (`python -m relay_jax.tools.tpu_compile`), the stage on its
@@ -23,39 +23,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import AxisType
 
 from relay_jax.config import ConfigError, Stage
+from relay_jax.cost import Device, si
 from relay_jax.sharding import batch_sharding, replicated, state_shardings
 from relay_jax.training.optimizer import make_optimizer
 from relay_jax.training.state import TrainState, make_init
 from relay_jax.training.step import make_train_step
 
+PROGRESS_SECONDS = 30.0     # between lines while a compiler runs
+NO_ESTIMATE = 2**62         # the compiler writes the largest integer where it does not know the cycles
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # Generation -> name and units per chip in TPU_ACCELERATOR_TYPE (v4 and v5p count cores), dimensions of its torus.
 _GENERATIONS = {"v4": ("v4", 2, 3), "v5e": ("v5litepod", 1, 2), "v5p": ("v5p", 2, 3), "v6e": ("v6e", 1, 2)}
-
-
-@dataclass(frozen=True)
-class Device:
-    """One chip or card as its vendor publishes it. peak: dense bfloat16 FLOP/s; memory: bytes of HBM.
-
-    clock: Hz, of TPUs; peak over the FLOPs per cycle of the compiler's own estimate for a large matrix product.
-    """
-    name: str
-    peak: float
-    memory: float
-    clock: float = 0.0
-
-
-DEVICES = (                                                 # sources:
-    Device("v4", 275e12, 32 * 2**30, 1.05e9),               # cloud.google.com/tpu/docs/v4
-    Device("v5e", 197e12, 16e9, 1.50e9),                    # cloud.google.com/tpu/docs/v5e
-    Device("v5p", 459e12, 95e9, 1.75e9),                    # cloud.google.com/tpu/docs/v5p
-    Device("v6e", 918e12, 32e9, 1.75e9),                    # cloud.google.com/tpu/docs/v6e
-    Device("A100", 312e12, 80e9),                           # NVIDIA A100 80GB SXM datasheet
-    Device("H100", 989e12, 80e9),                           # NVIDIA H100 SXM datasheet: 1,979 with sparsity, halved
-)
 
 
 @dataclass(frozen=True)
@@ -108,13 +90,31 @@ def compile_stage(stage: Stage, topology: Topology, fsdp: int) -> dict[str, Any]
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "relay_jax.tools.tpu_compile", topology.name, str(fsdp)]
-    done = subprocess.run(command, input=pickle.dumps(stage), capture_output=True, check=False,
-                          env={**os.environ, **topology.environment, "PYTHONPATH": path})
-    lines = done.stdout.decode(errors="replace").splitlines()
-    if done.returncode == 0 and lines:
+    environment = {**os.environ, **topology.environment, "PYTHONPATH": path}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=environment) as process:
+        try:
+            output, errors = _wait(process, pickle.dumps(stage), f"compiling stage {stage.name} for {topology.name}")
+        except BaseException:       # an interrupt must not leave the compiler behind
+            process.kill()
+            raise
+    lines = output.decode(errors="replace").splitlines()
+    if process.returncode == 0 and lines:
         return json.loads(lines[-1])
-    last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-    raise ConfigError(f"the TPU compiler failed for {topology.name} (status {done.returncode}): {last}")
+    last = (errors.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+    raise ConfigError(f"the TPU compiler failed for {topology.name} (status {process.returncode}): {last}")
+
+
+def _wait(process: subprocess.Popen, message: bytes, what: str) -> tuple[bytes, bytes]:
+    """Output and errors of a process that is given a message, with a line of progress now and then."""
+    begun = time.monotonic()
+    unsent: bytes | None = message
+    while True:
+        try:
+            return process.communicate(unsent, timeout=PROGRESS_SECONDS)
+        except subprocess.TimeoutExpired:
+            unsent = None       # taken by the first call, also where it has not been sent yet
+            logging.info("%s: %.0f s so far", what, time.monotonic() - begun)
 
 
 def lower_step(stage: Stage, devices: list[Any], fsdp: int) -> Any:
@@ -154,26 +154,48 @@ def analyse(compiled: Any, parts: int) -> dict[str, Any]:
     hbm: bytes by kind (arguments: state and batch; temporaries: gradients and activations; outputs: those that reuse
     no argument; program) and their total. flops, bytes_accessed: as the compiler counts them: without products with
     padding, and a loop's body, which is one part, once. collectives: instructions by kind. cycles: its estimates of
-    all fused operations, those of every part; it gives none for collectives, so their time is not in it.
+    all fused operations, as often as they run; it gives none for collectives, so their time is not in it.
+    without_estimate: other operations for which it gives none. effort: jax_exec_time_optimization_effort, 0 unless
+    JAX_EXEC_TIME_OPTIMIZATION_EFFORT says otherwise; less compiles faster, to a slower program.
     """
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     hbm = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
            "program": memory.generated_code_size_in_bytes}
+    cycles, unknown = estimated_cycles(text, parts)
     found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
     return {"hbm": {**hbm, "total": sum(hbm.values())}, "flops": cost["flops"],
             "bytes_accessed": cost["bytes accessed"],
-            "collectives": dict(found), "parts": parts, "cycles": estimated_cycles(text, parts)}
+            "collectives": dict(found), "parts": parts, "cycles": cycles, "without_estimate": unknown,
+            "effort": jax.config.jax_exec_time_optimization_effort}
 
 
-def estimated_cycles(text: str, parts: int) -> int:
-    """Sum of a compiled program's `estimated_cycles`; those in the bodies of loops count `parts` times."""
-    bodies, total, weight = set(re.findall(r" while\(.* body=%([\w.-]+)", text)), 0, 1
+def estimated_cycles(text: str, parts: int) -> tuple[int, int]:
+    """Sum of a compiled program's `estimated_cycles`, and the number of operations for which it has none.
+
+    What is in the body of a loop counts as often as the loop's condition says, `parts` times where it does not say.
+    """
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
     for line in text.splitlines():
-        if line[:1] not in ("", " "):       # a computation begins, or ends
-            weight = parts if line.startswith("%") and line[1:].split(" ")[0] in bodies else 1
-        total += weight * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
-    return total
+        if line[:1] not in ("", " ", "}"):      # a computation begins: "%name (..." or "ENTRY %name (..."
+            lines = computations.setdefault(line.removeprefix("ENTRY ").split(" ")[0].lstrip("%"), [])
+        lines.append(line)
+    loops = {}      # body -> where its loop stands, and how often it runs
+    for name, inside in computations.items():
+        for condition, body in re.findall(r" while\(.* condition=%([\w.-]+), body=%([\w.-]+)", "\n".join(inside)):
+            limits = re.findall(r"= s32\S* constant\((\d+)\)", "\n".join(computations.get(condition, ())))
+            loops[body] = name, max(map(int, limits)) if limits else parts
+
+    def times(name: str) -> int:
+        around, count = loops.get(name, ("", 1))
+        return count * times(around) if around else count
+
+    total = unknown = 0
+    for name, inside in computations.items():
+        for cycles in map(int, re.findall(r'"estimated_cycles":"(\d+)"', "\n".join(inside))):
+            total, unknown = (total, unknown + 1) if cycles >= NO_ESTIMATE else (total + times(name) * cycles, unknown)
+    return total, unknown
 
 
 def add_time(found: dict[str, Any], device: Device, chips: int) -> None:
@@ -188,9 +210,11 @@ def add_time(found: dict[str, Any], device: Device, chips: int) -> None:
 
 def describe(compiled: dict[str, Any]) -> list[str]:
     """The numbers of `compile_stage` and `add_time` for people, a few lines."""
-    head = ["", f"  TPU compiler, {compiled['topology']}, after {compiled['compile_seconds']:,.0f} s"]
+    effort = f" with effort {compiled['effort']:g}" if compiled.get("effort") else ""
+    head = ["", f"  TPU compiler, {compiled['topology']}, after {compiled['compile_seconds']:,.0f} s{effort}"]
     if "error" in compiled:
         return [*head, f"    {compiled['error']}"]
+    unknown = f" and {compiled['without_estimate']} operations" if compiled["without_estimate"] else ""
     kinds = ", ".join(f"{kind} {si(size)}B" for kind, size in compiled["hbm"].items() if kind != "total")
     collectives = ", ".join(f"{count} {kind}" for kind, count in compiled["collectives"].items()) or "no collectives"
     part = "a chip and step" if compiled["parts"] == 1 else f"1 of {compiled['parts']} parts"
@@ -198,14 +222,8 @@ def describe(compiled: dict[str, Any]) -> list[str]:
             f"{'fits' if compiled['fits'] else 'does not fit'}",
             f"    {part:19}{si(compiled['flops'])}FLOP, {si(compiled['bytes_accessed'])}B accessed, {collectives}",
             f"    estimate           {si(compiled['cycles'])}cycles, step {compiled['step_seconds']:.3g} s without "
-            f"collectives, {compiled['images_per_second']:,.0f} images/s, {compiled['days']:.3g} days, utilisation "
-            f"{compiled['utilisation']:.1%}"]
-
-
-def si(value: float) -> str:
-    """Three or four digits and a decimal prefix: 2.193e11 -> '219.3 G'."""
-    power = min(max(int(math.log10(value) // 3), 0), 6) if value > 0 else 0
-    return f"{value / 1000**power:.4g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"
+            f"collectives{unknown}, {compiled['images_per_second']:,.0f} images/s, {compiled['days']:.3g} days, "
+            f"utilisation {compiled['utilisation']:.1%}"]
 
 
 def main(argv: list[str]) -> None:

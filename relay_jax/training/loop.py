@@ -1,8 +1,8 @@
 """Trains one stage: one path from nothing, or from the newest checkpoint, to the last image."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from relay_jax import distributed
 from relay_jax.checkpoint import CheckpointError, Checkpoints, load_ema
 from relay_jax.config import Stage
+from relay_jax.cost import matmul_flops
 from relay_jax.data.loader import Loader
 from relay_jax.data.sources import Source
-from relay_jax.logs import Progress, ScalarLog, is_writer, write_png
 from relay_jax.models.unet import parameter_count
-from relay_jax.sharding import batch_sharding, replicated, state_shardings, stream_order, to_devices
+from relay_jax.sharding import batch_sharding, host_rows, replicated, state_shardings, to_devices
 from relay_jax.training.optimizer import make_optimizer
+from relay_jax.training.profile import Profiler
+from relay_jax.training.progress import StageProgress
 from relay_jax.training.state import TrainState, make_init
 from relay_jax.training.step import make_train_step
 
@@ -38,12 +40,18 @@ class LoopSettings:
     workers: int
     checkpoint_every_images: int
     keep: int
+    keep_every_images: int
     log_every_steps: int
+    profile_first: int
+    profile_steps: int
     grid_every_images: int
+    evaluate_every_images: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)      # plain values to keep with the logs
 
 
 RUN_AHEAD = 2       # steps queued on the devices beyond the one that they compute
 Preview = Callable[[dict], np.ndarray]      # averaged parameters -> picture, uint8 [H, W, 3]
+Evaluation = Callable[[dict], dict[str, float]]     # averaged parameters -> scores, on the process that writes
 
 
 def _split(state: TrainState) -> dict[str, dict]:
@@ -53,18 +61,18 @@ def _split(state: TrainState) -> dict[str, dict]:
 
 
 def is_finished(stage: Stage, folder: Path) -> bool:
-    """Whether the stage has a checkpoint of its last step."""
+    """Whether the stage has a checkpoint of its last step, and not a plainly damaged one."""
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        return any(step >= stage.train.steps for step in checkpoints.steps()[:1])
+        return any(step >= stage.train.steps and checkpoints.looks_whole(step) for step in checkpoints.steps())
 
 
 def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings: LoopSettings,
-                preview: Preview, start_from: Path | None = None) -> None:
+                preview: Preview, start_from: Path | None = None, evaluation: Evaluation | None = None) -> None:
     """Trains `stage` to its end; a stage that is finished returns at once.
 
     start_from: folder of another training, or of converted weights, whose averaged parameters replace the random ones.
-    folder: of this stage (checkpoints, metrics.jsonl, TensorBoard events, grids). Continues from the newest readable
-    checkpoint there, with the batches that an uninterrupted run would have had.
+    folder: of this stage (checkpoints, logs, grids). Continues from the newest readable checkpoint there, with the
+    batches that an uninterrupted run would have had.
     Raises Stopped after SIGTERM, at the end of a step and with a checkpoint of it; TrainingError when too many steps in
     a row were not finite, CheckpointError when no checkpoint of several can be read, DataError for an unreadable image.
     """
@@ -81,12 +89,16 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
     shapes = jax.eval_shape(init, init_key)
     shardings = state_shardings(shapes, mesh)
 
-    with Checkpoints(folder / "checkpoints", settings.keep) as checkpoints:
+    def stays(step: int) -> bool:
+        return _due((step - 1) * train.batch, step * train.batch, settings.keep_every_images)
+
+    with Checkpoints(folder / "checkpoints", settings.keep, keep_always=stays) as checkpoints:
         restored = checkpoints.restore(_split(shapes), _split(shardings))
         if restored is None:
             state, step, seconds = jax.jit(init, out_shardings=shardings)(init_key), 0, 0.0
             if start_from is not None:
                 params, _ = load_ema(start_from, stage.network, mesh)
+                logging.info("stage %s starts from the averaged weights in %s", stage.name, start_from)
                 state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
         else:
             step, items = restored
@@ -94,7 +106,7 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
 
         def open_loader() -> Loader:
             loader = Loader(source, resolution=stage.resolution, batch_size=train.batch, seed=settings.seed,
-                            x_flip=settings.x_flip, start=step, host=jax.process_index(), hosts=jax.process_count(),
+                            x_flip=settings.x_flip, start=step, rows=host_rows(train.batch, mesh),
                             threads=settings.threads, workers=settings.workers)
             if restored is not None and items["meta"]["data"] != loader.state:
                 loader.close()
@@ -106,27 +118,36 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
         logging.info("stage %s: %d px, %.2fM parameters, batch %d, %s, %s", stage.name, stage.resolution,
                      parameter_count(state.params) / 1e6, train.batch, f"{mesh.size} x {jax.devices()[0].device_kind}",
                      f"continues at {step * train.batch:,} images" if step else "begins")
-        train_step = jax.jit(_in_stream_order(make_train_step(stage, optimizer), train.batch, mesh), donate_argnums=0,
+        train_step = jax.jit(make_train_step(stage, optimizer), donate_argnums=0,
                              in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                              out_shardings=(shardings, replicated(mesh)))
 
-        log = ScalarLog(folder, step * train.batch)
-        progress = Progress(stage.name, train.steps * train.batch, step * train.batch)
+        progress = StageProgress(stage, mesh, folder, step * train.batch)
+        progress.begin(settings.about, step * train.batch)
         # Steps that may wait in the queue: each holds a batch on the devices and delays the answer to SIGTERM. Queued
         # collectives of virtual devices deadlock.
         ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else RUN_AHEAD
-        begun, pending = time.monotonic() - seconds, []
-        with loader:
+        begun, asked = time.monotonic() - seconds, False
+        pending: list[dict] = []
+        with loader, progress, Profiler(folder, settings.profile_first, settings.profile_steps) as profiler:
             while step < train.steps:
-                state, metrics = train_step(state, to_devices(dict(next(loader)), mesh), step_key)
-                pending.append(metrics)
-                before, step = step * train.batch, step + 1
-                images, last = step * train.batch, step == train.steps
-                if len(pending) > ahead:
-                    jax.block_until_ready(pending[-1 - ahead])
+                profiler.before(step + 1, asked, pending)
+                asked = False
+                with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                    with progress.waiting():
+                        host_batch = next(loader)
+                    batch = to_devices(dict(host_batch), mesh)
+                    if progress.step_flops is None:     # the program that the next line compiles is this trace
+                        progress.step_flops = matmul_flops(train_step.trace(state, batch, step_key).jaxpr.jaxpr)
+                    state, metrics = train_step(state, batch, step_key)
+                    pending.append(metrics)
+                    before, step = step * train.batch, step + 1
+                    images, last = step * train.batch, step == train.steps
+                    if len(pending) > ahead:
+                        jax.block_until_ready(pending[-1 - ahead])
 
                 if step % settings.log_every_steps == 0 or last:
-                    _report(log, progress, images, state, pending)
+                    asked = progress.report(images, state, pending, profiler.requested())
                     pending = []
                     row = int(state.nonfinite_row)
                     if row >= train.max_nonfinite:
@@ -134,49 +155,22 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
                                             f"finite, last at {images:,} images; lower train.learning_rate, or continue "
                                             f"from the checkpoint in {folder} with other settings")
                 stop = distributed.stop_requested() and not last
-                if _due(before, images, settings.checkpoint_every_images) or last or stop:
+                if _due(before, images, settings.checkpoint_every_images) or stays(step) or last or stop:
                     meta = {"images": images, "data": dict(loader.state), "seconds": time.monotonic() - begun}
                     checkpoints.save(step, **_split(state), meta=meta)
                 if stop:
                     if pending:
-                        _report(log, progress, images, state, pending)
+                        progress.report(images, state, pending, False)
                     raise distributed.Stopped(f"stage {stage.name}: stopped by SIGTERM and saved at {images:,} images")
                 if settings.grid_every_images and (_due(before, images, settings.grid_every_images) or last):
-                    picture = preview(state.ema)
-                    if is_writer():
-                        write_png(folder / "grids" / f"{images:012d}.png", picture)
-                    log.picture(images, "samples", picture)
-        log.close()
-
-
-def _in_stream_order(step: Callable[..., Any], batch: int, mesh: Mesh) -> Callable[..., Any]:
-    """The training step for batches as the hosts have put them together.
-
-    Moves the pixels of a batch (8 bits each) between hosts: an image meets the same noise on any number of them.
-    """
-    order = stream_order(batch, mesh)
-    if order is None:
-        return step
-
-    def ordered(state: TrainState, parts: dict[str, jax.Array], key: jax.Array) -> Any:
-        moved = {k: jax.lax.with_sharding_constraint(v[order], batch_sharding(mesh)) for k, v in parts.items()}
-        return step(state, moved, key)
-
-    return ordered
+                    progress.picture(images, preview(state.ema))
+                if evaluation and settings.evaluate_every_images and (
+                        _due(before, images, settings.evaluate_every_images) or last):
+                    progress.scores(images, evaluation(state.ema))
+        seconds = time.monotonic() - begun
+    progress.finish(seconds)        # its last checkpoint is complete
 
 
 def _due(before: int, now: int, every: int) -> bool:
     """Whether a multiple of `every` images was reached in this step."""
     return every > 0 and now // every > before // every
-
-
-def _report(log: ScalarLog, progress: Progress, images: int, state: TrainState, pending: list[dict]) -> None:
-    """One console line and one line of scalars for the steps since the last report."""
-    values = {k: np.asarray([float(m[k]) for m in pending]) for k in pending[0]}
-    finite = values.pop("finite") > 0
-    scalars = {k: float(v[finite].mean()) if finite.any() else None for k, v in values.items()}
-    skipped = int(state.nonfinite_total)
-    extra = "loss " + (f"{scalars['loss']:.4f}" if finite.any() else "not finite")
-    rate = progress.line(images, extra + (f", {skipped} steps skipped" if skipped else ""))
-    known = {k: v for k, v in scalars.items() if v is not None}
-    log.write(images, {**known, "images_per_second": round(rate, 3), "steps_skipped": skipped})

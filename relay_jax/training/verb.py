@@ -1,8 +1,6 @@
 """--mode=train: every stage in order, then the summary."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +10,14 @@ from ml_collections import ConfigDict
 
 from relay_jax import distributed
 from relay_jax.checkpoint import load_ema
-from relay_jax.config import ConfigError, Stage
+from relay_jax.config import ConfigError, Stage, describe_source
 from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
 from relay_jax.diffusion.schedule import RelayProcess
-from relay_jax.evaluation.summary import Trained, summarize
-from relay_jax.logs import is_writer
+from relay_jax.environment import environment
+from relay_jax.evaluation.during import EvaluationSettings, make_evaluation
+from relay_jax.evaluation.features import FeatureExtractor, make_extractor
+from relay_jax.evaluation.summary import SummarySettings, Trained, summarize
 from relay_jax.sampling.pipeline import StageSampler
 from relay_jax.sharding import describe, make_mesh
 from relay_jax.tools.plots import grid
@@ -37,30 +37,45 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
     settings = LoopSettings(
         seed=config.seed, x_flip=config.dataset.x_flip, threads=config.dataset.threads, workers=config.dataset.workers,
         checkpoint_every_images=config.checkpoint.every_images, keep=config.checkpoint.keep,
-        log_every_steps=config.log.every_steps, grid_every_images=config.log.grid_every_images)
+        keep_every_images=config.checkpoint.keep_every_images, log_every_steps=config.log.every_steps,
+        grid_every_images=config.log.grid_every_images, profile_first=config.log.profile_first,
+        profile_steps=config.log.profile_steps, evaluate_every_images=config.evaluate.every,
+        about={"config": json.loads(config.to_json_best_effort()), "environment": environment(mesh)})
+    extractor = distributed.everywhere(lambda: make_features(config, mesh))
+    evaluating = EvaluationSettings(
+        samples=config.evaluate.every_samples, reference_images=config.evaluate.reference_images, batch=config.sample.batch,
+        threads=config.dataset.threads, cache=workdir / "cache", description=describe_source(config, stages))
     for stage in [only] if only else stages:
         preview = make_preview(stage, source, mesh, config.log.grid_images)
-        train_stage(stage, source, mesh, workdir / stage.name, settings, preview, weights.get(stage.name))
+        evaluation = make_evaluation(stage, source, mesh, extractor, evaluating)
+        train_stage(stage, source, mesh, workdir / stage.name, settings, preview, weights.get(stage.name), evaluation)
         distributed.barrier(f"trained {stage.name}")    # its last checkpoint is there for all
         if distributed.stop_requested():
             raise distributed.Stopped(f"stopped by SIGTERM after stage {stage.name}")
 
     waiting = [stage.name for stage in stages if not is_finished(stage, workdir / stage.name)]
-    drawn = distributed.of_first((workdir / "summary.json").exists())
+    reported = distributed.of_first((workdir / "report.json").exists())
     if waiting:
         logging.info("still to train: %s", ", ".join(waiting))
-    elif drawn:
-        logging.info("all stages are finished; see %s (remove it to draw the samples again)", workdir / "summary.json")
+    elif reported:
+        logging.info("all stages are finished; see %s (remove report.json to draw the samples again)", workdir / "report.md")
     else:
         trained = []
         for stage in stages:
             params, meta = load_ema(workdir / stage.name, stage.network, mesh)
             sampler = StageSampler(stage, mesh, config.sample.batch)
-            trained.append(Trained(sampler=sampler, params=params, folder=workdir / stage.name, seconds=meta["seconds"]))
-        with writers_folder(workdir) as folder:
-            summary = summarize(trained, source, folder, config.evaluate.samples, config.evaluate.class_check)
-        logging.info("done: %s", ", ".join(f"{k} {v}" for k, v in summary.items() if isinstance(v, int | float | str)))
-        logging.info("look at %s", workdir / "samples" / "grid.png")
+            trained.append(Trained(sampler=sampler, params=params, notes=meta, folder=workdir / stage.name))
+        report = summarize(trained, source, describe_source(config, stages), extractor, workdir, SummarySettings(
+            samples=config.evaluate.samples, class_check=config.evaluate.class_check, threads=config.dataset.threads,
+            reference_images=config.evaluate.reference_images, cache=workdir / "cache"))
+        logging.info("done: %s", ", ".join(f"{name} {value:.4g}" for name, value in report["scores"].items()))
+        logging.info("look at %s and %s", workdir / "samples" / "grid.png", workdir / "report.md")
+
+
+def make_features(config: ConfigDict, mesh: Mesh) -> FeatureExtractor:
+    """What evaluate.features and evaluate.inception name. Raises FeatureError."""
+    weights = Path(config.evaluate.inception) if config.evaluate.inception else None
+    return make_extractor(config.evaluate.features, weights=weights, mesh=mesh)
 
 
 def make_training_mesh(config: ConfigDict, stages: list[Stage]) -> Mesh:
@@ -73,16 +88,6 @@ def make_training_mesh(config: ConfigDict, stages: list[Stage]) -> Mesh:
         if stage.train.batch % mesh.size:
             raise ConfigError(f"stage {stage.name}: train.batch {stage.train.batch} is not divisible by {mesh.size} devices")
     return mesh
-
-
-@contextmanager
-def writers_folder(workdir: Path) -> Iterator[Path]:
-    """The workdir, or on the processes that do not write a temporary folder: all must draw the samples together."""
-    if is_writer():
-        yield workdir
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 def make_preview(stage: Stage, source: Source, mesh: Mesh, count: int) -> Preview:

@@ -11,6 +11,7 @@ from PIL import Image
 from relay_jax.data.loader import Batch, Loader, read
 from relay_jax.data.sources import DataError, ImageFolder, SyntheticShapes
 from relay_jax.data.transforms import center_crop_resize
+from tests.conftest import error_of
 
 RESOLUTION = 8
 SET = SyntheticShapes(16, 22, 1)
@@ -64,7 +65,7 @@ def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(threads: int
 def test_worker_processes_give_the_same_batches_and_the_same_errors(tmp_path: Path) -> None:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    assert_same(batches(3, start=4, workers=1, threads=1), batches(7)[4:])
+    assert_same(batches(3, start=4, workers=1, threads=1, rows=range(6)), batches(7)[4:])
     (tmp_path / "bad.png").write_bytes(b"junk")
     with (
         Loader(ImageFolder(tmp_path), resolution=8, batch_size=2, seed=0, x_flip=True, workers=1) as loader,
@@ -75,14 +76,31 @@ def test_worker_processes_give_the_same_batches_and_the_same_errors(tmp_path: Pa
         next(loader)
 
 
-@pytest.mark.parametrize("hosts", [2, 3])
-def test_the_slices_of_the_hosts_make_up_the_global_batch(hosts: int) -> None:
-    whole = batches(5)
-    parts = [batches(5, hosts=hosts, host=host) for host in range(hosts)]
-    for n, batch in enumerate(whole):
-        for host in range(hosts):
-            np.testing.assert_array_equal(parts[host][n]["image"], batch["image"][host::hosts])
-            np.testing.assert_array_equal(parts[host][n]["label"], batch["label"][host::hosts])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 4], [5], [2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_host_loads_its_rows_of_every_batch(rows: list[int], threads: int) -> None:
+    whole = batches(9)
+    for n, batch in enumerate(batches(6, rows=rows, start=3, threads=threads), start=3):
+        np.testing.assert_array_equal(batch["image"], whole[n]["image"][rows])
+        np.testing.assert_array_equal(batch["label"], whole[n]["label"][rows])
+
+
+def test_a_host_reads_no_image_of_another(tmp_path: Path) -> None:
+    """Every other image is damaged, and in rows of another host."""
+    for n in range(6):
+        Image.fromarray(SET[n][0]).save(tmp_path / f"{n}.png")
+    first = [position for position, _ in positions(batches_of(tmp_path)["image"])]
+    for row, position in enumerate(first):
+        if row % 2:
+            (tmp_path / f"{position}.png").write_bytes(b"junk")
+    assert [position for position, _ in positions(batches_of(tmp_path, rows=[0, 2, 4])["image"])] == first[::2]
+    assert "cannot decode" in error_of(lambda: batches_of(tmp_path, rows=[0, 1]))
+
+
+def batches_of(folder: Path, **options: object) -> Batch:
+    """The first batch of six images in a folder."""
+    with Loader(ImageFolder(folder), resolution=RESOLUTION, batch_size=6, seed=4, x_flip=True, **options) as loader:
+        return next(loader)
 
 
 def test_each_epoch_covers_every_position_once_in_a_new_order() -> None:
@@ -140,10 +158,10 @@ def test_a_damaged_image_comes_out_of_next_as_one_line_and_closes_the_loader(tmp
 @pytest.mark.parametrize(
     "options",
     [
-        {"batch_size": 6, "hosts": 4},
         {"batch_size": 0},
-        {"hosts": 2, "host": 2},
-        {"hosts": 0},
+        {"rows": []},
+        {"rows": [6]},
+        {"rows": [-1, 0]},
         {"start": -1},
         {"threads": -1},
         {"seed": -1},

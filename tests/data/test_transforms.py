@@ -1,9 +1,12 @@
 """Known answers for the pixel operations between a source and a batch."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from relay_jax.data.sources import ImageFolder, SyntheticShapes, picture
 from relay_jax.data.transforms import center_crop_resize, flip_x
 
 
@@ -60,3 +63,22 @@ def test_flipping_mirrors_columns_and_twice_is_the_identity() -> None:
     image = noise(4, 6)
     np.testing.assert_array_equal(flip_x(image)[:, 0], image[:, -1])
     np.testing.assert_array_equal(flip_x(flip_x(image)), image)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA"])
+@pytest.mark.parametrize("size", [(50, 37), (16, 16), (40, 90)])
+def test_a_picture_is_cropped_as_the_array_of_it(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    name = "a.jpg" if mode == "CMYK" else "a.png"
+    Image.fromarray(pixels).convert(mode).save(tmp_path / name)
+    source = ImageFolder(tmp_path)
+    found, label = picture(source, 0)
+    assert isinstance(found, Image.Image) and label == 0
+    cropped = center_crop_resize(found, 16)
+    assert cropped.shape == (16, 16, 3) and cropped.dtype == np.uint8
+    np.testing.assert_array_equal(cropped, center_crop_resize(source[0][0], 16))
+
+
+def test_a_source_of_arrays_gives_arrays() -> None:
+    source = SyntheticShapes(16, 3, 0)
+    np.testing.assert_array_equal(picture(source, 2)[0], source[2][0])

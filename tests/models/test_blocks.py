@@ -9,6 +9,7 @@ from scipy.signal import correlate2d
 from relay_jax.models.blocks import (
     Attention,
     Conv,
+    Dropout,
     GroupNorm,
     Linear,
     UNetBlock,
@@ -134,6 +135,29 @@ def test_group_norm_of_bfloat16_has_float32_statistics_and_rounds_only_its_resul
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), norm_by_hand(np.asarray(x, np.float64), gain, bias, 2),
                                rtol=2**-8, atol=1e-4)
+
+
+def test_group_norm_of_bfloat16_is_precise_where_the_mean_is_fifty_times_the_spread() -> None:
+    x = jnp.asarray(50 + normal(2, 32, 32, 8), jnp.bfloat16)       # one pass: E[x^2] - E[x]^2 in float32
+    ones, zeros = np.ones(8, np.float32), np.zeros(8, np.float32)
+    got = np.asarray(apply(GroupNorm(), {"scale": ones, "bias": zeros}, x), np.float64)
+    np.testing.assert_allclose(got, norm_by_hand(np.asarray(x, np.float64), ones, zeros, 2), rtol=2**-7, atol=0.01)
+
+
+# Dropout
+
+@pytest.mark.parametrize("height", [6, 7])
+def test_dropout_keeps_its_share_and_the_mean_and_draws_each_number_for_itself(height: int) -> None:
+    x, rate = jnp.ones((16, height, 32, 32)), 0.3
+    got = np.asarray(jax.jit(lambda key: Dropout(rate).apply({}, x, True, rngs={"dropout": key}))(fast_key()))
+    kept = got != 0
+    np.testing.assert_allclose(got[kept], 1 / (1 - rate), rtol=1e-6)
+    spread = np.sqrt(rate * (1 - rate))
+    assert abs(kept.mean() - (1 - rate)) < 4 * spread / np.sqrt(kept.size)
+    np.testing.assert_allclose(kept.mean(axis=(0, 2, 3)), 1 - rate, atol=4 * spread / 128)
+    rows = kept.transpose(1, 0, 2, 3).reshape(height, -1)
+    assert abs(np.corrcoef(rows) - np.eye(height)).max() < 4 / 128     # rows that share random words, too
+    np.testing.assert_array_equal(Dropout(rate).apply({}, x, False), x)
 
 
 # Resampling

@@ -1,9 +1,10 @@
 """Pixels: clipping and truncation, and the official colour edits against their formulas."""
 
+import jax
 import numpy as np
 import pytest
 
-from relay_jax.sampling.pixels import PIXEL_EDITS, edit_pixels, to_uint8
+from relay_jax.sampling.pixels import PIXEL_EDITS, edit_pixels, to_uint8, to_uint8_on_device
 
 
 def pixels(count: int = 3, height: int = 6, width: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -47,6 +48,20 @@ def test_pixels_are_clipped_and_truncated_not_rounded(value: float, byte: int) -
 def test_every_byte_survives_its_own_float() -> None:
     levels = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(levels.astype(np.float32) / 127.5 - 1), levels)
+
+
+def test_devices_make_the_same_bytes_to_the_last_one() -> None:
+    """Around every step of `to_uint8`, where a sum rounded once instead of twice gives another level."""
+    wanted = jax.jit(to_uint8_on_device)
+    step = np.float32((np.arange(1, 256) - 128) / 127.5)
+    near = step.view(np.int32)[:, None] + np.arange(-40, 41, dtype=np.int32)
+    x = np.concatenate([near.view(np.float32).ravel(), np.random.default_rng(0).uniform(-1.3, 1.3, 10**6),
+                        [-np.inf, np.inf, 0.0, -0.0, -3e-8, -1e-8, 1e30, -1e30]]).astype(np.float32)
+    x = np.resize(x[~np.isnan(x)], (4, len(x) // 48, 4, 3))
+    assert len(np.unique(to_uint8(x))) == 256
+    got = wanted(x)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, to_uint8(x))
 
 
 # Edits.

@@ -69,6 +69,12 @@ def _zip(**options: Any) -> Callable[[Path], Path]:
     return lambda folder: write(folder, True, lambda s: {"ema": net(s)}, **options)
 
 
+def _legacy(build: Callable[[Storages], Any], keys: Any = None) -> Callable[[Path], Path]:
+    """A file of torch.save before version 1.6."""
+    storages = Storages(True, legacy=True)
+    return lambda folder: tw.write_legacy(folder / "file.pth", {"ema": build(storages)}, storages, keys)
+
+
 def _encrypted(folder: Path) -> Path:
     def patch(data: bytearray) -> bytearray:
         for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
@@ -128,7 +134,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "git lfs pointer": (_text(b"version https://git-lfs.github.com/spec/v1\n"), "LFS"),
     "torchscript": (_foreign_zip("m/data.pkl", "m/code/__torch__.py", "m/constants.pkl"), "TorchScript"),
     "npz": (_foreign_zip("a.npy", "b.npy"), "not one of torch.save"),
-    "old torch.save": (_text(tw.dumps(0x1950A86A20F9469CFC6C) + tw.dumps(1001)), "1.6"),
+    "legacy header alone": (_text(tw.dumps(0x1950A86A20F9469CFC6C) + tw.dumps(1001)), "truncated"),
     "missing": (lambda folder: folder / "nothing.pt", "no such file"),
     "folder": (lambda folder: folder, "not a file"),
     "truncated zip": (lambda f: _damaged(_zip()(f), lambda d: d[:len(d) // 2]), "truncated"),
@@ -231,6 +237,16 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "big-endian legacy": (_window(0, (2,), (1,), False, little_endian=False), "little-endian"),
     "legacy within legacy": (_ema(lambda s: s.window(Call(Global("torch.storage", "_load_from_bytes"), (tw.dumps(
         s.storage(bytes(8), "<f4")),)), 0, (2,), (1,)), False), "'torch.storage._load_from_bytes'"),
+    "legacy file with a call": (_legacy(lambda s: Call(SYSTEM, TOUCH)), "'os.system'"),
+    "legacy file without data": (_legacy(lambda s: s.tensor(np.ones(2)), keys=[]), "does not fit"),
+    "legacy file with a storage twice": (_legacy(lambda s: s.tensor(np.ones(2)), keys=["0", "0"]), "does not fit"),
+    "legacy file with strange keys": (_legacy(lambda s: s.tensor(np.ones(2)), keys=[{}]), "does not fit"),
+    "huge legacy file": (_legacy(lambda s: s.window(s.storage(bytes(8), "<f4", count=1 << 40), 0, (1 << 40,), (1,))),
+                         "truncated"),
+    "legacy storage of two types": (_legacy(lambda s: [s.tensor(np.ones(2)), Persistent(
+        ("storage", Global("torch", "HalfStorage"), "0", "cpu", 2, None))]), "announced twice"),
+    "more than metadata": (beside(tw.state_dict({}, evil=1)), "sets the state"),
+    "metadata of a list": (beside(Raw(b"]" + tw.emit({"_metadata": {}}) + pickle.BUILD)), "sets the state"),
     "legacy with a call": (_ema(lambda s: s.window(Call(Global("torch.storage", "_load_from_bytes"), (tw.dumps(
         Call(SYSTEM, TOUCH)),)), 0, (2,), (1,)), False), "'os.system'"),
     # networks

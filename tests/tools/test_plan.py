@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import celebahq256, demo, imagenet256
 from relay_jax.config import ConfigError, Guidance, Stage, build
+from relay_jax.cost import DEVICES, matmul_flops, si
 from relay_jax.models.unet import parameter_count
 from relay_jax.tools import plan as planner
 from relay_jax.tools import tpu_compile
@@ -23,14 +27,13 @@ from relay_jax.tools.plan import (
     activation_bytes,
     estimate,
     forward_flops,
-    matmul_flops,
     memory,
     plan,
     sampler_calls,
     table,
     train_flops,
 )
-from relay_jax.tools.tpu_compile import DEVICES, Topology, abstract_state, add_time, analyse, describe, lower_step, si
+from relay_jax.tools.tpu_compile import Topology, abstract_state, add_time, analyse, describe, lower_step
 from relay_jax.training.state import TrainState
 
 BASE, RELAY = build(imagenet256.get_config())
@@ -192,7 +195,7 @@ def test_the_compilers_cycles_become_a_step_and_a_utilisation() -> None:
     device = next(d for d in DEVICES if d.name == "v5e")
     hbm = {"arguments": 10**9, "temporaries": 2 * 10**9, "outputs": 0, "program": 0, "total": 3 * 10**9}
     compiled = {"topology": "v5e:2x2", "compile_seconds": 9.0, "hbm": hbm, "flops": 1e12, "bytes_accessed": 1e9,
-                "collectives": {"all-reduce": 2}, "cycles": 3 * 10**8, "parts": 1}
+                "collectives": {"all-reduce": 2}, "cycles": 3 * 10**8, "without_estimate": 0, "parts": 1}
     found = {"batch": 64, "steps": 86_400, "train_flops": 197e10, "compiled": compiled}
     add_time(found, device, chips=4)
     assert (compiled["step_seconds"], compiled["days"], compiled["fits"]) == (0.2, 0.2, True)
@@ -202,15 +205,34 @@ def test_the_compilers_cycles_become_a_step_and_a_utilisation() -> None:
     assert "does not fit: why" in "\n".join(describe({**compiled, "error": "does not fit: why"}))
 
 
-def test_cycles_in_the_loop_of_accumulation_count_for_every_part() -> None:
-    def fusion(cycles: int) -> str:
-        return f'  %f.1 = f32[2]{{0}} fusion(%a), backend_config={{"estimated_cycles":"{cycles}"}}\n'
+def test_cycles_in_loops_count_as_often_as_the_loops_run_and_unknown_ones_apart() -> None:
+    def computation(head: str, *lines: str) -> str:
+        return "\n".join([f"{head} (p: f32[2]) -> f32[2] {{", *(f"  {line}" for line in lines), "}", "", ""])
 
-    signature = "(p: f32[2]) -> f32[2] {\n"
-    loop = "  %while.7 = (f32[2]) while(%t), condition=%c.1, body=%body.1, metadata={}\n"
-    text = (f"%body.1 {signature}{fusion(100)}}}\n\n%other.1 {signature}{fusion(10)}}}\n\n"
-            f"ENTRY %main {signature}{fusion(1)}{loop}}}\n")
-    assert tpu_compile.estimated_cycles(text, 1) == 111 and tpu_compile.estimated_cycles(text, 4) == 411
+    def fusion(cycles: int) -> str:
+        return f'%f.1 = f32[2]{{0}} fusion(%a), backend_config={{"estimated_cycles":"{cycles}"}}'
+
+    def loop(number: int) -> str:
+        return f"%while.{number} = (f32[2]) while(%t), condition=%c.{number}, body=%body.{number}, metadata={{}}"
+
+    text = "".join([
+        computation("%body.1", fusion(100), loop(2)), computation("%body.2", fusion(1000)),
+        computation("%c.1", "%n = s32[]{:T(128)} parameter(0)"),                # says not how often
+        computation("%c.2", "%constant.1 = s32[]{:T(128)} constant(6)"), computation("%other.1", fusion(10)),
+        computation("ENTRY %main", fusion(1), fusion(2**63 - 1), loop(1))])
+    assert tpu_compile.estimated_cycles(text, 1) == (111 + 6000, 1)
+    assert tpu_compile.estimated_cycles(text, 4) == (411 + 24_000, 1)
+
+
+def test_a_long_compilation_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(tpu_compile, "PROGRESS_SECONDS", 0.1)
+    monkeypatch.setattr(tpu_compile.logging, "info", lambda line, *values: said.append(line % values))
+    code = "import sys, time; text = sys.stdin.read(); time.sleep(0.5); print(text); print('oh', file=sys.stderr)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert tpu_compile._wait(process, b"stage", "compiling") == (b"stage\n", b"oh\n")
+    assert said and all(re.fullmatch(r"compiling: \d+ s so far", line) for line in said)
 
 
 # Report and command

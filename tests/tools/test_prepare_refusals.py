@@ -64,8 +64,8 @@ def test_what_cannot_be_prepared_is_refused_before_anything_is_written(whole: Pa
     assert "is packed already" in error_of(lambda: prepare(packed, [8], out, **OPTIONS))
     for resolutions, change in (([], {}), ([0], {}), ([8], {"shard_images": 0}), ([8], {"threads": -1})):
         assert "cannot prepare" in error_of(lambda r=resolutions, c=change: prepare(SET, r, out, **OPTIONS | c))
-    assert "gcloud storage cp" in error_of(lambda: prepare(SET, [8], Path("gs://bucket/set"), **OPTIONS))
-    assert not out.exists() and not Path("gs:").exists()
+    assert "mount or copy it" in error_of(lambda: prepare(SET, [8], "s3://bucket/set", **OPTIONS))
+    assert not out.exists() and not Path("s3:").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

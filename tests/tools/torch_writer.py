@@ -94,23 +94,26 @@ def emit(value: Any, protocol: int = 2) -> bytes:
 
 @dataclass
 class Storages:
-    """The storages of a file: members of the zip, or streams within the pickle. place: the tag to be ignored."""
+    """The storages of a file: members of the zip or, if legacy, behind the pickles; else streams within the pickle.
+    place: the tag to be ignored; counts: elements."""
     zipped: bool
+    legacy: bool = False
     place: str = "cuda:0"
     data: dict[str, bytes] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def storage(self, raw: bytes, dtype: str, **changes: Any) -> Any:
         """changes: to what the storage claims (count, kind, key, view, keys, little_endian, stored)."""
         key = changes.get("key", str(len(self.data)))
         count = changes.get("count", len(raw) // (2 if dtype == "bf16" else int(dtype[-1])))
         kind = changes.get("kind", Global("torch", CODES[dtype]))
-        self.data[key] = raw
+        self.data[key], self.counts[key] = raw, count
+        if self.legacy:
+            return Persistent(("storage", kind, key, self.place, count, None))
         if self.zipped:
             return Persistent(("storage", kind, key, self.place, count))
-        system = {"protocol_version": 1001, "little_endian": changes.get("little_endian", True), "type_sizes": {}}
         tag = ("storage", kind, key, self.place, count, changes.get("view"))
-        stream = b"".join(dumps(part) for part in (
-            0x1950A86A20F9469CFC6C, 1001, system, Persistent(tag), [key]))
+        stream = legacy_header(changes.get("little_endian", True)) + dumps(Persistent(tag)) + dumps([key])
         return Call(Global("torch.storage", "_load_from_bytes"),
                     (stream + struct.pack("<q", changes.get("stored", count)) + raw,))
 
@@ -129,6 +132,17 @@ class Storages:
 
 
 ORDERED = Global("collections", "OrderedDict")
+
+
+def legacy_header(little_endian: bool = True) -> bytes:
+    system = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {}}
+    return b"".join(dumps(part) for part in (0x1950A86A20F9469CFC6C, 1001, system))
+
+
+def state_dict(tensors: dict[str, Any], **more: Any) -> Raw:
+    """What `state_dict()` returns: an OrderedDict with an attribute, the versions of the modules."""
+    items = pickle.MARK + b"".join(emit(x) for pair in tensors.items() for x in pair) + pickle.SETITEMS
+    return Raw(emit(Call(ORDERED)) + items + emit({"_metadata": {"": {"version": 1}}} | more) + pickle.BUILD)
 
 
 def parameter(tensor: Any) -> Call:
@@ -181,6 +195,14 @@ def write_zip(path: Path, top: Any, storages: Storages, folder: str = "archive",
                 archive.writestr(f"{folder}/{name}", data)
         for name, data in (more or {}).items():
             archive.writestr(name, data)
+    return path
+
+
+def write_legacy(path: Path, top: Any, storages: Storages, keys: list[str] | None = None) -> Path:
+    """A file of torch.save before version 1.6. keys: of the storages, in the order of their data."""
+    order = list(reversed(storages.data)) if keys is None else keys
+    raw = [struct.pack("<q", storages.counts[key]) + storages.data[key] for key in order if isinstance(key, str)]
+    path.write_bytes(legacy_header() + dumps(top) + dumps(order) + b"".join(raw))
     return path
 
 

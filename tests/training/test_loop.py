@@ -19,8 +19,8 @@ from relay_jax.logs import read_jsonl
 from relay_jax.training import loop
 from tests.conftest import mesh_of, tiny_relay
 
-SETTINGS = dict(seed=0, x_flip=True, threads=1, workers=0, checkpoint_every_images=48, keep=2, log_every_steps=1,
-                grid_every_images=0)
+SETTINGS = dict(seed=0, x_flip=True, threads=1, workers=0, checkpoint_every_images=48, keep=2, keep_every_images=0,
+                log_every_steps=1, grid_every_images=0, profile_first=0, profile_steps=2)
 
 
 def stage_of(images: int, name: str = "relay", **train: object) -> Stage:
@@ -84,6 +84,17 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path: Path, six_st
     chex.assert_trees_all_equal(final_state(folder), final_state(tmp_path / "straight"))
     images = [line["images"] for line in read_jsonl(folder / "metrics.jsonl")]
     assert images == [16 * n for n in range(1, 8)], "the curve has gaps or repeats"
+
+
+def test_a_finished_stage_with_a_damaged_last_checkpoint_is_finished_again(tmp_path: Path, six_steps: Path) -> None:
+    folder, stage = tmp_path / "copy", stage_of(96)
+    shutil.copytree(six_steps, folder)
+    assert loop.is_finished(stage, folder)
+    (folder / "checkpoints" / "6" / "ema" / "manifest.ocdbt").unlink()
+    assert not loop.is_finished(stage, folder)
+    train(folder, stage)
+    assert loop.is_finished(stage, folder)
+    chex.assert_trees_all_equal(final_state(folder), final_state(six_steps))
 
 
 def test_other_data_under_the_same_run_is_refused(tmp_path: Path, six_steps: Path) -> None:

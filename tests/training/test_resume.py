@@ -45,7 +45,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict:
     process = subprocess.Popen([sys.executable, __file__, str(folder)], cwd=ROOT, env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        said, _ = process.communicate(timeout=500)
+        said, _ = process.communicate(timeout=1200)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"hung: {process.communicate()[0][-3000:]}")
@@ -108,7 +108,7 @@ def start(folder: Path, name: str, *arguments: str) -> int:
         os._exit(status)
 
 
-def wait_until(pid: int, condition: Callable[[], bool], seconds: float = 100) -> bool:
+def wait_until(pid: int, condition: Callable[[], bool], seconds: float = 300) -> bool:
     """False if the process ended before."""
     deadline = time.monotonic() + seconds
     while not condition():

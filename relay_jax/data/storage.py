@@ -1,0 +1,136 @@
+"""A folder, or gs://BUCKET/PATH, as a place for whole files: what packed data sets need of either.
+
+Buckets are reached through tensorstore (which orbax brings) with the application's default credentials. An object
+appears when it is whole, as a file does here.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from relay_jax.data.decode import DataError, one_line
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Folder:
+    """Files below a folder, by path from there. Everything raises OSError, FileNotFoundError for what is not there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def occupants(self) -> set[str]:
+        """Names of the files and folders here; if a file has the folder's name, its own."""
+        root = Path(self.path)
+        if not root.exists():
+            return set()
+        return {entry.name for entry in root.iterdir()} if root.is_dir() else {root.name}
+
+    def read(self, name: str) -> bytes:
+        return Path(self.path, name).read_bytes()
+
+    def checksum(self, name: str) -> tuple[int, str]:
+        """Size and SHA-256, in hexadecimal."""
+        path = Path(self.path, name)
+        return path.stat().st_size, file_sha256(path)
+
+    @contextmanager
+    def workshop(self) -> Iterator[Path]:
+        """Where files are made that `take` then puts into their place."""
+        yield Path(self.path)
+
+    def take(self, made: Path, name: str) -> None:
+        """Puts a whole file into its place; `made` is gone then."""
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.replace(Path(self.path, name))
+
+    def write(self, name: str, text: str) -> None:
+        path = Path(self.path, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+    def forget(self, name: str) -> None:
+        Path(self.path, name).unlink(missing_ok=True)
+
+
+class Bucket(Folder):
+    """Objects below gs://BUCKET/PATH."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path.rstrip("/"))
+        self._opened: Any = None
+
+    def _store(self) -> Any:
+        if self._opened is None:
+            import tensorstore  # imported late: most sets are in folders
+
+            bucket, _, path = self.path.removeprefix("gs://").partition("/")
+            # The default keeps a user without network waiting for many minutes.
+            retries = {"max_retries": 5, "max_delay": "2s"}
+            spec = {"driver": "gcs", "bucket": bucket, "path": f"{path}/" if path else "",
+                    "context": {"gcs_request_retries": retries}}
+            self._opened = tensorstore.KvStore.open(spec).result()
+        return self._opened
+
+    def read(self, name: str) -> bytes:
+        try:
+            found = self._store().read(name).result()
+        except Exception as error:  # it raises whatever fits: ValueError, RuntimeError, ImportError ...
+            raise OSError(one_line(error)) from error
+        if found.state != "value":
+            raise FileNotFoundError(errno.ENOENT, "No such object")
+        return found.value
+
+    def occupants(self) -> set[str]:
+        try:
+            return {key.decode().split("/")[0] for key in self._store().list().result()}
+        except Exception as error:
+            raise OSError(one_line(error)) from error
+
+    def checksum(self, name: str) -> tuple[int, str]:
+        content = self.read(name)
+        return len(content), hashlib.sha256(content).hexdigest()
+
+    @contextmanager
+    def workshop(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="relay-prepare-") as folder:
+            yield Path(folder)
+
+    def take(self, made: Path, name: str) -> None:
+        self._write(name, made.read_bytes())
+        made.unlink()
+
+    def write(self, name: str, text: str) -> None:
+        self._write(name, text.encode())
+
+    def forget(self, name: str) -> None:
+        self._write(name, None)
+
+    def _write(self, name: str, content: bytes | None) -> None:
+        try:
+            self._store().write(name, content).result()
+        except Exception as error:
+            raise OSError(one_line(error)) from error
+
+
+def storage(path: str | os.PathLike[str]) -> Folder:
+    """The place that a path names. Raises DataError for a bucket of another kind."""
+    path = os.fspath(path)
+    if not re.match(r"\w+:/", path):
+        return Folder(path)
+    if not path.startswith("gs://"):
+        raise DataError(f"{path}: packed sets lie in folders and gs://BUCKET/PATH; mount or copy it")
+    return Bucket(path)

@@ -1,0 +1,75 @@
+"""Small evaluations of the stage that is being trained: a curve of scores beside the curve of the loss.
+
+Few samples against a part of the training set: the numbers rank the moments of one training and are no published scores.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from jax.sharding import Mesh
+
+from relay_jax import distributed
+from relay_jax.config import Stage
+from relay_jax.data.sources import Source
+from relay_jax.diffusion.schedule import RelayProcess
+from relay_jax.evaluation.collect import FeatureSet, collect
+from relay_jax.evaluation.drawn import DrawnSamples
+from relay_jax.evaluation.features import FeatureExtractor
+from relay_jax.evaluation.references import of_source, reference_features
+from relay_jax.evaluation.scores import NEIGHBOURS, score
+from relay_jax.logs import is_writer
+from relay_jax.sampling.pipeline import StageSampler
+from relay_jax.sampling.request import OWN, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """samples: images drawn; reference_images: training images compared with; batch: samples drawn at a time; cache: folder
+    for the features of the reference; description: what the configuration says of the data set."""
+    samples: int
+    reference_images: int
+    batch: int
+    threads: int
+    cache: Path
+    description: dict[str, Any]
+
+
+def make_evaluation(stage: Stage, source: Source, mesh: Mesh, extractor: FeatureExtractor,
+                    settings: EvaluationSettings) -> Callable[[dict], dict[str, float]]:
+    """Averaged parameters of one stage -> scores, on the process that writes. Seeds 0, 1, ...
+
+    A relay starts from down-sampled real images. The features of the reference are computed when they are first needed,
+    and kept.
+    """
+    sampler, known = StageSampler(stage, mesh, settings.batch), list[FeatureSet | None]()
+    alone, num_classes = isinstance(stage.process, RelayProcess), stage.network.num_classes
+    request = Request(
+        stages=[stage], num_classes=num_classes, seeds=range(settings.samples), pixel_edit="none", low_res=None, start={},
+        class_rule=OWN if alone and num_classes else "mod",
+        low_resolution=stage.resolution // stage.process.patch if isinstance(stage.process, RelayProcess) else 0)
+
+    def evaluation(params: dict) -> dict[str, float]:
+        start = time.monotonic()
+        if len(source) <= NEIGHBOURS:
+            return {}
+        if not known:
+            reference = of_source(source, settings.description, stage.resolution, threads=settings.threads,
+                                  limit=settings.reference_images)
+            known.append(reference_features(reference, extractor, cache=settings.cache, stop=False))
+        samples = DrawnSamples(request, [(sampler, params)], source if alone else None)
+        found = collect(samples, extractor, what=f"samples of stage {stage.name}", rows=len(samples),
+                        probabilities=True, stop=False)     # SIGTERM is answered by the training, which saves
+        real = known[0]
+        scores = distributed.everywhere(
+            lambda: score(real, found, extractor.name) if is_writer() and real is not None else {})
+        if is_writer():
+            logging.info("stage %s: %s (%d samples, %.1f s)", stage.name,
+                         ", ".join(f"{name} {value:.4g}" for name, value in scores.items()), len(samples),
+                         time.monotonic() - start)
+        return scores
+
+    return evaluation

@@ -1,0 +1,133 @@
+"""report.json and report.md: scores beside everything that they depend on.
+
+A report has `scores` and `notes`; its settings `samples`, `reference`, `features` and `metrics`; and `device`,
+`versions` and `time`. The same settings on the same machine give the same files but for `time`. A folder holds the
+report of one set of settings: another one is refused there before anything is computed.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import relay_jax
+from relay_jax.config import ConfigError, Stage
+from relay_jax.data.decode import one_line
+from relay_jax.logs import write_json, write_text
+
+SETTINGS = ("samples", "reference", "features", "metrics")
+_PLACES = ("path", "data_dir")      # the same images elsewhere are the same images
+
+
+def make_report(scores: Mapping[str, float], notes: list[str], settings: Mapping[str, Any], seconds: Mapping[str, float],
+                **more: Any) -> dict[str, Any]:
+    """The report as plain values. settings: by the names of SETTINGS; more: further sections, after the settings."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return {
+        "scores": dict(scores),
+        "notes": list(notes),
+        **settings,
+        **more,
+        "device": {"kind": jax.devices()[0].device_kind, "devices": jax.device_count(), "processes": jax.process_count()},
+        "versions": versions(),
+        "time": {"finished": now, "seconds": {name: round(value, 1) for name, value in seconds.items()}},
+    }
+
+
+def averaging(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
+    """How the weights that are sampled were averaged (EMA), by stage, as the configuration says."""
+    return {s.name: {"halflife_images": s.train.ema_halflife_images, "rampup": s.train.ema_rampup} for s in stages}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Python, the libraries that compute, and this package: a hash of its source files."""
+    folder, sha = Path(relay_jax.__file__).parent, hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        sha.update(str(file.relative_to(folder)).encode() + b"\n" + file.read_bytes())
+    libraries = {name: version(name) for name in ("jax", "flax", "numpy", "scipy", "pillow")}
+    return {"relay_jax": f"source {sha.hexdigest()[:16]}", "python": platform.python_version(), **libraries}
+
+
+def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the folder holds the report of other settings, naming the first that differs."""
+    path = folder / "report.json"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder")
+    if not path.exists():
+        return
+    try:
+        theirs = json.loads(path.read_text())
+        old = _flat({name: theirs[name] for name in SETTINGS})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is no report of this program ({one_line(error)}); use another --out") from error
+    new = _flat(json.loads(json.dumps({name: settings[name] for name in SETTINGS})))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(f"{path} is a report of other settings ({key} is {_short(old.get(key))} there and "
+                              f"{_short(new.get(key))} here); use another --out, or remove it")
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes report.json and report.md."""
+    write_text(folder / "report.md", as_markdown(report))
+    write_json(folder / "report.json", dict(report))
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """The report for people: scores, notes, the stages side by side, and a table for each other section."""
+    rest = json.loads(json.dumps({name: value for name, value in report.items() if name not in ("scores", "notes")}))
+    sampling = rest["samples"].get("sampling") or {}
+    columns = sampling.pop("stages", {})
+    for what, of_stages in (("ema", rest["samples"].pop("ema", None)), ("training", rest.pop("training", None))):
+        for stage, values in (of_stages or {}).items():
+            columns.setdefault(stage, {})[what] = values
+    lines = ["# Evaluation", "", *_table(["score", ""], [[name, _number(x)] for name, x in report["scores"].items()]), ""]
+    lines += [f"- {note}" for note in report["notes"]]
+    if columns:
+        flat = {stage: _flat(values, places=True) for stage, values in columns.items()}
+        keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+        groups = list(dict.fromkeys(key.split(".")[0] for key in keys))
+        keys.sort(key=lambda key: groups.index(key.split(".")[0]))
+        rows = [[key, *(values.get(key, "") for values in flat.values())] for key in keys]
+        lines += ["", "## Stages", "", *_table(["", *flat], rows)]
+    for section, values in rest.items():
+        rows = [list(pair) for pair in _flat(values, places=True).items()]
+        lines += ["", f"## {section.capitalize()}", "", *_table(["", ""], rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    return [f"| {' | '.join(map(_cell, row))} |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def _flat(node: Any, path: str = "", places: bool = False) -> dict[str, Any]:
+    """Flat view of nested values: key.key -> value; lists stay whole. places: with the keys that name a place."""
+    if not isinstance(node, dict):
+        return {path: node}
+    flat: dict[str, Any] = {}
+    for key, child in node.items():
+        if places or key not in _PLACES:
+            flat.update(_flat(child, f"{path}.{key}" if path else str(key), places))
+    return flat
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}"
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

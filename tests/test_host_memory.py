@@ -1,0 +1,35 @@
+"""Memory of CPU programs stays with the process: page faults per call, counted in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import jax, jax.numpy as jnp
+from relay_jax.host_memory import reuse_on_cpu
+if sys.argv[1] == "reuse":
+    reuse_on_cpu()
+run = jax.jit(lambda x: jnp.mean((x @ x.T) @ x))        # a temporary of 100 MB
+x = jnp.ones((5_000, 16))
+for _ in range(3):
+    run(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    run(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3)
+"""
+
+
+def faults(how: str) -> int:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="speaks to glibc's malloc")
+def test_the_second_call_of_a_program_takes_no_new_pages() -> None:
+    assert faults("reuse") < 1_000 < 10_000 < faults("plain")
