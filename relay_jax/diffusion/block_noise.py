@@ -21,7 +21,8 @@ def block_noise(gaussian: jax.Array, patch: int) -> jax.Array:
     """
     for axis in (1, 2):
         size = gaussian.shape[axis]
-        around = jnp.concatenate([lax.slice_in_dim(gaussian, size - patch + 1, size, axis=axis), gaussian], axis)
+        before = [(patch - 1 if a == axis else 0, 0) for a in range(4)]
+        around = jnp.pad(gaussian, before, mode="wrap")
         gaussian = sum(lax.slice_in_dim(around, i, i + size, axis=axis) for i in reversed(range(patch)))
     return gaussian / patch
 

@@ -25,7 +25,7 @@ def triangle(size: int, patch: int) -> np.ndarray:
     return sum(np.maximum(0, patch - np.abs(offset + k * size)) / patch for k in range(-2, 3))
 
 
-@pytest.mark.parametrize("patch, height, width", [(2, 4, 6), (3, 6, 3), (4, 8, 12)])
+@pytest.mark.parametrize("patch, height, width", [(2, 4, 6), (3, 6, 3), (4, 8, 12), (4, 2, 1)])
 def test_every_pixel_is_the_sum_over_the_patch_above_and_left_of_it(patch: int, height: int, width: int) -> None:
     g = white(2, height, width, 2)
     want = np.zeros(g.shape)
