@@ -198,17 +198,31 @@ class Checkpoints:
         return None
 
 
+def _place(folder: Path) -> tuple[Path, int | None]:
+    """The folder of a stage, or of one of its checkpoints, as the folder of all of them and the step that is named."""
+    if not (folder / "checkpoints").exists() and folder.parent.name == "checkpoints" and folder.name.isdecimal():
+        return folder.parent, int(folder.name)
+    return folder / "checkpoints", None
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `load_ema` finds something to read."""
+    place, named = _place(folder)
+    with Checkpoints(place, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+    return bool(steps) if named is None else named in steps
+
+
 def load_ema(folder: Path, network: UNet, mesh: Mesh) -> tuple[dict, dict]:
     """Averaged parameters on the devices, and the notes of their checkpoint with its "step" and "images".
 
     folder: of a stage, whose newest readable checkpoint is meant, or one of its checkpoints, STAGE/checkpoints/STEP.
     Raises CheckpointError if there is none, if none fits the network, or if the named one is missing or unreadable.
     """
-    named = not (folder / "checkpoints").exists() and folder.parent.name == "checkpoints" and folder.name.isdecimal()
+    place, named = _place(folder)
     shapes = jax.eval_shape(partial(init_params, network), jax.random.key(0))
-    with Checkpoints(folder.parent if named else folder / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore({"ema": shapes}, {"ema": state_shardings(shapes, mesh)},
-                                       int(folder.name) if named else None)
+    with Checkpoints(place, read_only=True) as checkpoints:
+        restored = checkpoints.restore({"ema": shapes}, {"ema": state_shardings(shapes, mesh)}, named)
     if restored is None:
         raise CheckpointError(f"no checkpoint in {folder}; train this stage first, or name its weights")
     step, items = restored

@@ -56,14 +56,15 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "prep
                           "set for all stages into --out, plan says what a training costs before it is launched, plot "
                           "draws pictures of the data, the schedules and the run into --out.")
 _STAGE = flags.DEFINE_string("stage", "", "Train, sample or evaluate this stage alone (default: all, in order).")
-_SEEDS = flags.DEFINE_string("seeds", "0-63", "Sampling: seeds, one image each, e.g. 0-63 or 1,5,10-12.")
-_OUT = flags.DEFINE_string("out", "", "Sampling: folder for the images (default: WORKDIR/samples/images).")
+_SEEDS = flags.DEFINE_string("seeds", "0-63", "Samples: seeds, one image each, e.g. 0-63 or 1,5,10-12.")
+_OUT = flags.DEFINE_string("out", "", "Folder for what is made (default: samples/images, evaluation or plots in WORKDIR; "
+                           "prepare needs one).")
 _WEIGHTS = "weights."      # --weights.STAGE=DIR: a converted or trained stage to sample, or to start training, from
 _FORMAT = flags.DEFINE_enum("format", "png", FORMATS, "Sampling: numbered PNG files, npz files as ADM's, and all of them "
                             "in one, or ArrayRecord files, a data set for dataset.source=packed.")
-_CLASS = flags.DEFINE_string("class", None, "Sampling: the class of a seed's image: mod (seed mod classes, the default), "
+_CLASS = flags.DEFINE_string("class", None, "Samples: the class of a seed's image: mod (seed mod classes, the default), "
                              "balanced, random, or a number for all.")
-_LOW_RES = flags.DEFINE_string("low_res", "", "Sampling --stage of a relay: folder of low-resolution images written "
+_LOW_RES = flags.DEFINE_string("low_res", "", "Samples of --stage of a relay: folder of low-resolution images written "
                                "before (default: down-sampled real images).")
 
 _REFERENCE = flags.DEFINE_string("reference", "dataset", "Evaluate: what to compare with: dataset (the configuration's), a "
@@ -151,42 +152,76 @@ def prepare_data(config: ConfigDict, stages: list[Stage]) -> None:
             description=describe_source(config, stages), threads=config.dataset.threads, each=each)
 
 
-def draw(config: ConfigDict, stages: list[Stage], weights: dict[str, Path], workdir: Path | None) -> None:
-    """--mode=plot: pictures into --out, by default WORKDIR/plots. Without a workdir those that need none of it."""
+def open_run(config: ConfigDict, stages: list[Stage], weights: dict[str, Path], workdir: Path | None) -> dict[str, Path]:
+    """Where each stage's weights are: in the run of the workdir, if one is named, unless --weights says otherwise."""
+    if workdir is None:
+        return weights
+    claim(config, workdir, create=False)
+    use_compilation_cache(workdir)
+    return {stage.name: workdir / stage.name for stage in stages} | weights
+
+
+def out_folder(workdir: Path | None, default: str) -> Path:
+    """--out, or a folder of the run. Raises ConfigError if neither is named."""
+    if _OUT.value:
+        return Path(_OUT.value)
+    if workdir is None:
+        raise ConfigError(f"name the run or a folder for what --mode={_MODE.value} makes: --workdir=runs/NAME or --out=DIR")
+    return workdir / default
+
+
+def given(flag: flags.FlagHolder) -> Path | None:
+    """The path that a flag names, if it names one."""
+    return Path(flag.value) if flag.value else None
+
+
+def draw_samples(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: dict[str, Path],
+                 workdir: Path | None) -> None:
+    """--mode=sample: images of --seeds into --out."""
+    if workdir is None and any(stage.name not in weights for stage in ([only] if only else stages)):
+        raise ConfigError("name the folder of the run: --workdir=runs/NAME")
+    out = out_folder(workdir or Path(), "samples/images")
+    sample(config, stages, only, open_run(config, stages, weights, workdir), seeds=_SEEDS.value, out=out,
+           class_rule=_CLASS.value or "", low_res=given(_LOW_RES), image_format=_FORMAT.value)
+
+
+def draw_plots(config: ConfigDict, stages: list[Stage], weights: dict[str, Path], workdir: Path | None) -> None:
+    """--mode=plot: pictures into --out. Without a workdir those that need none of it."""
     if _STAGE.value:
         raise ConfigError("--mode=plot draws all stages; leave --stage out")
-    if workdir is None and not _OUT.value:
-        raise ConfigError("name the run or the folder for the pictures: --workdir=runs/NAME or --out=DIR")
-    if workdir is not None:
-        claim(config, workdir, create=False)
-        use_compilation_cache(workdir)
-        weights = {stage.name: workdir / stage.name for stage in stages} | weights
-    out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "plots"
+    out = out_folder(workdir, "plots")
     rule = parse_class_rule(_CLASS.value or "mod", stages[-1].network.num_classes)
-    plot(config, stages, weights, _PLOT.value, seeds=parse_seeds(_SEEDS.value), class_rule=rule,
-         images=_PLOT_IMAGES.value, out=out)
+    plot(config, stages, open_run(config, stages, weights, workdir), _PLOT.value, seeds=parse_seeds(_SEEDS.value),
+         class_rule=rule, images=_PLOT_IMAGES.value, out=out)
 
 
 def score(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: dict[str, Path],
           workdir: Path | None) -> None:
     """--mode=evaluate: scores of --images, or of samples drawn from the run or from --weights, into --out."""
-    drawn = not _IMAGES.value
-    if workdir is None and drawn and any(s.name not in weights for s in ([only] if only else stages)):
+    images = given(_IMAGES)
+    if workdir is None and images is None and any(s.name not in weights for s in ([only] if only else stages)):
         raise ConfigError("name what to score: --images=DIR, or the run with --workdir=runs/NAME")
-    if workdir is None and not _OUT.value:
-        raise ConfigError("name the folder of the report: --out=DIR")
-    out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "evaluation"
-    if workdir is not None:
-        if drawn:
-            claim(config, workdir, create=False)
+    out = out_folder(workdir, "evaluation")
+    if images is None:
+        weights = open_run(config, stages, weights, workdir)
+    elif workdir is not None:
         use_compilation_cache(workdir)
-        weights = {stage.name: workdir / stage.name for stage in stages} | weights
     features, inception = _FEATURES.value or config.evaluate.features, _INCEPTION.value or config.evaluate.inception
-    evaluate(config, stages, only, weights, images=None if drawn else Path(_IMAGES.value), seeds=_SEEDS.value,
-             class_rule=_CLASS.value or "", low_res=Path(_LOW_RES.value) if _LOW_RES.value else None,
-             reference=_REFERENCE.value, reference_images=_REFERENCE_IMAGES.value, features=features,
-             inception=Path(inception) if inception else None, out=out,
-             cache=Path(_CACHE.value) if _CACHE.value else (workdir or out) / "cache")
+    evaluate(config, stages, only, weights, images=images, seeds=_SEEDS.value, class_rule=_CLASS.value or "",
+             low_res=given(_LOW_RES), reference=_REFERENCE.value, reference_images=_REFERENCE_IMAGES.value,
+             features=features, inception=Path(inception) if inception else None, out=out,
+             cache=given(_CACHE) or (workdir or out) / "cache")
+
+
+def train_run(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: dict[str, Path],
+              workdir: Path | None) -> None:
+    """--mode=train: the run in the workdir."""
+    if workdir is None:
+        raise ConfigError("name the folder of the run: --workdir=runs/NAME")
+    source = distributed.everywhere(lambda: open_source(config, stages), errors=USER_ERRORS)
+    claim(config, workdir, create=True)
+    use_compilation_cache(workdir)
+    train(config, stages, only, source, workdir, weights)
 
 
 def run(config: ConfigDict, workdir: Path | None) -> None:
@@ -195,39 +230,26 @@ def run(config: ConfigDict, workdir: Path | None) -> None:
     together(check_folders)
     stages = together(lambda: build(config))
     only = together(lambda: parse_stage(stages, _STAGE.value))
-    given = {name.removeprefix(_WEIGHTS): flags.FLAGS[name].value for name in flags.FLAGS if name.startswith(_WEIGHTS)}
-    weights = together(lambda: parse_weights(stages, given))
-    if _MODE.value == "plan":
+    named = {name.removeprefix(_WEIGHTS): flags.FLAGS[name].value for name in flags.FLAGS if name.startswith(_WEIGHTS)}
+    weights = together(lambda: parse_weights(stages, named))
+    mode = _MODE.value
+    if mode == "plan":
         plan([only] if only else stages, fsdp=config.mesh.fsdp, devices=_DEVICES.value, utilisation=_UTILISATION.value,
              hardware=_HARDWARE.value, topology=_TOPOLOGY.value, workdir=workdir)
         return
-    if _MODE.value == "prepare":
+    if mode == "prepare":
         prepare_data(config, stages)
         return
     if not distributed.joined():        # the collectives of several processes need XLA's own threads
         reuse_on_cpu()
-    if _MODE.value == "evaluate":
+    if mode == "plot":
+        draw_plots(config, stages, weights, workdir)
+    elif mode == "evaluate":
         score(config, stages, only, weights, workdir)
-        return
-    if _MODE.value == "plot":
-        draw(config, stages, weights, workdir)
-        return
-    if workdir is None and (_MODE.value == "train" or any(s.name not in weights for s in ([only] if only else stages))):
-        raise ConfigError("name the folder of the run: --workdir=runs/NAME")
-    if _MODE.value == "train":
-        assert workdir is not None
-        source = together(lambda: open_source(config, stages))
-        claim(config, workdir, create=True)
-        use_compilation_cache(workdir)
-        train(config, stages, only, source, workdir, weights)
-        return
-    if workdir is not None:
-        claim(config, workdir, create=False)
-        use_compilation_cache(workdir)
-        weights = {stage.name: workdir / stage.name for stage in stages} | weights
-    out = Path(_OUT.value) if _OUT.value else (workdir or Path()) / "samples" / "images"
-    sample(config, stages, only, weights, seeds=_SEEDS.value, out=out, class_rule=_CLASS.value or "",
-           low_res=Path(_LOW_RES.value) if _LOW_RES.value else None, image_format=_FORMAT.value)
+    elif mode == "sample":
+        draw_samples(config, stages, only, weights, workdir)
+    else:
+        train_run(config, stages, only, weights, workdir)
 
 
 def give_up(error: Exception) -> NoReturn:

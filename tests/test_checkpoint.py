@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from relay_jax.checkpoint import CheckpointError, Checkpoints, SaveError, load_ema
+from relay_jax.checkpoint import CheckpointError, Checkpoints, SaveError, has_checkpoint, load_ema
 from relay_jax.models.unet import UNet, init_params
 from tests.conftest import mesh_of
 
@@ -183,6 +183,12 @@ def test_a_named_checkpoint_has_no_substitute(stage: tuple[Path, UNet], step: st
     with pytest.raises(CheckpointError) as error:
         load_ema(folder / "checkpoints" / step, network, mesh_of(1))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_whether_there_is_a_checkpoint_to_read(stage: tuple[Path, UNet], tmp_path: Path) -> None:
+    folder, _ = stage
+    assert has_checkpoint(folder) and has_checkpoint(folder / "checkpoints" / "10")
+    assert not has_checkpoint(folder / "checkpoints" / "30") and not has_checkpoint(tmp_path)
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -28,7 +29,7 @@ from relay_jax.sampling.request import Request, parse_request
 from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.sharding import describe, make_mesh
 
-BATCH = 64      # images per call of the network of features, on each host
+DEVICE_BATCH = 64       # images per device and call of the network of features
 
 
 def evaluate(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: Mapping[str, Path], *,
@@ -54,7 +55,7 @@ def evaluate(config: ConfigDict, stages: list[Stage], only: Stage | None, weight
             raise ConfigError(f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, not {config.sample.pixel_edit!r}")
         request = parse_request(stages, only, seeds=seeds, class_rule=class_rule, pixel_edit=config.sample.pixel_edit,
                                 low_res=low_res, data=describe_source(config, stages))
-        extractor = make_extractor(features, weights=inception, mesh=mesh, batch=BATCH)
+        extractor = make_extractor(features, weights=inception, mesh=mesh, batch=DEVICE_BATCH * jax.local_device_count())
         given = open_images(images, config.dataset.threads) if images else None
         record = read_record(images) if images and images.is_dir() else None
         resolution = given.resolution if given else request.stages[-1].resolution

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from relay_jax.checkpoint import Checkpoints, load_ema
+from relay_jax.checkpoint import has_checkpoint, load_ema
 from relay_jax.config import ConfigError, Stage, describe_source, open_source
 from relay_jax.data.loader import read
 from relay_jax.data.sources import DataError, Source
@@ -64,13 +64,7 @@ class Inputs:
     @cached_property
     def trained(self) -> list[Stage]:
         """The stages that have a checkpoint."""
-        def has(stage: Stage) -> bool:
-            if stage.name not in self.folders:
-                return False
-            with Checkpoints(self.folders[stage.name] / "checkpoints", read_only=True) as checkpoints:
-                return bool(checkpoints.steps())
-
-        return [stage for stage in self.stages if has(stage)]
+        return [s for s in self.stages if s.name in self.folders and has_checkpoint(self.folders[s.name])]
 
     def params(self, stage: Stage) -> tuple[dict, dict]:
         """The averaged parameters of a stage, and the notes of its checkpoint."""
