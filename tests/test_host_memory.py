@@ -15,12 +15,12 @@ if sys.argv[1] == "reuse":
     reuse_on_cpu()
 run = jax.jit(lambda x: jnp.mean((x @ x.T) @ x))        # a temporary of 100 MB
 x = jnp.ones((5_000, 16))
-for _ in range(3):
+def faults_of_a_call():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     run(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    run(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(sorted(faults_of_a_call() for _ in range(15))[5])     # the first ones find the memory
 """
 
 
@@ -31,5 +31,5 @@ def faults(how: str) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="speaks to glibc's malloc")
-def test_the_second_call_of_a_program_takes_no_new_pages() -> None:
+def test_later_calls_of_a_program_take_no_new_pages() -> None:
     assert faults("reuse") < 1_000 < 10_000 < faults("plain")
