@@ -124,14 +124,15 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 class Progress:
     """Rate and time left of a long loop, as one console line now and then.
 
-    of_rate: what else to say that follows from the rate.
+    of_rate: what else to say that follows from the rate. steady: nothing is compiled on the way and results come in
+    bursts, so every rate is that since the beginning.
     """
 
     def __init__(self, what: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic,
-                 of_rate: Callable[[float], str] = lambda rate: "") -> None:
-        self._what, self._total, self._clock, self._of_rate = what, total, clock, of_rate
-        self._start: float | None = None
+                 of_rate: Callable[[float], str] = lambda rate: "", steady: bool = False) -> None:
+        self._what, self._total, self._clock, self._of_rate, self._steady = what, total, clock, of_rate, steady
         self._start_done, self._last_done, self._last = done, done, clock()
+        self._start: float | None = self._last if steady else None
 
     def line(self, done: int, extra: str = "") -> float:
         """Prints one line and returns the rate since the last one. The first interval holds the compilation
@@ -142,6 +143,7 @@ class Progress:
             self._start, self._start_done, overall = now, done, rate
         else:
             overall = (done - self._start_done) / max(now - self._start, 1e-9)
+        rate = overall if self._steady else rate
         self._last_done, self._last = done, now
         left = (self._total - done) / overall if overall > 0 else math.inf
         if is_writer():

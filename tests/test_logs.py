@@ -60,6 +60,14 @@ def test_a_continued_run_counts_only_its_own_images(lines: list[str]) -> None:
     assert lines[-1].endswith("10 img/s, 0:00 left")
 
 
+def test_a_steady_loop_tells_its_rate_since_the_beginning(lines: list[str]) -> None:
+    times = iter([0.0, 10.0, 10.5])
+    progress = Progress("sample", total=300, done=100, clock=lambda: next(times), steady=True)
+    assert progress.line(200) == 10
+    assert progress.line(300) == pytest.approx(200 / 10.5)      # the second half was waiting already
+    assert lines[0] == "sample: 200 of 300 images, 10 img/s, 0:10 left"
+
+
 def test_no_progress_and_no_time_are_no_errors(lines: list[str]) -> None:
     progress = Progress("x", total=10, clock=lambda: 5.0)
     assert progress.line(0) == 0

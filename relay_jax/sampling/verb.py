@@ -94,7 +94,7 @@ def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, weights:
 def _write(batches: Iterator[Bytes], folder: ImageFolder, background: Background, request: Request, missing: int) -> None:
     """Hands every image to the folder, and says how far it is. Raises Stopped after SIGTERM."""
     total = len(request.seeds)
-    done, progress, last = total - missing, Progress("sample", total, total - missing), -math.inf
+    done, progress, last = total - missing, Progress("sample", total, total - missing, steady=True), -math.inf
 
     def add(seed: int, pixels: np.ndarray, label: int) -> None:
         folder.add(seed, edit_pixels(pixels[None], request.pixel_edit)[0], label)
