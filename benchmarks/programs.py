@@ -16,7 +16,7 @@ from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.models.unet import init_params
 from relay_jax.sampling.pipeline import sample_stage
 from relay_jax.sharding import batch_sharding, replicated, state_shardings
-from relay_jax.training.optimizer import make_optimizer
+from relay_jax.training.optimizer import optimizer_of
 from relay_jax.training.state import make_init
 from relay_jax.training.step import make_train_step
 
@@ -81,8 +81,7 @@ def random_params(stage: Stage, mesh: Mesh) -> dict:
 def train_program(stage: Stage, mesh: Mesh, params: dict | None = None) -> Program:
     """The training step as the loop compiles it, state donated; `params` replaces the random ones."""
     train = stage.train
-    optimizer = make_optimizer(learning_rate=train.learning_rate, batch=train.batch, warmup_images=train.warmup_images,
-                               beta1=train.adam_beta1, beta2=train.adam_beta2, epsilon=train.adam_epsilon)
+    optimizer = optimizer_of(train)
     init, whole = make_init(stage.network, optimizer), replicated(mesh)
     key = jax.device_put(jax.random.key(0), whole)
     shardings = state_shardings(jax.eval_shape(init, key), mesh)
@@ -105,8 +104,7 @@ def train_program(stage: Stage, mesh: Mesh, params: dict | None = None) -> Progr
 
 def trace_train(stage: Stage) -> jax.stages.Traced:
     """The training step, traced on shapes."""
-    optimizer = make_optimizer(learning_rate=1e-4, batch=stage.train.batch, warmup_images=1, beta1=0.9, beta2=0.999,
-                               epsilon=1e-8)
+    optimizer = optimizer_of(stage.train)
     state = jax.eval_shape(make_init(stage.network, optimizer), jax.random.key(0))
     return jax.jit(make_train_step(stage, optimizer)).trace(state, random_batch(stage, stage.train.batch),
                                                             jax.random.key(0))

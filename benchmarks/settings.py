@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from absl import flags
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks.programs import markdown, with_settings
 from relay_jax.config import ConfigError, Stage, build, parse_stage
 from relay_jax.host_memory import reuse_on_cpu
+from relay_jax.logs import fail
 
 FLAGS = flags.FlagValues()      # apart from those of relay_jax.main
 HERE: dict[str, Any] = {"flag_values": FLAGS}
@@ -28,12 +29,6 @@ _KINDS = flags.DEFINE_list("what", [], "What to measure: forward, train, sample 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Measurements of each; the median counts.", 1, **HERE)
 _REUSE = flags.DEFINE_bool("reuse_memory", True, "Keep freed memory of CPU programs, as relay_jax.main does.", **HERE)
 _OUT = flags.DEFINE_string("out", "", "JSON file for the results.", **HERE)
-
-
-def fail(message: object) -> NoReturn:
-    """One line, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def run(main: Callable[[], None]) -> None:

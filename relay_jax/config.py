@@ -6,8 +6,10 @@ Everything below the outermost functions takes these dataclasses or plain keywor
 
 import json
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -210,15 +212,15 @@ FREE = ("log", "checkpoint", "evaluate", "sample", "mesh", "threads", "workers",
         "remat", "max_nonfinite", "accumulate")
 
 
-def _identity(node: object, path: str = "") -> dict[str, object]:
-    """Flat view of what makes a relay what it is: key path -> value."""
-    if not isinstance(node, dict):
+def flat(node: object, skip: Container[str] = (), path: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one: key.key -> value; lists stay whole. skip: keys left out, with all below them."""
+    if not isinstance(node, Mapping):
         return {path: node}
-    flat: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for key, child in node.items():
-        if key not in FREE:
-            flat.update(_identity(child, f"{path}.{key}" if path else key))
-    return flat
+        if key not in skip:
+            found |= flat(child, skip, f"{path}.{key}" if path else str(key))
+    return found
 
 
 def claim_workdir(config: ConfigDict, workdir: Path, create: bool) -> None:
@@ -234,7 +236,7 @@ def claim_workdir(config: ConfigDict, workdir: Path, create: bool) -> None:
             theirs = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is damaged ({error}); restore it, or use another --workdir") from error
-        new, old = _identity(ours), _identity(theirs)
+        new, old = flat(ours, FREE), flat(theirs, FREE)
         for key in sorted(set(new) | set(old)):
             if new.get(key) != old.get(key):
                 raise ConfigError(f"{workdir} belongs to another configuration: {key} is {old.get(key)!r} there and "

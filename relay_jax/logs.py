@@ -90,6 +90,28 @@ def read_jsonl(path: Path) -> list[dict]:
     return lines
 
 
+def curve_summary(lines: list[dict]) -> dict[str, Any]:
+    """The lines of metrics.jsonl in a few numbers: medians of the rates, loss of the last tenth, the loader's share of
+    the time."""
+    lines = [line for line in lines if "images_per_second" in line]     # not those of an evaluation
+    losses = [line["loss"] for line in lines if "loss" in line]
+    tail = losses[-max(len(losses) // 10, 1):]
+    rates = np.asarray([line["images_per_second"] for line in lines])
+    images = np.diff([0, *(line["images"] for line in lines)])
+    seconds = images / np.maximum(rates, 1e-9)
+    shares = np.asarray([line.get("loader_share", 0.0) for line in lines])
+
+    def median(key: str) -> float | None:
+        found = [line[key] for line in lines if key in line]
+        return float(np.median(found)) if found else None
+
+    return {"images_per_second": median("images_per_second") or 0.0, "tflops_per_device": median("tflops_per_device") or 0.0,
+            "utilisation": median("utilisation"),
+            "loader_share": round(float((shares * seconds).sum() / max(seconds.sum(), 1e-9)), 4),
+            "steps_skipped": lines[-1]["steps_skipped"] if lines else 0,
+            "loss": round(float(np.mean(tail)), 5) if tail else None}
+
+
 def append_jsonl(path: Path, value: dict) -> None:
     """Adds a line to a file that stays whole, whatever happens."""
     path.parent.mkdir(parents=True, exist_ok=True)

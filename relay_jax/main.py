@@ -42,6 +42,7 @@ from relay_jax.sampling.classes import parse_class_rule
 from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.sampling.verb import sample
 from relay_jax.sampling.writer import FORMATS
+from relay_jax.sharding import MeshError
 from relay_jax.tools.plan import DEFAULT_UTILISATION, plan
 from relay_jax.tools.prepare import prepare
 from relay_jax.tools.verb import PLOTS, plot
@@ -85,7 +86,7 @@ _DEVICES = flags.DEFINE_integer("devices", 0, "Plan: chips or cards of the train
 _UTILISATION = flags.DEFINE_float("utilisation", DEFAULT_UTILISATION, "Plan: assumed share of the peak.")
 _HARDWARE = flags.DEFINE_list("hardware", [], "Plan: only these devices, e.g. v5e,H100.")
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, FeatureError, TrainingError, distributed.DistributedError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, FeatureError, MeshError, TrainingError, distributed.DistributedError)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -15,11 +15,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MIN_SHARDED_SIZE = 2**14    # smaller arrays are copied: the communication would cost more than it saves
 
 
+class MeshError(ValueError):
+    """The devices cannot be arranged as the configuration says; one line for the user."""
+
+
 def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices as (data, fsdp). Raises ValueError if fsdp does not divide their number."""
+    """All devices as (data, fsdp). Raises MeshError if fsdp does not divide their number."""
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
-        raise ValueError(f"mesh.fsdp {fsdp} does not divide the {devices} devices")
+        raise MeshError(f"mesh.fsdp {fsdp} does not divide the {devices} devices")
     return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 

@@ -1,4 +1,6 @@
-"""Pixel operations between a source and a batch; uint8 in, uint8 out."""
+"""Pixel operations between a source, a batch and a network."""
+
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,11 @@ def center_crop_resize(image: np.ndarray | Image.Image, resolution: int) -> np.n
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
     return np.asarray(picture)[top : top + resolution, left : left + resolution]
+
+
+def to_float(pixels: Any) -> Any:
+    """uint8 array of NumPy or JAX to float32 in [-1, 1] (SPEC section 9); sampling/pixels.py has the way back."""
+    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def flip_x(image: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from relay_jax import distributed
 from relay_jax.config import Stage
 from relay_jax.data.sources import Source
-from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.evaluation.collect import FeatureSet, collect
 from relay_jax.evaluation.drawn import DrawnSamples
 from relay_jax.evaluation.features import FeatureExtractor
@@ -23,7 +22,7 @@ from relay_jax.evaluation.references import of_source, reference_features
 from relay_jax.evaluation.scores import NEIGHBOURS, score
 from relay_jax.logs import is_writer
 from relay_jax.sampling.pipeline import StageSampler
-from relay_jax.sampling.request import OWN, Request
+from relay_jax.sampling.request import of_one_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +45,7 @@ def make_evaluation(stage: Stage, source: Source, mesh: Mesh, extractor: Feature
     and kept.
     """
     sampler, known = StageSampler(stage, mesh, settings.batch), list[FeatureSet | None]()
-    alone, num_classes = isinstance(stage.process, RelayProcess), stage.network.num_classes
-    request = Request(
-        stages=[stage], num_classes=num_classes, seeds=range(settings.samples), pixel_edit="none", low_res=None, start={},
-        class_rule=OWN if alone and num_classes else "mod",
-        low_resolution=stage.resolution // stage.process.patch if isinstance(stage.process, RelayProcess) else 0)
+    request = of_one_stage(stage, settings.samples)
 
     def evaluation(params: dict) -> dict[str, float]:
         start = time.monotonic()
@@ -60,7 +55,7 @@ def make_evaluation(stage: Stage, source: Source, mesh: Mesh, extractor: Feature
             reference = of_source(source, settings.description, stage.resolution, threads=settings.threads,
                                   limit=settings.reference_images)
             known.append(reference_features(reference, extractor, cache=settings.cache, stop=False))
-        samples = DrawnSamples(request, [(sampler, params)], source if alone else None)
+        samples = DrawnSamples(request, [(sampler, params)], source if request.from_real_images else None)
         found = collect(samples, extractor, what=f"samples of stage {stage.name}", rows=len(samples),
                         probabilities=True, stop=False)     # SIGTERM is answered by the training, which saves
         real = known[0]

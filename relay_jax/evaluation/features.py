@@ -25,6 +25,7 @@ from relay_jax.sharding import batch_sharding, replicated
 from relay_jax.tools.restricted_pickle import FileError
 
 FEATURES = ("inception", "random-conv")
+DEVICE_BATCH = 64
 RANDOM_LAYERS = ((4, 16), (3, 32), (3, 64))     # side of the kernel, features
 
 _Compute = Callable[[np.ndarray], dict[str, jax.Array | np.ndarray]]
@@ -71,15 +72,15 @@ class FeatureExtractor:
             arrays.append(np.asarray(found[output], np.float32)[:count])
 
 
-def make_extractor(name: str, *, weights: Path | None, mesh: Mesh, batch: int = 64) -> FeatureExtractor:
+def make_extractor(name: str, *, weights: Path | None, mesh: Mesh, batch: int = 0) -> FeatureExtractor:
     """The extractor of that name. weights: the file of `inception`; mesh: this process's devices of it do the work;
-    batch: images at a time, rounded up to a multiple of them. Raises FeatureError."""
+    batch: images at a time, rounded up to a multiple of them; 0 = 64 on each. Raises FeatureError."""
     if weights is not None and name != "inception":
         raise FeatureError(f"weights of the Inception network are given ({weights}), but the features are {name!r}, not "
                            "'inception'")
     own = mesh.local_devices
     local = jax.make_mesh((len(own), 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=own)
-    batch = -(-batch // local.size) * local.size
+    batch = -(-batch // local.size) * local.size or DEVICE_BATCH * local.size
     if name == "inception":
         return _inception(weights, local, batch)
     if name == "random-conv":

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 import relay_jax
-from relay_jax.config import ConfigError, Stage
+from relay_jax.config import ConfigError, Stage, flat
 from relay_jax.data.decode import one_line
 from relay_jax.logs import write_json, write_text
 
@@ -65,10 +65,10 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     try:
         theirs = json.loads(path.read_text())
-        old = _flat({name: theirs[name] for name in SETTINGS})
+        old = flat({name: theirs[name] for name in SETTINGS}, _PLACES)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is no report of this program ({one_line(error)}); use another --out") from error
-    new = _flat(json.loads(json.dumps({name: settings[name] for name in SETTINGS})))
+    new = flat(json.loads(json.dumps({name: settings[name] for name in SETTINGS})), _PLACES)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ConfigError(f"{path} is a report of other settings ({key} is {_short(old.get(key))} there and "
@@ -92,31 +92,20 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = ["# Evaluation", "", *_table(["score", ""], [[name, _number(x)] for name, x in report["scores"].items()]), ""]
     lines += [f"- {note}" for note in report["notes"]]
     if columns:
-        flat = {stage: _flat(values, places=True) for stage, values in columns.items()}
-        keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+        by_stage = {stage: flat(values) for stage, values in columns.items()}
+        keys = list(dict.fromkeys(key for values in by_stage.values() for key in values))
         groups = list(dict.fromkeys(key.split(".")[0] for key in keys))
         keys.sort(key=lambda key: groups.index(key.split(".")[0]))
-        rows = [[key, *(values.get(key, "") for values in flat.values())] for key in keys]
-        lines += ["", "## Stages", "", *_table(["", *flat], rows)]
+        rows = [[key, *(values.get(key, "") for values in by_stage.values())] for key in keys]
+        lines += ["", "## Stages", "", *_table(["", *by_stage], rows)]
     for section, values in rest.items():
-        rows = [list(pair) for pair in _flat(values, places=True).items()]
+        rows = [list(pair) for pair in flat(values).items()]
         lines += ["", f"## {section.capitalize()}", "", *_table(["", ""], rows)]
     return "\n".join(lines) + "\n"
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
     return [f"| {' | '.join(map(_cell, row))} |" for row in [head, ["---"] * len(head), *rows]]
-
-
-def _flat(node: Any, path: str = "", places: bool = False) -> dict[str, Any]:
-    """Flat view of nested values: key.key -> value; lists stay whole. places: with the keys that name a place."""
-    if not isinstance(node, dict):
-        return {path: node}
-    flat: dict[str, Any] = {}
-    for key, child in node.items():
-        if places or key not in _PLACES:
-            flat.update(_flat(child, f"{path}.{key}" if path else str(key), places))
-    return flat
 
 
 def _number(value: float) -> str:

@@ -13,6 +13,7 @@ from relay_jax import distributed
 from relay_jax.config import Stage
 from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
+from relay_jax.data.transforms import to_float
 from relay_jax.evaluation.classifier import train_classifier
 from relay_jax.evaluation.collect import collect
 from relay_jax.evaluation.features import FeatureExtractor
@@ -20,7 +21,7 @@ from relay_jax.evaluation.image_sets import ArrayImages, ImageSet, chosen
 from relay_jax.evaluation.references import Reference, of_source, reference_features
 from relay_jax.evaluation.report import averaging, make_report, write_report
 from relay_jax.evaluation.scores import NEIGHBOURS, SETTINGS, notes, score
-from relay_jax.logs import is_writer, read_jsonl, write_png
+from relay_jax.logs import curve_summary, is_writer, read_jsonl, write_png
 from relay_jax.sampling.classes import classes_for
 from relay_jax.sampling.pipeline import StageSampler, generate
 from relay_jax.sampling.pixels import to_uint8
@@ -63,9 +64,9 @@ def class_accuracies(source: Source, images: dict[str, np.ndarray], classes: np.
     total = min(len(source), CLASSIFIER_IMAGES + HELD_OUT_IMAGES)
     held_out = total // 5
     pixels, labels = read(source, range(total), resolution)
-    real = pixels.astype(np.float32) / 127.5 - 1
+    real = to_float(pixels)
     classify = train_classifier(real[held_out:], labels[held_out:], source.num_classes)
-    seen = {name: (to_uint8(x).astype(np.float32) / 127.5 - 1, classes) for name, x in images.items()}
+    seen = {name: (to_float(to_uint8(x)), classes) for name, x in images.items()}
     seen["real"] = (real[:held_out], labels[:held_out])
     return {name: round(float(np.mean(classify(x) == wanted)), 4) for name, (x, wanted) in seen.items()}
 
@@ -108,7 +109,7 @@ def summarize(trained: Sequence[Trained], source: Source, description: dict[str,
     asked = {"samples": {**samples.identity, "resolution": last.resolution, "sampling": record, "ema": averaging(stages)},
              "reference": reference.identity, "features": extractor.identity, "metrics": SETTINGS}
     training: dict[str, Any] = {}
-    rates: dict[str, float | None] = {"sampling": round(len(seeds) / seconds["sampling"], 2)}
+    rates: dict[str, float] = {"sampling": round(len(seeds) / seconds["sampling"], 2)}
     for t in trained:
         training[t.stage.name], rates[t.stage.name] = _training(t)
         seconds[f"training {t.stage.name}"] = t.notes["seconds"]
@@ -150,12 +151,9 @@ def other_images(source: Source, count: int, reference_images: int, resolution: 
     return read(source, wanted, resolution)[0]
 
 
-def _training(trained: Trained) -> tuple[dict[str, Any], float | None]:
-    """Length and loss of a stage's training, and its rate; the loss is the mean of the last tenth of the curve."""
-    lines = [line for line in read_jsonl(trained.folder / "metrics.jsonl") if "images_per_second" in line]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    tail = losses[-max(len(losses) // 10, 1):]
-    rates = [line["images_per_second"] for line in lines]
-    return ({"resolution": trained.stage.resolution, "images": lines[-1]["images"] if lines else 0,
-             "loss": round(float(np.mean(tail)), 5) if tail else None,
-             "steps_skipped": lines[-1]["steps_skipped"] if lines else 0}, float(np.median(rates)) if rates else None)
+def _training(trained: Trained) -> tuple[dict[str, Any], float]:
+    """Length and loss of a stage's training, and its rate."""
+    curve = curve_summary(read_jsonl(trained.folder / "metrics.jsonl"))
+    told = {"resolution": trained.stage.resolution, "images": trained.notes["images"], "loss": curve["loss"],
+            "steps_skipped": curve["steps_skipped"]}
+    return told, curve["images_per_second"]

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,13 +22,10 @@ from relay_jax.evaluation.report import averaging, check_folder, make_report, wr
 from relay_jax.evaluation.scores import NEIGHBOURS, SETTINGS, notes, score
 from relay_jax.logs import is_writer
 from relay_jax.sampling.pipeline import StageSampler
-from relay_jax.sampling.pixels import PIXEL_EDITS
 from relay_jax.sampling.record import read_record
 from relay_jax.sampling.request import Request, parse_request
 from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.sharding import describe, make_mesh
-
-DEVICE_BATCH = 64       # images per device and call of the network of features
 
 
 def evaluate(config: ConfigDict, stages: list[Stage], only: Stage | None, weights: Mapping[str, Path], *,
@@ -40,22 +36,18 @@ def evaluate(config: ConfigDict, stages: list[Stage], only: Stage | None, weight
     images: what to score: a folder or npz; None: samples drawn from the stages, whose folders are `weights`, as
     --mode=sample would draw them with these `only`, seeds, class_rule and low_res, but written nowhere.
     reference, reference_images: see `open_reference`. cache: folder for the features of references.
-    Raises ConfigError, DataError or FeatureError for what cannot be done, before anything expensive where possible.
+    Raises ConfigError, DataError, FeatureError or MeshError for what cannot be done, where possible before anything
+    expensive.
     """
     begun = time.monotonic()
 
     def open_all() -> tuple[Mesh, FeatureExtractor, Request, ImageSet | None, Reference, dict[str, Any] | None]:
         if reference_images < 0:
             raise ConfigError(f"--reference_images must not be negative, not {reference_images}")
-        try:
-            mesh = make_mesh(config.mesh.fsdp)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if config.sample.pixel_edit not in PIXEL_EDITS:
-            raise ConfigError(f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, not {config.sample.pixel_edit!r}")
+        mesh = make_mesh(config.mesh.fsdp)
         request = parse_request(stages, only, seeds=seeds, class_rule=class_rule, pixel_edit=config.sample.pixel_edit,
                                 low_res=low_res, data=describe_source(config, stages))
-        extractor = make_extractor(features, weights=inception, mesh=mesh, batch=DEVICE_BATCH * jax.local_device_count())
+        extractor = make_extractor(features, weights=inception, mesh=mesh)
         given = open_images(images, config.dataset.threads) if images else None
         record = read_record(images) if images and images.is_dir() else None
         resolution = given.resolution if given else request.stages[-1].resolution

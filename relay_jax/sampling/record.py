@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from relay_jax.config import ConfigError, Stage
+from relay_jax.config import ConfigError, Stage, flat
 from relay_jax.diffusion.sampler import EdmSampler
 from relay_jax.logs import write_json
 from relay_jax.sampling.seeds import parse_seeds, seeds_text
@@ -123,7 +123,7 @@ def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], weights
 
     weights: False leaves out what `describe_sampling` says of checkpoints, for a record made before they are loaded.
     """
-    old, new = _flat(theirs), _flat(ours)
+    old, new = flat(theirs), flat(ours)
     for key in [*new, *(key for key in old if key not in new)]:
         if key.endswith(_NOT_COMPARED) or (not weights and ".checkpoint." in key):
             continue
@@ -131,16 +131,6 @@ def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], weights
             there, here = ("not there" if key not in of else json.dumps(of[key])[:80] for of in (old, new))
             return f"{key} is {there} in its {RECORD} and {here} now"
     return None
-
-
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
-    """Key path -> value."""
-    if not isinstance(node, Mapping):
-        return {path: node}
-    flat: dict[str, Any] = {}
-    for key, child in node.items():
-        flat |= _flat(child, f"{path}.{key}" if path else key)
-    return flat
 
 
 def check_folder(folder: Path, ours: Mapping[str, Any], weights: bool = True) -> None:

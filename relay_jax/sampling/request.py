@@ -10,8 +10,10 @@ import numpy as np
 from relay_jax.config import ConfigError, Stage
 from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
+from relay_jax.data.transforms import to_float
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.sampling.classes import classes_for, parse_class_rule
+from relay_jax.sampling.pixels import PIXEL_EDITS
 from relay_jax.sampling.record import describe_sampling, read_record
 from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.sampling.stream import Inputs
@@ -58,7 +60,16 @@ class Request:
         pixels, labels = read(source, [int(seed) % len(source) for seed in seeds], self.low_resolution)
         own = np.asarray(labels, np.int32)
         classes = own if self.class_rule == OWN else classes_for(seeds, self.num_classes, self.class_rule)
-        return Inputs(classes, pixels.astype(np.float32) / 127.5 - 1)
+        return Inputs(classes, to_float(pixels))
+
+
+def of_one_stage(stage: Stage, count: int) -> Request:
+    """Seeds 0, 1, ... of a stage by itself, as while it is trained; a relay starts from down-sampled real images."""
+    num_classes, process = stage.network.num_classes, stage.process
+    alone = isinstance(process, RelayProcess)
+    return Request(stages=[stage], num_classes=num_classes, seeds=range(count), class_rule=OWN if alone and num_classes
+                   else "mod", pixel_edit="none", low_res=None, start={},
+                   low_resolution=stage.resolution // process.patch if isinstance(process, RelayProcess) else 0)
 
 
 def parse_request(stages: Sequence[Stage], only: Stage | None, *, seeds: str, class_rule: str, pixel_edit: str,
@@ -68,6 +79,8 @@ def parse_request(stages: Sequence[Stage], only: Stage | None, *, seeds: str, cl
     only: a stage alone. class_rule: '' for 'mod', for the rule of the images in `low_res`, or for the classes of the
     real images that a relay stage alone starts from otherwise. data: describes those.
     """
+    if pixel_edit not in PIXEL_EDITS:
+        raise ConfigError(f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, not {pixel_edit!r}")
     chosen = [only] if only else stages
     relay_alone = isinstance(chosen[0].process, RelayProcess)
     num_classes = stages[-1].network.num_classes

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from relay_jax import distributed
 from relay_jax.checkpoint import load_ema
-from relay_jax.config import ConfigError, Stage, describe_source, open_source
+from relay_jax.config import Stage, describe_source, open_source
 from relay_jax.data.sources import Source
 from relay_jax.logs import Progress, is_writer
 from relay_jax.sampling.pipeline import StageSampler
-from relay_jax.sampling.pixels import PIXEL_EDITS, edit_pixels
+from relay_jax.sampling.pixels import edit_pixels
 from relay_jax.sampling.record import check_folder, read_record, write_record
 from relay_jax.sampling.request import Request, parse_request
 from relay_jax.sampling.seeds import parse_seeds
@@ -39,8 +39,6 @@ def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, weights:
     Raises ConfigError for what cannot be done, and for a folder that holds images of other settings.
     """
     def check() -> tuple[Request, dict]:
-        if config.sample.pixel_edit not in PIXEL_EDITS:
-            raise ConfigError(f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, not {config.sample.pixel_edit!r}")
         request = parse_request(stages, only, seeds=seeds, class_rule=class_rule, pixel_edit=config.sample.pixel_edit,
                                 low_res=low_res, data=describe_source(config, stages))
         record = request.record({}) | output
@@ -64,10 +62,7 @@ def sample(config: ConfigDict, stages: list[Stage], only: Stage | None, weights:
         if request.low_res is not None:
             for start in range(0, len(missing), 1000):      # all of them, before anything is compiled
                 read_images(request.low_res, missing[start:start + 1000], request.low_resolution)
-        try:
-            return source, make_mesh(config.mesh.fsdp)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        return source, make_mesh(config.mesh.fsdp)
 
     source, mesh = distributed.everywhere(open_inputs)
     loaded = {stage.name: load_ema(weights[stage.name], stage.network, mesh) for stage in request.stages}

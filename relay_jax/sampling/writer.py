@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from relay_jax.config import ConfigError
+from relay_jax.data.transforms import to_float
 from relay_jax.logs import write_png
 
 FORMATS = ("png", "npz", "arrayrecord")
@@ -162,4 +163,4 @@ def read_images(folder: Path, seeds: Iterable[int], resolution: int) -> np.ndarr
             raise ConfigError(f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels; this stage continues images of "
                               f"{resolution} x {resolution}")
         images.append(pixels)
-    return np.stack(images).astype(np.float32) / 127.5 - 1
+    return to_float(np.stack(images))

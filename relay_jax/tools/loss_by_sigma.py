@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from scipy.special import ndtr, ndtri
 
 from relay_jax.config import Stage
+from relay_jax.data.transforms import to_float
 from relay_jax.diffusion.loss import corrupt, draw, loss_map
 from relay_jax.diffusion.precondition import precondition
 from relay_jax.diffusion.schedule import EdmProcess, RelayProcess
@@ -80,7 +81,7 @@ def loss_by_sigma(stage: Stage, params: dict, mesh: Mesh, pixels: np.ndarray, la
     batch = -(-min(batch, len(pixels)) // mesh.size) * mesh.size
 
     def losses(params: dict, inputs: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        images = inputs["image"].astype(jnp.float32) / 127.5 - 1
+        images = to_float(inputs["image"])
         classes = stage.network.num_classes
         one_hot = jax.nn.one_hot(inputs["label"], classes) if classes else None
         denoise = precondition(lambda *args: stage.network.apply({"params": params}, *args), stage.process.sigma_data)
@@ -95,8 +96,6 @@ def loss_by_sigma(stage: Stage, params: dict, mesh: Mesh, pixels: np.ndarray, la
         chosen = place % len(pixels)        # the last batch is filled up
         inputs = from_all({"image": pixels[chosen], "label": labels[chosen], "place": place.astype(np.int32)}, mesh)
         for j, value in enumerate(level):
-            # One level for each image, as an argument: XLA's CPU compiler (jax 0.10.2 and 0.11.2) makes wrong products
-            # of 64 and more images and one small matrix where the level is a scalar repeated within the program.
             inputs |= from_all({"level": np.full(batch, value, np.float32)}, mesh)
             values = to_host(run(params, inputs, jax.random.fold_in(jax.random.key(seed), j)))
             found[j, start:start + batch] = values[:len(pixels) - start]

@@ -12,6 +12,7 @@ import numpy as np
 
 from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
+from relay_jax.data.transforms import to_float
 
 SIDE = 32
 BLOCK = 1024            # real images compared at a time
@@ -84,11 +85,8 @@ def neighbours(samples: np.ndarray, source: Source, positions: Sequence[int], co
             found[name].append(compute(pixels))
         each(start + len(pixels))
 
-    def unit(pixels: np.ndarray) -> np.ndarray:
-        return pixels.astype(np.float32) / 127.5 - 1
-
-    low = unit(np.concatenate(small))
-    results = [_compare("pixels", unit(reduce(samples, SIDE)), [low, low[:, :, ::-1]] if mirrored else [low],
+    low = to_float(np.concatenate(small))
+    results = [_compare("pixels", to_float(reduce(samples, SIDE)), [low, low[:, :, ::-1]] if mirrored else [low],
                         positions, count)]
     for name, parts in found.items():
         real = np.concatenate(parts)

@@ -29,7 +29,7 @@ from jax.sharding import AxisType
 from relay_jax.config import ConfigError, Stage
 from relay_jax.cost import Device, si
 from relay_jax.sharding import batch_sharding, replicated, state_shardings
-from relay_jax.training.optimizer import make_optimizer
+from relay_jax.training.optimizer import optimizer_of
 from relay_jax.training.state import TrainState, make_init
 from relay_jax.training.step import make_train_step
 
@@ -142,9 +142,7 @@ def abstract_key() -> jax.ShapeDtypeStruct:
 @cache
 def abstract_state(stage: Stage) -> tuple[Any, TrainState]:
     """The optimiser of a stage and the shapes of its whole training state."""
-    train = stage.train
-    optimizer = make_optimizer(learning_rate=train.learning_rate, batch=train.batch, warmup_images=train.warmup_images,
-                               beta1=train.adam_beta1, beta2=train.adam_beta2, epsilon=train.adam_epsilon)
+    optimizer = optimizer_of(stage.train)
     return optimizer, jax.eval_shape(make_init(stage.network, optimizer), abstract_key())
 
 

@@ -17,6 +17,7 @@ from relay_jax.checkpoint import has_checkpoint, load_ema
 from relay_jax.config import ConfigError, Stage, describe_source, open_source
 from relay_jax.data.loader import read
 from relay_jax.data.sources import DataError, Source
+from relay_jax.data.transforms import to_float
 from relay_jax.diffusion.sampler import RelaySampler
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.evaluation.features import make_extractor
@@ -56,10 +57,7 @@ class Inputs:
 
     @cached_property
     def mesh(self) -> Mesh:
-        try:
-            return make_mesh(self.config.mesh.fsdp)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        return make_mesh(self.config.mesh.fsdp)
 
     @cached_property
     def trained(self) -> list[Stage]:
@@ -108,16 +106,13 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def unit(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.float32) / 127.5 - 1
-
-
 def snr(inputs: Inputs) -> None:
+    """Signal over noise by frequency, for every pair of neighbouring stages (spectra.py)."""
     pairs, numbers = [], []
     for before, stage in zip(inputs.stages, inputs.stages[1:], strict=False):
         assert isinstance(stage.sample_process, RelayProcess) and isinstance(stage.sampler, RelaySampler)
         sigma = float(stage.sampler.sigmas()[0])
-        low, high = (unit(inputs.real(s.resolution)[0]) for s in (before, stage))
+        low, high = (to_float(inputs.real(s.resolution)[0]) for s in (before, stage))
         curves = resolution_ratios(low, high, sigma, stage.sample_process.block_noise_scale)
         pairs.append((f"{before.resolution} and {stage.resolution} px, sigma {sigma:.3g}", curves))
         numbers.append({"stage": stage.name, "sigma": sigma, "curves": [asdict(curve) for curve in curves]})
@@ -128,19 +123,20 @@ def snr(inputs: Inputs) -> None:
 
 
 def handoff(inputs: Inputs) -> None:
+    """What each relay starts from against what it was trained on (handoff_check.py)."""
     for index, stage in enumerate(inputs.stages):
         if not isinstance(stage.process, RelayProcess) or not isinstance(stage.sampler, RelaySampler):
             continue
         before, start = inputs.stages[index - 1], float(stage.sampler.sigmas()[0])
         real, labels = inputs.real(stage.resolution)
-        low_res = unit(inputs.real(before.resolution)[0])
+        low_res = to_float(inputs.real(before.resolution)[0])
         sigmas = candidates(stage.process, start)
         kinds = [("down-sampled real images", low_res)]
         if all(s in inputs.trained for s in inputs.stages[:index]):
             logging.info("handoff: draws %d images of stage %s", len(real), before.name)
             drawn = inputs.samples(range(len(real)), labels, index)[before.name]
             kinds.insert(0, (f"samples of stage {before.name}", drawn))
-        found = [(kind, compare(stage.process, images, unit(real), sigmas)) for kind, images in kinds]
+        found = [(kind, compare(stage.process, images, to_float(real), sigmas)) for kind, images in kinds]
         title = f"Hand-off from {before.name} ({before.resolution} px) to {stage.name} ({stage.resolution} px): " \
                 f"{kinds[0][0]} against {len(real)} real images"
         name = "handoff" if len(inputs.stages) == 2 else f"handoff_{stage.name}"
@@ -151,6 +147,7 @@ def handoff(inputs: Inputs) -> None:
 
 
 def loss(inputs: Inputs) -> None:
+    """The loss of the trained stages by noise level (loss_by_sigma.py)."""
     found = []
     for stage in inputs.trained:
         logging.info("loss: stage %s", stage.name)
@@ -166,6 +163,7 @@ def loss(inputs: Inputs) -> None:
 
 
 def film(inputs: Inputs) -> None:
+    """A few samples on their way through all stages (filmstrip.py)."""
     seeds = inputs.seeds[:FILM_SEEDS]
     classes = inputs.classes(seeds)
     strip = filmstrip([(stage, inputs.params(stage)[0]) for stage in inputs.stages], seeds, classes, FILM_COLUMNS)
@@ -180,6 +178,7 @@ def film(inputs: Inputs) -> None:
 
 
 def near(inputs: Inputs) -> None:
+    """Samples beside their nearest real images (neighbours.py)."""
     seeds = inputs.seeds[:NEIGHBOUR_SEEDS]
     samples = to_uint8(inputs.samples(seeds, inputs.classes(seeds), len(inputs.stages))[inputs.stages[-1].name])
     positions = inputs.positions(SEARCHED)
@@ -204,6 +203,7 @@ def near(inputs: Inputs) -> None:
 
 
 def grid(inputs: Inputs) -> None:
+    """Samples of every stage, and the hand-offs between them (plots.py)."""
     seeds = np.asarray(inputs.seeds[:GRID_SEEDS])
     classes = inputs.classes(list(seeds))
     images = inputs.samples(list(seeds), classes, len(inputs.stages))
@@ -212,6 +212,7 @@ def grid(inputs: Inputs) -> None:
 
 
 def curves(inputs: Inputs) -> None:
+    """The loss by images seen (plots.py)."""
     runs = [(stage.name, inputs.folders[stage.name] / "metrics.jsonl") for stage in inputs.stages
             if stage.name in inputs.folders]
     loss_curves(runs, inputs.out / "curves.png")

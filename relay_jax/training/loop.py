@@ -20,7 +20,7 @@ from relay_jax.data.loader import Loader
 from relay_jax.data.sources import Source
 from relay_jax.models.unet import parameter_count
 from relay_jax.sharding import batch_sharding, host_rows, replicated, state_shardings, to_devices
-from relay_jax.training.optimizer import make_optimizer
+from relay_jax.training.optimizer import optimizer_of
 from relay_jax.training.profile import Profiler
 from relay_jax.training.progress import StageProgress
 from relay_jax.training.state import TrainState, make_init
@@ -83,8 +83,7 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
     # Made by a compiled program, so that the keys belong to all processes, like everything else that is computed with.
     init_key, step_key = jax.jit(lambda: tuple(jax.random.split(
         jax.random.fold_in(jax.random.key(settings.seed), stage.index))), out_shardings=replicated(mesh))()
-    optimizer = make_optimizer(learning_rate=train.learning_rate, batch=train.batch, warmup_images=train.warmup_images,
-                               beta1=train.adam_beta1, beta2=train.adam_beta2, epsilon=train.adam_epsilon)
+    optimizer = optimizer_of(train)
     init = make_init(stage.network, optimizer)
     shapes = jax.eval_shape(init, init_key)
     shardings = state_shardings(shapes, mesh)

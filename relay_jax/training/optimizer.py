@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from relay_jax.config import TrainSettings
+
 
 def warmup_schedule(learning_rate: float, batch: int, warmup_images: int) -> optax.Schedule:
     """step -> learning rate: learning_rate * min(images / warmup_images, 1), images = those before the step.
@@ -21,3 +23,9 @@ def make_optimizer(*, learning_rate: float, batch: int, warmup_images: int, beta
                    epsilon: float) -> optax.GradientTransformation:
     """Adam without weight decay or clipping; `batch` converts steps to images."""
     return optax.adam(warmup_schedule(learning_rate, batch, warmup_images), b1=beta1, b2=beta2, eps=epsilon)
+
+
+def optimizer_of(train: TrainSettings) -> optax.GradientTransformation:
+    """The optimiser that a stage is trained with."""
+    return make_optimizer(learning_rate=train.learning_rate, batch=train.batch, warmup_images=train.warmup_images,
+                          beta1=train.adam_beta1, beta2=train.adam_beta2, epsilon=train.adam_epsilon)

@@ -14,7 +14,17 @@ from jax.sharding import Mesh
 from relay_jax import distributed
 from relay_jax.config import Stage
 from relay_jax.cost import peak_flops, si
-from relay_jax.logs import Progress, ScalarLog, append_jsonl, duration, is_writer, read_jsonl, write_json, write_png
+from relay_jax.logs import (
+    Progress,
+    ScalarLog,
+    append_jsonl,
+    curve_summary,
+    duration,
+    is_writer,
+    read_jsonl,
+    write_json,
+    write_png,
+)
 from relay_jax.sharding import describe
 from relay_jax.training.state import TrainState
 
@@ -95,7 +105,7 @@ class StageProgress:
             return
         train = self._stage.train
         summary = {"stage": self._stage.name, "images": train.steps * train.batch, "steps": train.steps,
-                   "seconds": round(seconds, 1), **summarize(read_jsonl(self._folder / "metrics.jsonl")),
+                   "seconds": round(seconds, 1), **curve_summary(read_jsonl(self._folder / "metrics.jsonl")),
                    "starts": len(read_jsonl(self._folder / "starts.jsonl")), "devices": describe(self._mesh),
                    "checkpoint": f"checkpoints/{train.steps}"}
         write_json(self._folder / "training.json", summary)
@@ -115,24 +125,3 @@ class StageProgress:
         flops = self._flops(rate)
         used = f" ({flops / self._peak:.1%} of the peak)" if self._peak else ""
         return f"{si(flops)}FLOP/s per device{used}, loader {self._loader_share:.1%}"
-
-
-def summarize(lines: list[dict]) -> dict[str, Any]:
-    """A curve in a few numbers: medians of the rates, loss of the last tenth, share of the time that the loader cost."""
-    lines = [line for line in lines if "images_per_second" in line]     # not those of an evaluation
-    losses = [line["loss"] for line in lines if "loss" in line]
-    tail = losses[-max(len(losses) // 10, 1):]
-    rates = np.asarray([line["images_per_second"] for line in lines])
-    images = np.diff([0, *(line["images"] for line in lines)])
-    seconds = images / np.maximum(rates, 1e-9)
-    shares = np.asarray([line.get("loader_share", 0.0) for line in lines])
-
-    def median(key: str) -> float | None:
-        found = [line[key] for line in lines if key in line]
-        return float(np.median(found)) if found else None
-
-    return {"images_per_second": median("images_per_second") or 0.0, "tflops_per_device": median("tflops_per_device") or 0.0,
-            "utilisation": median("utilisation"),
-            "loader_share": round(float((shares * seconds).sum() / max(seconds.sum(), 1e-9)), 4),
-            "steps_skipped": lines[-1]["steps_skipped"] if lines else 0,
-            "loss": round(float(np.mean(tail)), 5) if tail else None}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from relay_jax.config import Stage
+from relay_jax.data.transforms import to_float
 from relay_jax.diffusion.augment import Augmentation, augment
 from relay_jax.diffusion.loss import loss
 from relay_jax.diffusion.precondition import precondition
@@ -19,11 +20,6 @@ from relay_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]       # image: uint8 [b, h, w, c]; label: int32 [b]
 Metrics = dict[str, jax.Array]
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1] (SPEC section 9)."""
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def drop_labels(class_labels: jax.Array, probability: float, key: jax.Array, index: jax.Array) -> jax.Array:

@@ -11,14 +11,13 @@ from ml_collections import ConfigDict
 from relay_jax import distributed
 from relay_jax.checkpoint import load_ema
 from relay_jax.config import ConfigError, Stage, describe_source
-from relay_jax.data.loader import read
 from relay_jax.data.sources import Source
-from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.environment import environment
 from relay_jax.evaluation.during import EvaluationSettings, make_evaluation
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from relay_jax.evaluation.summary import SummarySettings, Trained, summarize
 from relay_jax.sampling.pipeline import StageSampler
+from relay_jax.sampling.request import of_one_stage
 from relay_jax.sharding import describe, make_mesh
 from relay_jax.tools.plots import grid
 from relay_jax.training.loop import LoopSettings, Preview, is_finished, train_stage
@@ -79,11 +78,8 @@ def make_features(config: ConfigDict, mesh: Mesh) -> FeatureExtractor:
 
 
 def make_training_mesh(config: ConfigDict, stages: list[Stage]) -> Mesh:
-    """The mesh of all devices, which must divide every stage's batch. Raises ConfigError."""
-    try:
-        mesh = make_mesh(config.mesh.fsdp)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    """The mesh of all devices, whose number must divide every stage's batch. Raises ConfigError or MeshError."""
+    mesh = make_mesh(config.mesh.fsdp)
     for stage in stages:
         if stage.train.batch % mesh.size:
             raise ConfigError(f"stage {stage.name}: train.batch {stage.train.batch} is not divisible by {mesh.size} devices")
@@ -92,14 +88,11 @@ def make_training_mesh(config: ConfigDict, stages: list[Stage]) -> Mesh:
 
 def make_preview(stage: Stage, source: Source, mesh: Mesh, count: int) -> Preview:
     """params -> a grid of `count` samples of one stage; a relay stage starts from down-sampled real images."""
-    seeds = np.arange(count)
-    classes, low_res = seeds % max(stage.network.num_classes, 1), None
-    if isinstance(stage.process, RelayProcess):
-        pixels, classes = read(source, [int(i) % len(source) for i in seeds], stage.resolution // stage.process.patch)
-        low_res = pixels.astype(np.float32) / 127.5 - 1
+    request, seeds = of_one_stage(stage, count), np.arange(count)
+    given = request.inputs(seeds, source if request.from_real_images else None)
     sampler = StageSampler(stage, mesh, count)
 
     def preview(params: dict) -> np.ndarray:
-        return grid(sampler(params, seeds, classes, low_res), columns=8)
+        return grid(sampler(params, seeds, given.classes, given.low_res), columns=8)
 
     return preview

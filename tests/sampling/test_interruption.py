@@ -1,13 +1,12 @@
 """Killed at any moment and started again, a sampling ends with the same bytes, and writes no finished file again.
 
-The supervisor at the end of this file is a program of its own, as that of tests/training/test_resume.py.
+The supervisor at the end of this file is a program of its own (tests/supervised.py).
 """
 
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -17,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from relay_jax import main
+from tests.supervised import end, start, supervise
+
 SEEDS, SHARD, KILLS = "3-302", 25, {"png": 2, "npz": 3}
 PATTERNS = {"png": "*/*.png", "npz": "[0-9]*.npz", "arrayrecord": "*/*.array_record"}
 CONFIG = """
@@ -37,18 +38,7 @@ def get_config(_=''):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the supervisor did, and the folder of its images: FORMAT-straight, FORMAT-killed."""
-    folder = tmp_path_factory.mktemp("interruption")
-    (folder / "config.py").write_text(CONFIG)
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, __file__, str(folder)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        said, _ = process.communicate(timeout=1200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"hung: {process.communicate()[0][-3000:]}")
-    assert process.returncode == 0, said[-3000:]
-    return {**json.loads(said.splitlines()[-1]), "folder": folder}
+    return supervise(__file__, tmp_path_factory.mktemp("interruption"), CONFIG)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -101,40 +91,10 @@ def test_sigterm_keeps_the_images_of_unfinished_files_and_asks_for_a_new_start(t
 
 # The supervisor.
 
-def start(folder: Path, name: str, *arguments: str) -> int:
-    """Forks a process that runs the command line; its number."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        with (folder / f"{name}.log").open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        from absl import logging
-        logging.use_absl_handler()
-        logging.set_verbosity(logging.INFO)
-        sys.argv = ["main", f"--config={folder / 'config.py'}", *arguments]
-        main.parse_flags(sys.argv)
-        main.main([])
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
 def sample(folder: Path, name: str) -> int:
     given = [f"--weights.{stage}={folder / 'run' / stage}" for stage in ("base", "relay")]
     kind = name.partition("-")[0]
     return start(folder, name, "--mode=sample", *given, f"--seeds={SEEDS}", f"--out={folder / name}", f"--format={kind}")
-
-
-def end(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def finished(out: Path) -> dict[str, int]:
@@ -210,7 +170,6 @@ def write_weights(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    from relay_jax import main
     from relay_jax.sampling import shards
     shards.shard_size = lambda _: SHARD
     where = Path(sys.argv[1])

@@ -4,7 +4,6 @@ Steps that only wait stand in for training where no number of theirs is looked a
 """
 
 import json
-import os
 import threading
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from absl import logging
 
 from benchmarks import loop as benchmark
+from relay_jax import logs
 from relay_jax.config import Stage
 from relay_jax.data.sources import SyntheticShapes
 from relay_jax.logs import read_jsonl
@@ -128,9 +128,9 @@ def test_a_curve_is_summed_up_by_hand() -> None:
              {"images": 200, "fid": 5.0},               # an evaluation
              {"images": 300, "images_per_second": 50.0, "tflops_per_device": 5.0, "utilisation": 0.3, "steps_skipped": 4,
               "loader_share": 0.5}]                     # 2 s, no step was finite
-    assert progress.summarize(lines) == {"images_per_second": 50.0, "tflops_per_device": 5.0, "utilisation": 0.3,
+    assert logs.curve_summary(lines) == {"images_per_second": 50.0, "tflops_per_device": 5.0, "utilisation": 0.3,
                                          "loader_share": round(9 / 13, 4), "steps_skipped": 4, "loss": 2.0}
-    assert progress.summarize([])["loss"] is None
+    assert logs.curve_summary([])["loss"] is None
 
 
 def test_a_stage_in_two_starts_is_summed_up_as_one(tmp_path: Path, said: list[str]) -> None:
@@ -199,11 +199,8 @@ def test_a_trace_that_the_end_cuts_off_is_still_written(tmp_path: Path, base: St
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="needs the processor time of a thread")
 def test_the_loop_costs_less_than_two_percent_of_a_long_step(base: Stage) -> None:
     idle = benchmark.measure(base, SyntheticShapes(8, 64, 0), steps=40, step_seconds=0.02, report_every=10, save_every=100)
-    allowed = 0.02 * 0.2
     assert len(idle.gaps) == 39 and idle.after_report.sum() == 3
-    assert np.median(idle.work) < allowed
-    if os.getloadavg()[0] < (os.cpu_count() or 1):      # a busy machine makes every thread wait
-        assert np.median(idle.gaps) < allowed
+    assert np.median(idle.work) < 0.02 * 0.2        # of a step of 200 ms; gaps hold waits for the interpreter's lock
 
 
 def test_settings_of_these_tests_are_complete() -> None:

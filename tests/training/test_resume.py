@@ -1,24 +1,22 @@
 """Killed at any moment and started again, a run ends bit-identical; SIGTERM saves and asks to be started again.
 
-The supervisor at the end of this file is a program of its own: it imports the package once and forks for each start, so
-that a start costs a second and not ten.
+The supervisor at the end of this file is a program of its own (tests/supervised.py).
 """
 
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.supervised import end, start, supervise
+
 STEPS, EVERY, BATCH, KILLS = 800, 2, 4, 24
 RARE = f"--config.checkpoint.every_images={STEPS * BATCH}"      # only at the end
 CONFIG = f"""
@@ -39,18 +37,7 @@ def get_config(_=''):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the supervisor did, and the folder of its runs: straight, killed, asked."""
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / "config.py").write_text(CONFIG)
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, __file__, str(folder)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        said, _ = process.communicate(timeout=1200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"hung: {process.communicate()[0][-3000:]}")
-    assert process.returncode == 0, said[-3000:]
-    return {**json.loads(said.splitlines()[-1]), "folder": folder}
+    return supervise(__file__, tmp_path_factory.mktemp("resume"), CONFIG)
 
 
 @pytest.mark.parametrize("run", ["killed", "asked"])
@@ -81,31 +68,8 @@ def test_sigterm_saves_at_the_end_of_a_step_and_asks_for_a_new_start(told: dict)
 
 # The supervisor.
 
-def start(folder: Path, name: str, *arguments: str) -> int:
-    """Forks a process that runs the command line; its number."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        with (folder / f"{name}.log").open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        from absl import logging
-        logging.use_absl_handler()
-        logging.set_verbosity(logging.INFO)
-        config, workdir = folder / "config.py", folder / name
-        sys.argv = ["main", f"--config={config}", f"--workdir={workdir}", "--stage=base", *arguments]
-        main.parse_flags(sys.argv)
-        main.main([])
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
+def train(folder: Path, name: str, *arguments: str) -> int:
+    return start(folder, name, f"--workdir={folder / name}", "--stage=base", *arguments)
 
 
 def wait_until(pid: int, condition: Callable[[], bool], seconds: float = 300) -> bool:
@@ -119,10 +83,6 @@ def wait_until(pid: int, condition: Callable[[], bool], seconds: float = 300) ->
     return True
 
 
-def end(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def complete(checkpoints: Path) -> list[int]:
     return sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal())
 
@@ -130,7 +90,7 @@ def complete(checkpoints: Path) -> list[int]:
 def kill_often(folder: Path, rng: random.Random) -> dict:
     checkpoints, during_save, steps = folder / "killed" / "base" / "checkpoints", 0, []
     for kill in range(KILLS):
-        pid, before = start(folder, "killed"), max(complete(checkpoints), default=0)
+        pid, before = train(folder, "killed"), max(complete(checkpoints), default=0)
         left_over = set(checkpoints.glob("*tmp*"))      # of the kill before
 
         def moment(begun: Callable[[], bool], low: float, high: float, before: int = before) -> Callable[[], bool]:
@@ -157,7 +117,7 @@ def kill_often(folder: Path, rng: random.Random) -> dict:
         end(pid)
         during_save += is_saving(checkpoints, left_over)
         steps.append(max(complete(checkpoints), default=0))
-    assert end(start(folder, "killed", RARE)) == 0
+    assert end(train(folder, "killed", RARE)) == 0
     return {"kills": KILLS, "during_save": during_save, "steps": steps}
 
 
@@ -171,18 +131,17 @@ def is_newer(checkpoints: Path, before: int) -> bool:
 
 def ask_to_stop(folder: Path) -> dict:
     metrics = folder / "asked" / "base" / "metrics.jsonl"
-    pid = start(folder, "asked", RARE)
+    pid = train(folder, "asked", RARE)
     wait_until(pid, lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
     os.kill(pid, signal.SIGTERM)
     told = {"status": end(pid), "saved": complete(folder / "asked" / "base" / "checkpoints")}
-    assert end(start(folder, "asked", RARE)) == 0
+    assert end(train(folder, "asked", RARE)) == 0
     return told
 
 
 if __name__ == "__main__":
-    from relay_jax import main
     where = Path(sys.argv[1])
     began = time.monotonic()
-    assert end(start(where, "straight", RARE)) == 0
+    assert end(train(where, "straight", RARE)) == 0
     report = {**ask_to_stop(where), **kill_often(where, random.Random(0))}
     print(json.dumps({**report, "seconds": round(time.monotonic() - began, 1)}))

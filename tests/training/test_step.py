@@ -13,13 +13,14 @@ from jax.sharding import AxisType, Mesh
 
 from relay_jax import sharding
 from relay_jax.config import Guidance, Stage, TrainSettings
+from relay_jax.data.transforms import to_float
 from relay_jax.diffusion.sampler import EdmSampler, RelaySampler
 from relay_jax.diffusion.schedule import EdmProcess, RelayProcess
 from relay_jax.models.unet import UNet, init_params
 from relay_jax.training import step as step_module
 from relay_jax.training.optimizer import make_optimizer
 from relay_jax.training.state import TrainState
-from relay_jax.training.step import drop_labels, make_loss_fn, make_train_step, to_float
+from relay_jax.training.step import drop_labels, make_loss_fn, make_train_step
 
 BATCH, CLASSES = 16, 4
 TRAIN = TrainSettings(images=1600, batch=BATCH, learning_rate=1e-2, warmup_images=1, adam_beta1=0.9, adam_beta2=0.99,
