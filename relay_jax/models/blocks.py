@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from relay_jax.models.cpu import conv, conv3x3_upsampled, upsample
+from relay_jax.models.cpu import conv, conv3x3, gradient_once
 from relay_jax.models.tpu import attend
 
 Initializer = Callable[..., jax.Array]
@@ -40,15 +40,11 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features].
-
-    upsampled: of the image of twice the size instead, [b, 2h, 2w, features]; width 3 alone.
-    """
+    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features]."""
     features: int
     width: int = 3
     zero_init: bool = False
     dtype: jnp.dtype = jnp.float32
-    upsampled: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,7 +52,8 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero_init else fan_in_uniform(fan_in)
         kernel = self.param("kernel", init, (self.width, self.width, x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        x = (conv3x3_upsampled if self.upsampled else conv)(x.astype(self.dtype), kernel.astype(self.dtype))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x = x @ kernel[0, 0] if self.width == 1 else (conv3x3 if self.width == 3 else conv)(x, kernel)
         return (x + bias).astype(self.dtype)     # float32 sum, also over the pixels in the gradient of the bias
 
 
@@ -117,6 +114,12 @@ def downsample(x: jax.Array) -> jax.Array:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
+def upsample(x: jax.Array) -> jax.Array:
+    """Every pixel becomes 2 x 2 pixels. [b, h, w, c] -> [b, 2h, 2w, c]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
 RESAMPLE = {"": lambda x: x, "down": downsample, "up": upsample}
 
 
@@ -167,9 +170,9 @@ class UNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
-        resample, up = RESAMPLE[self.resample], self.resample == "up"
+        resample, x = RESAMPLE[self.resample], gradient_once(x)
         h = nn.silu(GroupNorm(name="norm0")(x))
-        h = Conv(self.channels, dtype=self.dtype, upsampled=up, name="conv0")(h if up else resample(h))
+        h = Conv(self.channels, dtype=self.dtype, name="conv0")(resample(h))
         scale, shift = jnp.split(Linear(2 * self.channels, name="affine")(embedding), 2, axis=-1)
         h = nn.silu(GroupNorm(name="norm1")(h, scale, shift))
         h = Dropout(self.dropout)(h, train)

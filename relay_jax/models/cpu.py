@@ -1,69 +1,133 @@
-"""The convolution of the U-Net that CPUs want written differently; the plain one elsewhere.
+"""Operations of the U-Net that CPUs want written differently; the plain ones elsewhere.
 
 The choice is made where a program is compiled for its platform (lax.platform_dependent), inside a custom derivative, so
-that differentiation sees one operation of (x, kernel). tests/models/test_cpu.py holds the two against each other;
-docs/benchmarks.md says what it gains. x: [b, h, w, c]; kernel: [height, width, c, features], stride 1.
+that differentiation sees one operation. tests/models/test_cpu.py holds the two against each other; docs/benchmarks.md
+says what it gains. x: [b, h, w, c]; kernel: [height, width, c, features], stride 1.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-Convolution = Callable[[jax.Array, jax.Array], jax.Array]
+# Winograd's F(4, 3): four outputs of three taps from six inputs with six products instead of twelve (arXiv 1509.09308).
+_INPUT = np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+                   [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])
+_TAPS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+_OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+_FEW = 16           # channels: fewer are gathered from all nine pixels
+_SMALL = 16         # rows: an image of fewer gains too little for what its program costs to compile
 
 
-def by_platform(cpu: Convolution, default: Convolution) -> Convolution:
-    """Two formulations of one function as one differentiable function."""
-    def choose(*inputs: jax.Array, of: Callable) -> Any:
-        return lax.platform_dependent(*inputs, cpu=of(cpu), default=of(default))
-
-    def gradient(formulation: Convolution) -> Callable:
-        """By transposition, as a convolution is linear in both: jax.vjp would compute it once more."""
-        return lambda x, kernel, cotangent: (
-            *jax.linear_transpose(lambda of_x: formulation(of_x, kernel), x)(cotangent),
-            *jax.linear_transpose(lambda of_kernel: formulation(x, of_kernel), kernel)(cotangent))
-
-    function = jax.custom_vjp(lambda x, kernel: choose(x, kernel, of=lambda formulation: formulation))
-    function.defvjp(lambda x, kernel: (function(x, kernel), (x, kernel)),
-                    lambda saved, cotangent: choose(*saved, cotangent, of=gradient))
-    return function
+def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Zeros outside of the image, a result of the same size."""
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def conv(x: jax.Array, kernel: jax.Array, padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME") -> jax.Array:
-    """Zeros outside of the image; by default a result of the same size."""
-    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def conv_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of conv by x and by kernel: by transposition, as it is linear in both. jax.vjp would compute it once more."""
+    return (*jax.linear_transpose(lambda of_x: conv(of_x, kernel), x)(cotangent),
+            *jax.linear_transpose(lambda of_kernel: conv(x, of_kernel), kernel)(cotangent))
 
 
-def upsample(x: jax.Array) -> jax.Array:
-    """Every pixel becomes 2 x 2 pixels. [b, h, w, c] -> [b, 2h, 2w, c]."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+@jax.custom_vjp
+def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """conv(x, kernel) for a 3 x 3 kernel."""
+    return lax.platform_dependent(x, kernel, cpu=winograd_conv, default=conv)
 
 
-def phased_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """conv(upsample(x), kernel) for a 3 x 3 kernel, from four convolutions of x itself: 4/9 of the multiplications.
+conv3x3.defvjp(
+    lambda x, kernel: (conv3x3(x, kernel), (x, kernel)),
+    lambda inputs, cotangent: lax.platform_dependent(*inputs, cotangent, cpu=winograd_gradients, default=conv_gradients))
 
-    A pixel of the large image sees 2 x 2 pixels of the small one; the taps that fall on the same pixel are summed. Which
-    ones depends on whether its row and column are even (-1 | 0, 1) or odd (-1, 0 | 1). Sums in less than float32 would
-    cost precision: there it is the plain formulation.
+
+@jax.custom_vjp
+def gradient_once(x: jax.Array) -> jax.Array:
+    """x. On CPU its gradient, a sum over all uses of x, is computed once instead of again wherever it is needed."""
+    return x
+
+
+gradient_once.defvjp(lambda x: (x, None), lambda _, cotangent: (lax.platform_dependent(
+    cotangent, cpu=lambda gradient: _apart(lambda same: same, gradient), default=lambda gradient: gradient),))
+
+
+def winograd_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """conv(x, kernel) as matrix products: half of the multiplications for a tall image of float32.
+
+    Four rows at a time. The three taps along a row are columns of one product, added where they belong.
     """
     if x.dtype != jnp.float32:
-        return conv(upsample(x), kernel)
+        return conv(x, kernel)      # sums in less than float32 would cost precision
+    if x.shape[-1] < _FEW:
+        return _gathered_conv(x, kernel)
+    if not _tall(x):
+        return conv(x, kernel)
 
-    def pairs(k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sums over the first axis of length 3, for even and for odd places: [2, ...] each."""
-        return jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        taps = jnp.stack(_combine(_TAPS, kernel)).swapaxes(1, 2).reshape(6, c, -1)
+        products = jnp.einsum("tnc,tcf->tnf", jnp.stack(_six(x)).reshape(6, -1, c), taps).reshape(6, b, h // 4, w, 3, -1)
+        four = [sum(_moved(tap, i - 1, axis=2) for i, tap in enumerate(jnp.moveaxis(row, 3, 0)))
+                for row in _combine(_OUTPUT, products)]
+        return jnp.stack(four, axis=2).reshape(b, h, w, -1)
 
-    b, h, w, _ = x.shape
-    rows = []
-    for down, part in enumerate(pairs(kernel)):
-        columns = [conv(x, both.swapaxes(0, 1), ((1 - down, down), (1 - right, right)))
-                   for right, both in enumerate(pairs(part.swapaxes(0, 1)))]
-        rows.append(jnp.stack(columns, axis=3))
-    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, kernel.shape[-1])
+    return _apart(convolve, x, kernel)
 
 
-conv3x3_upsampled = by_platform(phased_conv, lambda x, kernel: conv(upsample(x), kernel))
+def winograd_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """conv_gradients, the same way."""
+    def by_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        four = jnp.moveaxis(cotangent.reshape(b, h // 4, 4, w, -1), 2, 0)
+        six = jnp.stack([jnp.concatenate([_moved(rows, 1 - i, axis=2) for i in range(3)], axis=-1)
+                         for rows in _combine(_OUTPUT.T, four)])
+        products = jnp.einsum("tnc,tnf->tcf", jnp.stack(_six(x)).reshape(6, -1, c), six.reshape(6, b * h // 4 * w, -1))
+        return jnp.stack(_combine(_TAPS.T, products.reshape(6, c, 3, -1).swapaxes(1, 2)))
+
+    if x.dtype != jnp.float32:
+        return conv_gradients(x, kernel, cotangent)
+    by_x = winograd_conv(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
+    if x.shape[-1] < _FEW:
+        return by_x, *jax.linear_transpose(lambda of_kernel: _gathered_conv(x, of_kernel), kernel)(cotangent)
+    return by_x, _apart(by_kernel, x, cotangent) if _tall(x) else conv_gradients(x, kernel, cotangent)[1]
+
+
+def _tall(x: jax.Array) -> bool:
+    return x.shape[1] >= _SMALL and x.shape[1] % 4 == 0
+
+
+def _gathered_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """conv(x, kernel) as one product of what each pixel sees."""
+    seen = [_moved(_moved(x, i - 1, axis=1), j - 1, axis=2) for i in range(3) for j in range(3)]
+    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _six(x: jax.Array) -> list[jax.Array]:
+    """What Winograd multiplies instead of the rows: six of [b, h / 4, w, c]."""
+    b, h, w, c = x.shape
+    four = jnp.moveaxis(x.reshape(b, h // 4, 4, w, c), 2, 0)
+    return _combine(_INPUT, [_moved(four[3], -1, axis=1), *four, _moved(four[0], 1, axis=1)])
+
+
+def _combine(matrix: np.ndarray, parts: Sequence[jax.Array] | jax.Array) -> list[jax.Array]:
+    """matrix @ parts, without the zeros."""
+    return [sum(float(factor) * part for factor, part in zip(row, parts, strict=True) if factor) for row in matrix]
+
+
+def _moved(x: jax.Array, by: int, axis: int) -> jax.Array:
+    """Place i of the result is place i + by (-1, 0 or 1) of x; zeros outside of the image."""
+    edge = jnp.zeros_like(lax.slice_in_dim(x, 0, 1, axis=axis))
+    inside = lax.slice_in_dim(x, max(by, 0), x.shape[axis] + min(by, 0), axis=axis)
+    return jnp.concatenate([edge] * (by < 0) + [inside] + [edge] * (by > 0), axis=axis)
+
+
+def _apart(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
+    """function(*inputs) behind a condition, where XLA for CPU does not merge it with what comes before and after.
+
+    Merged, the inputs would be computed again in each of the six parts, and the parts in each use of the result; XLA for
+    CPU drops optimization_barrier too early to prevent it. The condition fails for NaN alone, and gives NaN.
+    """
+    one, result = inputs[-1].ravel()[0], jax.eval_shape(function, *inputs)
+    return lax.cond(one == one, function, lambda *_: jnp.full(result.shape, jnp.nan, result.dtype), *inputs)
