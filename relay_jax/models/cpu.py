@@ -53,6 +53,7 @@ gradient_once.defvjp(lambda x: (x, None), lambda _, cotangent: (lax.platform_dep
     cotangent, cpu=lambda gradient: _apart(lambda same: same, gradient), default=lambda gradient: gradient),))
 
 
+@jax.jit
 def winograd_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """conv(x, kernel) as matrix products: half of the multiplications for a tall image of float32.
 
@@ -76,6 +77,7 @@ def winograd_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _apart(convolve, x, kernel)
 
 
+@jax.jit
 def winograd_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """conv_gradients, the same way."""
     def by_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
