@@ -33,17 +33,6 @@ def conv_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tup
 
 
 @jax.custom_vjp
-def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """conv(x, kernel) for a 3 x 3 kernel."""
-    return lax.platform_dependent(x, kernel, cpu=winograd_conv, default=conv)
-
-
-conv3x3.defvjp(
-    lambda x, kernel: (conv3x3(x, kernel), (x, kernel)),
-    lambda inputs, cotangent: lax.platform_dependent(*inputs, cotangent, cpu=winograd_gradients, default=conv_gradients))
-
-
-@jax.custom_vjp
 def gradient_once(x: jax.Array) -> jax.Array:
     """x. On CPU its gradient, a sum over all uses of x, is computed once instead of again wherever it is needed."""
     return x
@@ -94,6 +83,17 @@ def winograd_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) ->
     if x.shape[-1] < _FEW:
         return by_x, *jax.linear_transpose(lambda of_kernel: _gathered_conv(x, of_kernel), kernel)(cotangent)
     return by_x, _apart(by_kernel, x, cotangent) if _tall(x) else conv_gradients(x, kernel, cotangent)[1]
+
+
+@jax.custom_vjp
+def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """conv(x, kernel) for a 3 x 3 kernel."""
+    return lax.platform_dependent(x, kernel, cpu=winograd_conv, default=conv)
+
+
+conv3x3.defvjp(
+    lambda x, kernel: (conv3x3(x, kernel), (x, kernel)),
+    lambda inputs, cotangent: lax.platform_dependent(*inputs, cotangent, cpu=winograd_gradients, default=conv_gradients))
 
 
 def _tall(x: jax.Array) -> bool:

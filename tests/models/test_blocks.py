@@ -174,6 +174,14 @@ def test_upsampling_repeats_pixels_and_downsampling_undoes_it() -> None:
     np.testing.assert_array_equal(downsample(up), x)
 
 
+def test_upsampling_is_the_transpose_of_the_sum_over_fours() -> None:
+    """<up(x), y> = <x, sum(y)>, of which its gradient makes use."""
+    x, y = normal(2, 3, 2, 4), normal(2, 6, 4, 4, seed=1)
+    (gradient,) = jax.vjp(upsample, x)[1](y)
+    np.testing.assert_allclose(jnp.vdot(upsample(x), y), jnp.vdot(x, gradient), rtol=1e-5)
+    np.testing.assert_allclose(gradient, 4 * downsample(y), rtol=1e-6)
+
+
 # Layers
 
 @pytest.mark.parametrize("width", [1, 3])
