@@ -3,8 +3,8 @@
     python -m benchmarks.tpu_blocks plain skip attention --topology=v5e:2x2
     python -m benchmarks.tpu_blocks plain --effort=-0.5     # ten times faster to compile; compare such with such alone
 
-A block compiles in a minute or two where a training step takes the better part of an hour, so changes of the network
-are tried here first. Utilisation: FLOPs of the plain formulation over the estimated time and the published peak.
+A block compiles in half a minute where a training step takes six, so changes of the network are tried here first.
+Utilisation: FLOPs of the plain formulation over the estimated time and the published peak.
 """
 
 import argparse
