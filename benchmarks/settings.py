@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks.programs import markdown, with_settings
 from relay_jax.config import ConfigError, Stage, build, parse_stage
-from relay_jax.host_memory import reuse_on_cpu
+from relay_jax.cpu_devices import reuse_memory
 from relay_jax.logs import fail
 
 FLAGS = flags.FlagValues()      # apart from those of relay_jax.main
@@ -67,7 +67,7 @@ def stages(change: Callable[[ConfigDict], ConfigDict] = lambda config: config, o
     """The stages to measure, as the flags change them. change: done to the configuration first; only: instead of
     --stage. Call before the first use of a device."""
     if _REUSE.value:
-        reuse_on_cpu()
+        reuse_memory()
     remat = {"": None, "on": True, "off": False}[_REMAT.value]
     try:
         built = build(change(_CONFIG.value))

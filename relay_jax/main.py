@@ -33,11 +33,12 @@ from relay_jax.config import (
     parse_stage,
     parse_weights,
 )
+from relay_jax.cpu_devices import device_per_core, reuse_memory
 from relay_jax.data.sources import DataError
 from relay_jax.evaluation.features import FeatureError
 from relay_jax.evaluation.verb import evaluate
-from relay_jax.host_memory import reuse_on_cpu
 from relay_jax.logs import fail, quieten
+from relay_jax.models.unet import init_params, parameter_count
 from relay_jax.sampling.classes import parse_class_rule
 from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.sampling.verb import sample
@@ -242,7 +243,10 @@ def run(config: ConfigDict, workdir: Path | None) -> None:
         prepare_data(config, stages)
         return
     if not distributed.joined():        # the collectives of several processes need XLA's own threads
-        reuse_on_cpu()
+        if config.mesh.fsdp == 1:
+            shapes = jax.eval_shape(lambda: [init_params(stage.network, jax.random.key(0)) for stage in stages])
+            device_per_core(most=config.sample.batch, bytes_on_each=4 * parameter_count(shapes))
+        reuse_memory()
     if mode == "plot":
         draw_plots(config, stages, weights, workdir)
     elif mode == "evaluate":

@@ -4,7 +4,7 @@ A rule on shapes places every array of the state, so parameters, optimiser and a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +19,12 @@ class MeshError(ValueError):
     """The devices cannot be arranged as the configuration says; one line for the user."""
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices as (data, fsdp). Raises MeshError if fsdp does not divide their number."""
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
-        raise MeshError(f"mesh.fsdp {fsdp} does not divide the {devices} devices")
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (default: all) as (data, fsdp). Raises MeshError if fsdp does not divide their number."""
+    devices = devices or jax.devices()
+    if fsdp < 1 or len(devices) % fsdp:
+        raise MeshError(f"mesh.fsdp {fsdp} does not divide the {len(devices)} devices")
+    return jax.make_mesh((len(devices) // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -48,6 +48,11 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*("fsdp" if a == chosen else None for a in range(leaf.ndim))))
 
     return jax.tree.map(rule, tree)
+
+
+def place(params: Any, mesh: Mesh) -> Any:
+    """Arrays of a state, as `state_shardings` places them on a mesh; the same arrays if they are there."""
+    return jax.device_put(params, state_shardings(params, mesh))
 
 
 def host_rows(batch: int, mesh: Mesh) -> np.ndarray:

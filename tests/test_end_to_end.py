@@ -20,7 +20,7 @@ def command(workdir: Path, *arguments: str, config: str = "configs/demo.py:smoke
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    return {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
 
 
 def run(workdir: Path, *arguments: str, config: str = "configs/demo.py:smoke") -> str:

@@ -10,7 +10,7 @@ import relay_jax
 PACKAGE = Path(relay_jax.__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
 LEAVES = ("diffusion", "models", "data")
-LOWER = (*LEAVES, "checkpoint", "cost", "environment", "host_memory", "sharding", "logs", "distributed")
+LOWER = (*LEAVES, "checkpoint", "cost", "cpu_devices", "environment", "sharding", "logs", "distributed")
 UPPER = ("training", "sampling", "evaluation", "tools")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

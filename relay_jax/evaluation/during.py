@@ -23,6 +23,7 @@ from relay_jax.evaluation.scores import NEIGHBOURS, score
 from relay_jax.logs import is_writer
 from relay_jax.sampling.pipeline import StageSampler
 from relay_jax.sampling.request import of_one_stage
+from relay_jax.sharding import place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def make_evaluation(stage: Stage, source: Source, mesh: Mesh, extractor: Feature
             reference = of_source(source, settings.description, stage.resolution, threads=settings.threads,
                                   limit=settings.reference_images)
             known.append(reference_features(reference, extractor, cache=settings.cache, stop=False))
-        samples = DrawnSamples(request, [(sampler, params)], source if request.from_real_images else None)
+        samples = DrawnSamples(request, [(sampler, place(params, mesh))], source if request.from_real_images else None)
         found = collect(samples, extractor, what=f"samples of stage {stage.name}", rows=len(samples),
                         probabilities=True, stop=False)     # SIGTERM is answered by the training, which saves
         real = known[0]

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from relay_jax import distributed
 from relay_jax.checkpoint import load_ema
 from relay_jax.config import ConfigError, Stage, describe_source
+from relay_jax.cpu_devices import training_devices
 from relay_jax.data.sources import Source
 from relay_jax.environment import environment
 from relay_jax.evaluation.during import EvaluationSettings, make_evaluation
@@ -18,7 +19,7 @@ from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from relay_jax.evaluation.summary import SummarySettings, Trained, summarize
 from relay_jax.sampling.pipeline import StageSampler
 from relay_jax.sampling.request import of_one_stage
-from relay_jax.sharding import describe, make_mesh
+from relay_jax.sharding import describe, make_mesh, place
 from relay_jax.tools.plots import grid
 from relay_jax.training.loop import LoopSettings, Preview, is_finished, train_stage
 
@@ -31,6 +32,7 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
     Stages do not depend on each other for training; finished ones are skipped.
     """
     mesh = distributed.everywhere(lambda: make_training_mesh(config, stages))
+    all_devices = distributed.everywhere(lambda: make_mesh(config.mesh.fsdp))       # more on CPU: see cpu_devices.py
     batches = ", ".join(f"{s.name} {s.train.batch} = {mesh.size} x {s.train.batch // mesh.size}" for s in stages)
     logging.info("%s; batches: %s", describe(mesh), batches)
     settings = LoopSettings(
@@ -40,13 +42,13 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
         grid_every_images=config.log.grid_every_images, profile_first=config.log.profile_first,
         profile_steps=config.log.profile_steps, evaluate_every_images=config.evaluate.every,
         about={"config": json.loads(config.to_json_best_effort()), "environment": environment(mesh)})
-    extractor = distributed.everywhere(lambda: make_features(config, mesh))
+    extractor = distributed.everywhere(lambda: make_features(config, all_devices))
     evaluating = EvaluationSettings(
         samples=config.evaluate.every_samples, reference_images=config.evaluate.reference_images, batch=config.sample.batch,
         threads=config.dataset.threads, cache=workdir / "cache", description=describe_source(config, stages))
     for stage in [only] if only else stages:
-        preview = make_preview(stage, source, mesh, config.log.grid_images)
-        evaluation = make_evaluation(stage, source, mesh, extractor, evaluating)
+        preview = make_preview(stage, source, all_devices, config.log.grid_images)
+        evaluation = make_evaluation(stage, source, all_devices, extractor, evaluating)
         train_stage(stage, source, mesh, workdir / stage.name, settings, preview, weights.get(stage.name), evaluation)
         distributed.barrier(f"trained {stage.name}")    # its last checkpoint is there for all
         if distributed.stop_requested():
@@ -61,8 +63,8 @@ def train(config: ConfigDict, stages: list[Stage], only: Stage | None, source: S
     else:
         trained = []
         for stage in stages:
-            params, meta = load_ema(workdir / stage.name, stage.network, mesh)
-            sampler = StageSampler(stage, mesh, config.sample.batch)
+            params, meta = load_ema(workdir / stage.name, stage.network, all_devices)
+            sampler = StageSampler(stage, all_devices, config.sample.batch)
             trained.append(Trained(sampler=sampler, params=params, notes=meta, folder=workdir / stage.name))
         report = summarize(trained, source, describe_source(config, stages), extractor, workdir, SummarySettings(
             samples=config.evaluate.samples, class_check=config.evaluate.class_check, threads=config.dataset.threads,
@@ -78,8 +80,8 @@ def make_features(config: ConfigDict, mesh: Mesh) -> FeatureExtractor:
 
 
 def make_training_mesh(config: ConfigDict, stages: list[Stage]) -> Mesh:
-    """The mesh of all devices, whose number must divide every stage's batch. Raises ConfigError or MeshError."""
-    mesh = make_mesh(config.mesh.fsdp)
+    """The mesh of the devices, whose number must divide every stage's batch. Raises ConfigError or MeshError."""
+    mesh = make_mesh(config.mesh.fsdp, training_devices())
     for stage in stages:
         if stage.train.batch % mesh.size:
             raise ConfigError(f"stage {stage.name}: train.batch {stage.train.batch} is not divisible by {mesh.size} devices")
@@ -93,6 +95,6 @@ def make_preview(stage: Stage, source: Source, mesh: Mesh, count: int) -> Previe
     sampler = StageSampler(stage, mesh, count)
 
     def preview(params: dict) -> np.ndarray:
-        return grid(sampler(params, seeds, given.classes, given.low_res), columns=8)
+        return grid(sampler(place(params, mesh), seeds, given.classes, given.low_res), columns=8)
 
     return preview
