@@ -57,7 +57,7 @@ def winograd_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        taps = jnp.stack(_combine(_TAPS, kernel)).swapaxes(1, 2).reshape(6, c, -1)
+        taps = jnp.stack(_combine(_TAPS, kernel.swapaxes(1, 2))).reshape(6, c, -1)
         products = jnp.einsum("tnc,tcf->tnf", jnp.stack(_six(x)).reshape(6, -1, c), taps).reshape(6, b, h // 4, w, 3, -1)
         four = [sum(_moved(tap, i - 1, axis=2) for i, tap in enumerate(jnp.moveaxis(row, 3, 0)))
                 for row in _combine(_OUTPUT, products)]
@@ -75,7 +75,7 @@ def winograd_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) ->
         six = jnp.stack([jnp.concatenate([_moved(rows, 1 - i, axis=2) for i in range(3)], axis=-1)
                          for rows in _combine(_OUTPUT.T, four)])
         products = jnp.einsum("tnc,tnf->tcf", jnp.stack(_six(x)).reshape(6, -1, c), six.reshape(6, b * h // 4 * w, -1))
-        return jnp.stack(_combine(_TAPS.T, products.reshape(6, c, 3, -1).swapaxes(1, 2)))
+        return jnp.stack(_combine(_TAPS.T, products.reshape(6, c, 3, -1))).swapaxes(1, 2)
 
     if x.dtype != jnp.float32:
         return conv_gradients(x, kernel, cotangent)
