@@ -10,7 +10,7 @@ Utilisation: FLOPs of the plain formulation over the estimated time and the publ
 import argparse
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Case:
 CASES = {
     "plain": Case(64, 192, 8), "skip": Case(64, 192, 8, skip=192), "down": Case(64, 192, 8, resample="down"),
     "up": Case(32, 384, 8, resample="up"), "attention": Case(32, 384, 8, heads=6),
-    "relay": Case(256, 256, 4), "relay-skip": Case(256, 256, 4, skip=256),
+    "relay": Case(256, 256, 8), "relay-skip": Case(256, 256, 8, skip=256),
 }
 
 
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=CASES)
     parser.add_argument("--topology", default="v5e:2x2", type=Topology)
+    parser.add_argument("--images", default=0, type=int, help="images at once, instead of each block's own")
     parser.add_argument("--effort", default=0.0, type=float, help="the compiler's, -1 to 1")
     arguments = parser.parse_args()
     require_libtpu()
@@ -82,6 +83,7 @@ def main() -> None:
     print("block        images  Mcycles      ms  utilisation  accessed  temporaries  compiled in")
     for name in arguments.cases:
         begun, case = time.monotonic(), CASES[name]
+        case = replace(case, images=arguments.images or case.images)
         lowered, flops = lower_block(case, device)
         compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": arguments.effort})
         cycles, _ = estimated_cycles(compiled.as_text(), 1)

@@ -155,10 +155,11 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 # What makes the two published networks fit the chips of a TPU slice: `:v5e` for 16 images of the batch per chip (256
 # chips for a batch of 4096, 64 for 1024), `:v5p` for 64. On fewer chips accumulate more, on more chips less: that
-# keeps batch / (chips * accumulate), the images at once. docs/benchmarks.md has the memory that they take.
+# keeps batch / (chips * accumulate), the images at once: at least 8, fewer are several times slower per image on TPU.
+# docs/benchmarks.md has the memory that they take.
 TPU_SLICES = {
-    "v5e": {"mesh.fsdp": 4, "stages.base.train.accumulate": 2,
-            "stages.relay.train.accumulate": 4, "stages.relay.model.remat": True},
+    "v5e": {"mesh.fsdp": 8, "stages.base.train.accumulate": 2,
+            "stages.relay.train.accumulate": 2, "stages.relay.model.remat": True},
     "v5p": {"stages.relay.train.accumulate": 2, "stages.relay.model.remat": True},
 }
 

@@ -103,7 +103,7 @@ def test_an_unknown_variant_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["imagenet256", "celebahq256"])
-@pytest.mark.parametrize("variant, per_chip, at_once", [("v5e", 16, (8, 4)), ("v5p", 64, (64, 32))])
+@pytest.mark.parametrize("variant, per_chip, at_once", [("v5e", 16, (8, 8)), ("v5p", 64, (64, 32))])
 def test_the_variants_for_tpu_slices_change_the_layout_alone(name: str, variant: str, per_chip: int,
                                                              at_once: tuple[int, int]) -> None:
     published, slice_ = get_config(name), get_config(name, variant)
