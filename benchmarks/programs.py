@@ -98,7 +98,7 @@ def train_program(stage: Stage, mesh: Mesh, params: dict | None = None) -> Progr
 
         return once
 
-    return compile_program(make_train_step(stage, optimizer), run, train.batch, state, batch, key, donate_argnums=0,
+    return compile_program(make_train_step(stage, optimizer, mesh), run, train.batch, state, batch, key, donate_argnums=0,
                            in_shardings=(shardings, batch_sharding(mesh), whole), out_shardings=(shardings, whole))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -48,6 +49,23 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*("fsdp" if a == chosen else None for a in range(leaf.ndim))))
 
     return jax.tree.map(rule, tree)
+
+
+def gathered(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
+    """Whole copies of split parameters, for a computation on a batch that is split alone; its gradient is split again.
+
+    Without this XLA splits the channels of activations like the weights, and exchanges activations at every layer.
+    dtype: what kernels of convolutions are used in, and therefore travel in.
+    """
+    split = state_shardings(params, mesh)
+
+    @jax.custom_vjp
+    def whole(params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+    whole.defvjp(lambda params: (whole(params), None),
+                 lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, split),))
+    return whole(jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim == 4 else leaf, params))
 
 
 def place(params: Any, mesh: Mesh) -> Any:

@@ -123,7 +123,7 @@ def lower_step(stage: Stage, devices: list[Any], fsdp: int) -> Any:
                          devices=devices)
     optimizer, shapes = abstract_state(stage)
     shardings = state_shardings(shapes, mesh)
-    step = jax.jit(make_train_step(stage, optimizer), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+    step = jax.jit(make_train_step(stage, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
                    in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)))
     return step.lower(shapes, abstract_batch(stage, stage.train.batch), abstract_key())
 

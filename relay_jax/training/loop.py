@@ -117,7 +117,7 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
         logging.info("stage %s: %d px, %.2fM parameters, batch %d, %s, %s", stage.name, stage.resolution,
                      parameter_count(state.params) / 1e6, train.batch, f"{mesh.size} x {jax.devices()[0].device_kind}",
                      f"continues at {step * train.batch:,} images" if step else "begins")
-        train_step = jax.jit(make_train_step(stage, optimizer), donate_argnums=0,
+        train_step = jax.jit(make_train_step(stage, optimizer, mesh), donate_argnums=0,
                              in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                              out_shardings=(shardings, replicated(mesh)))
 

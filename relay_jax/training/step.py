@@ -9,12 +9,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from relay_jax.config import Stage
 from relay_jax.data.transforms import to_float
 from relay_jax.diffusion.augment import Augmentation, augment
 from relay_jax.diffusion.loss import loss
 from relay_jax.diffusion.precondition import precondition
+from relay_jax.sharding import gathered
 from relay_jax.training.ema import ema_decay, update_ema
 from relay_jax.training.state import TrainState
 
@@ -81,13 +83,17 @@ def value_and_gradient(loss_fn: Callable[[dict, Batch, jax.Array, jax.Array], ja
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def make_train_step(stage: Stage, optimizer: optax.GradientTransformation,
+def make_train_step(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
                     ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """(state, batch, key) -> (state, metrics); key is the run's, the step's own is folded from it.
 
-    metrics: loss, gradient_norm, finite (1 or 0), each a float32 scalar.
+    mesh: where the step runs, if it splits the state. metrics: loss, gradient_norm, finite (1 or 0), each a float32 scalar.
     """
-    loss_fn, settings = make_loss_fn(stage), stage.train
+    own_loss, settings = make_loss_fn(stage), stage.train
+
+    def loss_fn(params: dict, batch: Batch, index: jax.Array, key: jax.Array) -> jax.Array:
+        splits = mesh is not None and mesh.shape["fsdp"] > 1
+        return own_loss(gathered(params, mesh, stage.network.dtype) if splits else params, batch, index, key)
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         value, gradient = value_and_gradient(loss_fn, state.params, batch, jax.random.fold_in(key, state.step),

@@ -37,6 +37,7 @@ KEY = jax.random.key(5)
 class Linear:
     """A network with two numbers per image channel: scale * x + a number for each class + one for each augmentation."""
     num_classes: int = CLASSES
+    dtype: jnp.dtype = jnp.float32
 
     def apply(self, variables: dict, x: jax.Array, c_noise: jax.Array, class_labels: jax.Array | None,
               augment_labels: jax.Array | None, train: bool, rngs: dict) -> jax.Array:
@@ -247,9 +248,12 @@ def test_a_step_on_eight_devices_is_that_of_one(stage: Stage, fsdp: int, monkeyp
     mesh: Mesh = jax.make_mesh((8 // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
                                devices=jax.devices()[:8])
     shardings, replicated = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
-    many = jax.jit(make_train_step(stage, OPTIMIZER), out_shardings=(shardings, replicated),
+    many = jax.jit(make_train_step(stage, OPTIMIZER, mesh), out_shardings=(shardings, replicated),
                    in_shardings=(shardings, sharding.batch_sharding(mesh), replicated))
     state_many = jax.device_put(state, shardings)
+    many = many.lower(state_many, sharding.to_devices(batch_of(), mesh), KEY).compile()
+    text, weights = many.as_text(), len(jax.tree.leaves(state.params))
+    assert "all-to-all" not in text and text.count(" all-gather(") <= weights, "more than the weights is exchanged"
     for seed in range(3):
         state, metrics = one(state, batch_of(seed=seed), KEY)
         state_many, metrics_many = many(state_many, sharding.to_devices(batch_of(seed=seed), mesh), KEY)
