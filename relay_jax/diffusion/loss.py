@@ -7,6 +7,7 @@
 Every draw is an argument; `draw` makes them from one key.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -44,13 +45,14 @@ def draw(process: EdmProcess, key: jax.Array, shape: tuple[int, ...], index: jax
 
     def one(place: jax.Array) -> Draws:
         level_key, gaussian_key, block_key = jax.random.split(jax.random.fold_in(key, place), 3)
-        gaussian = jax.random.normal(gaussian_key, shape[1:])
+        gaussian = jax.random.normal(gaussian_key, (math.prod(shape[1:]),))     # flat: see sampler.seeded_noise
         if not isinstance(process, RelayProcess):
             return Draws(jax.random.normal(level_key), gaussian, None)
-        block = jax.random.normal(block_key, shape[1:]) if process.block_noise_scale > 0 else None
+        block = jax.random.normal(block_key, gaussian.shape) if process.block_noise_scale > 0 else None
         return Draws(jax.random.uniform(level_key), gaussian, block)
 
-    return jax.vmap(one)(index)
+    level, *fields = jax.vmap(one)(index)
+    return Draws(level, *(field if field is None else field.reshape(shape) for field in fields))
 
 
 def edm_corrupt(process: EdmProcess, images: jax.Array, normal: jax.Array, gaussian: jax.Array) -> Corrupted:

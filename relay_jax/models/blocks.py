@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry2x32_p
 
-from relay_jax.models.cpu import conv, conv3x3, gradient_once
+from relay_jax.models.cpu import conv, conv3x3, gradient_once, up_conv3x3
+from relay_jax.models.resample import downsample, upsample
 from relay_jax.models.tpu import add_bias, attend
 
 Initializer = Callable[..., jax.Array]
@@ -41,10 +42,14 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features]."""
+    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features].
+
+    up: of the image enlarged by two, [b, 2h, 2w, features]; width 3 alone.
+    """
     features: int
     width: int = 3
     zero_init: bool = False
+    up: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -54,8 +59,10 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, (self.width, self.width, x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        x = x @ kernel[0, 0] if self.width == 1 else (conv3x3 if self.width == 3 else conv)(x, kernel)
-        return add_bias(x, bias)
+        if self.width == 1:
+            return add_bias(x @ kernel[0, 0], bias)
+        function = conv if self.width != 3 else up_conv3x3 if self.up else conv3x3
+        return add_bias(function(x, kernel), bias)
 
 
 def group_count(channels: int) -> int:
@@ -109,29 +116,6 @@ class GroupNorm(nn.Module):
         return (x.astype(jnp.float32) * multiplier + offset).astype(x.dtype)
 
 
-def sum_fours(x: jax.Array) -> jax.Array:
-    """Sum over 2 x 2 pixels in float32. A reduction of the reshaped image is several times slower on TPU."""
-    x = x.astype(jnp.float32)
-    rows = x[:, ::2] + x[:, 1::2]
-    return rows[:, :, ::2] + rows[:, :, 1::2]
-
-
-def downsample(x: jax.Array) -> jax.Array:
-    """Mean over 2 x 2 pixels. [b, h, w, c] -> [b, h/2, w/2, c]."""
-    return (sum_fours(x) / 4).astype(x.dtype)
-
-
-@jax.custom_vjp
-def upsample(x: jax.Array) -> jax.Array:
-    """Every pixel becomes 2 x 2 pixels. [b, h, w, c] -> [b, 2h, 2w, c]."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-
-
-upsample.defvjp(lambda x: (upsample(x), None), lambda _, cotangent: (sum_fours(cotangent).astype(cotangent.dtype),))
-RESAMPLE = {"": lambda x: x, "down": downsample, "up": upsample}
-
-
 class Dropout(nn.Module):
     """Zeroes a share `rate` of the numbers of [b, h, w, c], to 1/65536, and scales the others to keep the mean.
 
@@ -182,14 +166,14 @@ class UNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
-        resample, x = RESAMPLE[self.resample], gradient_once(x)
+        x, up, down = gradient_once(x), self.resample == "up", self.resample == "down"
         h = nn.silu(GroupNorm(name="norm0")(x))
-        h = Conv(self.channels, dtype=self.dtype, name="conv0")(resample(h))
+        h = Conv(self.channels, up=up, dtype=self.dtype, name="conv0")(downsample(h) if down else h)
         scale, shift = jnp.split(Linear(2 * self.channels, name="affine")(embedding), 2, axis=-1)
         h = nn.silu(GroupNorm(name="norm1")(h, scale, shift))
         h = Dropout(self.dropout)(h, train)
         h = Conv(self.channels, zero_init=True, dtype=self.dtype, name="conv1")(h)
-        x = resample(x)
+        x = downsample(x) if down else upsample(x) if up else x
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, 1, dtype=self.dtype, name="skip")(x)
         h = h + x

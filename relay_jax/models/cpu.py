@@ -12,11 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from relay_jax.models.resample import sum_fours, upsample
+
 # Winograd's F(4, 3): four outputs of three taps from six inputs with six products instead of twelve (arXiv 1509.09308).
 _INPUT = np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
                    [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])
 _TAPS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+# The same idea where every row stands twice: with s = k0 + k1 + k2, two rows of outputs are k0 (x[i-1] - x[i]) + s x[i] and
+# s x[i] + k2 (x[i+1] - x[i]), three products instead of six.
+_TWICE_INPUT = np.array([[1, -1, 0], [0, 1, 0], [0, -1, 1]])
+_TWICE_TAPS = np.array([[1, 0, 0], [1, 1, 1], [0, 0, 1]])
+_TWICE_OUTPUT = np.array([[1, 1, 0], [0, 1, 1]])
 _FEW = 16           # channels: fewer are gathered from all nine pixels
 _SMALL = 16         # rows: an image of fewer gains too little for what its program costs to compile
 
@@ -96,6 +103,77 @@ conv3x3.defvjp(
     lambda inputs, cotangent: lax.platform_dependent(*inputs, cotangent, cpu=winograd_gradients, default=conv_gradients))
 
 
+def up_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """conv of x with every pixel as 2 x 2 pixels: [b, h, w, c] -> [b, 2h, 2w, features]."""
+    return conv(upsample(x), kernel)
+
+
+def up_conv_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of up_conv by x and by kernel."""
+    by_x, by_kernel = conv_gradients(upsample(x), kernel, cotangent)
+    return sum_fours(by_x).astype(x.dtype), by_kernel
+
+
+@jax.jit
+def three_rows_up_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """up_conv(x, kernel) as matrix products, a quarter of the multiplications, for float32.
+
+    The taps along a row, k0, s and k2, are columns of one product; their differences are taken of the results.
+    """
+    if x.dtype != jnp.float32:
+        return up_conv(x, kernel)
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        products = jnp.einsum("tnc,tcf->tnf", _three(x).reshape(3, -1, c), _three_taps(kernel)).reshape(3, b, h, w, 3, -1)
+        two = []
+        for row in _combine(_TWICE_OUTPUT, products):
+            before, same, after = jnp.moveaxis(row, 3, 0)
+            two.append(jnp.stack([_moved(before, -1, axis=2) - before + same, same + _moved(after, 1, axis=2) - after], 3))
+        return jnp.stack(two, axis=2).reshape(b, 2 * h, 2 * w, -1)
+
+    return _apart(convolve, x, kernel)
+
+
+@jax.jit
+def three_rows_up_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """up_conv_gradients, the same way."""
+    if x.dtype != jnp.float32:
+        return up_conv_gradients(x, kernel, cotangent)
+    b, h, w, c = x.shape
+
+    def of_products(cotangent: jax.Array) -> jax.Array:
+        columns = []
+        for row in jnp.moveaxis(cotangent.reshape(b, h, 2, w, 2, -1), 2, 0):
+            left, right = jnp.moveaxis(row, 3, 0)
+            columns.append(jnp.concatenate([_moved(left, 1, axis=2) - left, left + right, _moved(right, -1, axis=2) - right],
+                                           axis=-1))
+        return jnp.stack(_combine(_TWICE_OUTPUT.T, columns)).reshape(3, b * h * w, -1)
+
+    def by_x(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
+        rows = jnp.einsum("tnf,tcf->tnc", of_products(cotangent), _three_taps(kernel)).reshape(3, b, h, w, c)
+        return _moved(rows[0], 1, axis=1) - rows[0] + rows[1] - rows[2] + _moved(rows[2], -1, axis=1)
+
+    def by_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        taps = jnp.einsum("tnc,tnf->tcf", _three(x).reshape(3, -1, c), of_products(cotangent)).reshape(3, c, 3, -1)
+        columns = jnp.moveaxis(jnp.stack(_combine(_TWICE_TAPS.T, taps)), 2, 0)
+        return jnp.stack(_combine(_TWICE_TAPS.T, columns), axis=1)
+
+    return _apart(by_x, kernel, cotangent), _apart(by_kernel, x, cotangent)
+
+
+@jax.custom_vjp
+def up_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """up_conv(x, kernel) for a 3 x 3 kernel."""
+    return lax.platform_dependent(x, kernel, cpu=three_rows_up_conv, default=up_conv)
+
+
+up_conv3x3.defvjp(
+    lambda x, kernel: (up_conv3x3(x, kernel), (x, kernel)),
+    lambda inputs, cotangent: lax.platform_dependent(*inputs, cotangent, cpu=three_rows_up_gradients,
+                                                     default=up_conv_gradients))
+
+
 def _tall(x: jax.Array) -> bool:
     return x.shape[1] >= _SMALL and x.shape[1] % 4 == 0
 
@@ -111,6 +189,17 @@ def _six(x: jax.Array) -> list[jax.Array]:
     b, h, w, c = x.shape
     four = jnp.moveaxis(x.reshape(b, h // 4, 4, w, c), 2, 0)
     return _combine(_INPUT, [_moved(four[3], -1, axis=1), *four, _moved(four[0], 1, axis=1)])
+
+
+def _three(x: jax.Array) -> jax.Array:
+    """What stands for two equal rows: [3, b, h, w, c]."""
+    return jnp.stack(_combine(_TWICE_INPUT, [_moved(x, -1, axis=1), x, _moved(x, 1, axis=1)]))
+
+
+def _three_taps(kernel: jax.Array) -> jax.Array:
+    """[3, c, 3 features]"""
+    rows = jnp.stack(_combine(_TWICE_TAPS, kernel))
+    return jnp.concatenate(_combine(_TWICE_TAPS, jnp.moveaxis(rows, 1, 0)), axis=-1)
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[jax.Array] | jax.Array) -> list[jax.Array]:

@@ -9,7 +9,20 @@ import pytest
 from jax import export
 
 from relay_jax.models.blocks import UNetBlock
-from relay_jax.models.cpu import conv, conv3x3, conv_gradients, gradient_once, winograd_conv, winograd_gradients
+from relay_jax.models.cpu import (
+    conv,
+    conv3x3,
+    conv_gradients,
+    gradient_once,
+    three_rows_up_conv,
+    three_rows_up_gradients,
+    up_conv,
+    up_conv3x3,
+    up_conv_gradients,
+    winograd_conv,
+    winograd_gradients,
+)
+from relay_jax.models.resample import upsample
 
 SHAPES = {"tall": (2, 16, 6, 16, 5), "as published": (1, 32, 32, 32, 32), "one column": (1, 20, 1, 17, 3),
           "few channels": (2, 16, 4, 3, 7), "one pixel": (1, 1, 1, 3, 2), "few rows": (2, 8, 8, 16, 16),
@@ -42,6 +55,17 @@ def test_its_gradients_are_those_of_the_convolution(shape: tuple[int, ...]) -> N
         np.testing.assert_allclose(got, want, atol=2e-5 * float(np.abs(want).max()))
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_three_rows_are_the_convolution_of_the_enlarged_image_and_its_gradients(shape: tuple[int, ...]) -> None:
+    x, kernel, _ = inputs(shape)
+    np.testing.assert_allclose(fused(three_rows_up_conv)(x, kernel), fused(up_conv)(x, kernel), atol=3e-5 * shape[3]**0.5)
+    cotangent = normal(shape[0], 2 * shape[1], 2 * shape[2], shape[4], seed=2)
+    plain = jax.jit(lambda x, k, d: jax.vjp(lambda x, k: conv(upsample(x), k), x, k)[1](d))(x, kernel, cotangent)
+    for function in (three_rows_up_gradients, up_conv_gradients):
+        for got, want in zip(jax.jit(function)(x, kernel, cotangent), plain, strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5 * float(np.abs(want).max()))
+
+
 def test_the_error_of_winograd_is_a_few_roundings() -> None:
     """Against float64: within ten times the error of the plain convolution in float32."""
     x, kernel, _ = inputs((1, 32, 32, 64, 64))
@@ -51,10 +75,12 @@ def test_the_error_of_winograd_is_a_few_roundings() -> None:
     assert quick < 10 * plain and quick < 3e-6 * exact.std()
 
 
-def test_differentiation_of_a_3x3_convolution_is_that_of_the_plain_one() -> None:
+@pytest.mark.parametrize(("function", "plain"), [(conv3x3, conv), (up_conv3x3, up_conv)])
+def test_differentiation_of_a_3x3_convolution_is_that_of_the_plain_one(function: Callable, plain: Callable) -> None:
     x, kernel, cotangent = inputs(SHAPES["tall"])
+    cotangent = upsample(cotangent) if plain is up_conv else cotangent
     for got, want in zip(*(jax.jit(lambda x, k, d, f=f: jax.vjp(f, x, k)[1](d))(x, kernel, cotangent)
-                           for f in (conv3x3, conv)), strict=True):
+                           for f in (function, plain)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
@@ -69,6 +95,7 @@ def test_nan_stays_nan() -> None:
 def test_bfloat16_is_not_rounded_more_than_in_the_plain_formulation() -> None:
     x, kernel, cotangent = (jnp.asarray(array, jnp.bfloat16) for array in inputs(SHAPES["tall"]))
     np.testing.assert_array_equal(conv3x3(x, kernel), conv(x, kernel))
+    np.testing.assert_array_equal(up_conv3x3(x, kernel), conv(upsample(x), kernel))
     for got, want in zip(winograd_gradients(x, kernel, cotangent), conv_gradients(x, kernel, cotangent), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -79,12 +106,13 @@ def test_other_platforms_get_the_plain_formulation() -> None:
 
     def differentiated(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> object:
         y, backward = jax.vjp(conv3x3, gradient_once(x), kernel)
-        return y, backward(cotangent)
+        enlarged, backward_enlarged = jax.vjp(up_conv3x3, x, kernel)
+        return y, backward(cotangent), backward_enlarged(enlarged)
 
     text = {platform: export.export(jax.jit(differentiated), platforms=[platform])(*shapes).mlir_module()
             for platform in ("cpu", "tpu", "cuda")}
     assert {platform: module.count("stablehlo.convolution") for platform, module in text.items()} == {
-        "cpu": 0, "tpu": 3, "cuda": 3}
+        "cpu": 0, "tpu": 6, "cuda": 6}
     assert {platform for platform, module in text.items() if "0x7FC00000" in module} == {"cpu"}    # a condition's NaN
 
 
@@ -95,9 +123,10 @@ def test_a_gradient_taken_once_is_the_gradient() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_a_block_of_the_network_uses_them() -> None:
+@pytest.mark.parametrize("resample", ["", "up"])
+def test_a_block_of_the_network_uses_them(resample: str) -> None:
     """One condition for each of two tall convolutions; in the gradient two more for each, and one of the block's input."""
-    block, x, embedding = UNetBlock(16), normal(1, 16, 16, 16), normal(1, 8)
+    block, x, embedding = UNetBlock(16, resample), normal(1, 16, 16, 16), normal(1, 8)
     params = jax.eval_shape(lambda: block.init(jax.random.key(0), x, embedding, False))
 
     def count(function: Callable) -> int:
