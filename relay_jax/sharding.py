@@ -63,8 +63,11 @@ def gathered(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
     def whole(params: Any) -> Any:
         return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
-    whole.defvjp(lambda params: (whole(params), None),
-                 lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, split),))
+    def divide(_: None, gradient: Any) -> tuple[Any]:
+        # Whole first: or XLA computes it in pieces, each from a copy of some channels of the activations.
+        return jax.lax.with_sharding_constraint(whole(gradient), split),
+
+    whole.defvjp(lambda params: (whole(params), None), divide)
     return whole(jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim == 4 else leaf, params))
 
 

@@ -39,6 +39,41 @@ def conv_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tup
             *jax.linear_transpose(lambda of_kernel: conv(x, of_kernel), kernel)(cotangent))
 
 
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 1 x 1 convolution: [b, h, w, c] @ [c, features]."""
+    return x @ kernel
+
+
+def product_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of product by x and by kernel."""
+    return (*jax.linear_transpose(lambda of_x: product(of_x, kernel), x)(cotangent),
+            *jax.linear_transpose(lambda of_kernel: product(x, of_kernel), kernel)(cotangent))
+
+
+@jax.jit
+def narrow_product_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """product_gradients, the second with the fewer channels as rows, from inputs in the order in which they lie."""
+    def narrow_by_wide(narrow: jax.Array, wide: jax.Array) -> jax.Array:
+        return jnp.einsum("nr,nc->rc", narrow.reshape(-1, narrow.shape[-1]), wide.reshape(-1, wide.shape[-1]))
+
+    by_x, _ = product_gradients(x, kernel, cotangent)
+    if x.shape[-1] <= cotangent.shape[-1]:
+        return by_x, _apart(narrow_by_wide, x, cotangent)
+    return by_x, _apart(narrow_by_wide, cotangent, x).T
+
+
+@jax.custom_vjp
+def conv1x1(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[b, h, w, c] @ [c, features]"""
+    return product(x, kernel)
+
+
+conv1x1.defvjp(
+    lambda x, kernel: (conv1x1(x, kernel), (x, kernel)),
+    lambda inputs, cotangent: lax.platform_dependent(*inputs, cotangent, cpu=narrow_product_gradients,
+                                                     default=product_gradients))
+
+
 @jax.custom_vjp
 def gradient_once(x: jax.Array) -> jax.Array:
     """x. On CPU its gradient, a sum over all uses of x, is computed once instead of again wherever it is needed."""

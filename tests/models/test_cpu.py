@@ -11,6 +11,7 @@ from jax import export
 from relay_jax.models.blocks import UNetBlock
 from relay_jax.models.cpu import (
     conv,
+    conv1x1,
     conv3x3,
     conv_gradients,
     gradient_once,
@@ -66,6 +67,14 @@ def test_three_rows_are_the_convolution_of_the_enlarged_image_and_its_gradients(
             np.testing.assert_allclose(got, want, atol=2e-5 * float(np.abs(want).max()))
 
 
+@pytest.mark.parametrize("channels, features", [(24, 5), (5, 24), (7, 7)])
+def test_gradients_of_a_1x1_convolution_are_those_of_the_product(channels: int, features: int) -> None:
+    x, kernel, cotangent = normal(2, 6, 5, channels), normal(channels, features, seed=1), normal(2, 6, 5, features, seed=2)
+    got = jax.jit(lambda x, k, d: jax.vjp(conv1x1, x, k)[1](d))(x, kernel, cotangent)
+    np.testing.assert_allclose(got[0], cotangent @ kernel.T, atol=1e-5)
+    np.testing.assert_allclose(got[1], np.einsum("bhwc,bhwf->cf", x, cotangent), atol=3e-5)
+
+
 def test_the_error_of_winograd_is_a_few_roundings() -> None:
     """Against float64: within ten times the error of the plain convolution in float32."""
     x, kernel, _ = inputs((1, 32, 32, 64, 64))
@@ -107,7 +116,8 @@ def test_other_platforms_get_the_plain_formulation() -> None:
     def differentiated(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> object:
         y, backward = jax.vjp(conv3x3, gradient_once(x), kernel)
         enlarged, backward_enlarged = jax.vjp(up_conv3x3, x, kernel)
-        return y, backward(cotangent), backward_enlarged(enlarged)
+        _, backward_product = jax.vjp(conv1x1, y, y[0, 0, :y.shape[-1]])
+        return backward(cotangent), backward_enlarged(enlarged), backward_product(y)
 
     text = {platform: export.export(jax.jit(differentiated), platforms=[platform])(*shapes).mlir_module()
             for platform in ("cpu", "tpu", "cuda")}
