@@ -253,7 +253,10 @@ def _apart(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
     """function(*inputs) behind a condition, where XLA for CPU does not merge it with what comes before and after.
 
     Merged, the inputs would be computed again in each of the six parts, and the parts in each use of the result; XLA for
-    CPU drops optimization_barrier too early to prevent it. The condition fails for NaN alone, and gives NaN.
+    CPU drops optimization_barrier too early to prevent it. The condition fails for NaN alone, and gives NaN. Not with
+    several processes: an exchange between them that stands in a condition may meet another one, and ends the run.
     """
+    if jax.process_count() > 1:
+        return function(*inputs)
     one, result = inputs[-1].ravel()[0], jax.eval_shape(function, *inputs)
     return lax.cond(one == one, function, lambda *_: jnp.full(result.shape, jnp.nan, result.dtype), *inputs)
