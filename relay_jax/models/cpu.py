@@ -256,7 +256,7 @@ def _apart(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
     CPU drops optimization_barrier too early to prevent it. The condition fails for NaN alone, and gives NaN. Not with
     several processes: an exchange between them that stands in a condition may meet another one, and ends the run.
     """
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
         return function(*inputs)
     one, result = inputs[-1].ravel()[0], jax.eval_shape(function, *inputs)
     return lax.cond(one == one, function, lambda *_: jnp.full(result.shape, jnp.nan, result.dtype), *inputs)
