@@ -56,7 +56,7 @@ def narrow_product_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Arr
     def narrow_by_wide(narrow: jax.Array, wide: jax.Array) -> jax.Array:
         return jnp.einsum("nr,nc->rc", narrow.reshape(-1, narrow.shape[-1]), wide.reshape(-1, wide.shape[-1]))
 
-    by_x, _ = product_gradients(x, kernel, cotangent)
+    by_x = cotangent @ kernel.T
     if x.shape[-1] <= cotangent.shape[-1]:
         return by_x, _apart(narrow_by_wide, x, cotangent)
     return by_x, _apart(narrow_by_wide, cotangent, x).T
@@ -139,7 +139,7 @@ conv3x3.defvjp(
 
 
 def up_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """conv of x with every pixel as 2 x 2 pixels: [b, h, w, c] -> [b, 2h, 2w, features]."""
+    """conv of the image with every pixel as 2 x 2 pixels: [b, h, w, c] -> [b, 2h, 2w, features]."""
     return conv(upsample(x), kernel)
 
 
