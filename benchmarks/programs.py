@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from relay_jax.config import Stage
 from relay_jax.cost import matmul_flops
+from relay_jax.cpu_devices import compiler_options
 from relay_jax.diffusion.schedule import RelayProcess
 from relay_jax.models.unet import init_params
 from relay_jax.sampling.pipeline import sample_stage
@@ -99,7 +100,8 @@ def train_program(stage: Stage, mesh: Mesh, params: dict | None = None) -> Progr
         return once
 
     return compile_program(make_train_step(stage, optimizer, mesh), run, train.batch, state, batch, key, donate_argnums=0,
-                           in_shardings=(shardings, batch_sharding(mesh), whole), out_shardings=(shardings, whole))
+                           in_shardings=(shardings, batch_sharding(mesh), whole), out_shardings=(shardings, whole),
+                           compiler_options=compiler_options(mesh))
 
 
 def trace_train(stage: Stage) -> jax.stages.Traced:
@@ -127,7 +129,7 @@ def forward_program(stage: Stage, mesh: Mesh, params: dict) -> Program:
         return lambda: jax.block_until_ready(compiled(params, *inputs))
 
     return compile_program(lambda p, *rest: stage.network.apply({"params": p}, *rest), run, stage.train.batch, params,
-                           *inputs)
+                           *inputs, compiler_options=compiler_options(mesh))
 
 
 def sample_program(stage: Stage, mesh: Mesh, params: dict) -> Program:
@@ -145,7 +147,7 @@ def sample_program(stage: Stage, mesh: Mesh, params: dict) -> Program:
         return lambda: jax.block_until_ready(compiled(params, *placed))
 
     return compile_program(lambda *rest: sample_stage(stage, *rest), run, batch, params, *placed,
-                           out_shardings=batch_sharding(mesh))
+                           out_shardings=batch_sharding(mesh), compiler_options=compiler_options(mesh))
 
 
 def machine() -> dict[str, Any]:

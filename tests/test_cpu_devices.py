@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from relay_jax.cpu_devices import compiler_options
+from relay_jax.models.cpu import conv
+from relay_jax.sharding import make_mesh
 
 DEVICES = """
 import sys
@@ -53,6 +59,14 @@ def test_there_are_no_more_devices_than_images_or_than_memory_holds_weights(most
                                        {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}])
 def test_a_number_of_devices_that_the_user_has_chosen_stays(variables: dict[str, str]) -> None:
     assert numbers(DEVICES, 1000, 1, **variables) == [3, 3]
+
+
+def test_the_convolutions_of_a_device_alone_are_not_those_of_ynnpack_but_its_products_are() -> None:
+    options = compiler_options(make_mesh(devices=jax.devices()[:1]))
+    program = jax.jit(lambda x, kernel: conv(x, kernel) @ kernel[0, 0], compiler_options=options)
+    text = program.lower(jnp.ones((4, 16, 16, 32)), jnp.ones((3, 3, 32, 32))).compile().as_text()
+    assert "convolution(" in text.split("ENTRY")[1] and "ynn_fusion" in text
+    assert not compiler_options(make_mesh(devices=jax.devices()[:2]))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="speaks to glibc's malloc")

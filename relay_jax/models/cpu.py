@@ -113,8 +113,8 @@ def winograd_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) ->
     """conv_gradients, the same way."""
     def by_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        four = jnp.moveaxis(cotangent.reshape(b, h // 4, 4, w, -1), 2, 0)
-        six = jnp.stack([jnp.concatenate([_moved(rows, 1 - i, axis=2) for i in range(3)], axis=-1)
+        four = [cotangent[:, i::4] for i in range(4)]
+        six = jnp.stack([jnp.stack([_moved(rows, 1 - i, axis=2) for i in range(3)], axis=3)
                          for rows in _combine(_OUTPUT.T, four)])
         products = jnp.einsum("tnc,tnf->tcf", jnp.stack(_six(x)).reshape(6, -1, c), six.reshape(6, b * h // 4 * w, -1))
         return jnp.stack(_combine(_TAPS.T, products.reshape(6, c, 3, -1))).swapaxes(1, 2)
@@ -179,10 +179,9 @@ def three_rows_up_gradients(x: jax.Array, kernel: jax.Array, cotangent: jax.Arra
 
     def of_products(cotangent: jax.Array) -> jax.Array:
         columns = []
-        for row in jnp.moveaxis(cotangent.reshape(b, h, 2, w, 2, -1), 2, 0):
-            left, right = jnp.moveaxis(row, 3, 0)
-            columns.append(jnp.concatenate([_moved(left, 1, axis=2) - left, left + right, _moved(right, -1, axis=2) - right],
-                                           axis=-1))
+        for i in range(2):
+            left, right = cotangent[:, i::2, ::2], cotangent[:, i::2, 1::2]
+            columns.append(jnp.stack([_moved(left, 1, 2) - left, left + right, _moved(right, -1, 2) - right], axis=3))
         return jnp.stack(_combine(_TWICE_OUTPUT.T, columns)).reshape(3, b * h * w, -1)
 
     def by_x(kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
@@ -215,14 +214,13 @@ def _tall(x: jax.Array) -> bool:
 
 def _gathered_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """conv(x, kernel) as one product of what each pixel sees."""
-    seen = [_moved(_moved(x, i - 1, axis=1), j - 1, axis=2) for i in range(3) for j in range(3)]
-    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+    seen = jnp.stack([_moved(_moved(x, i - 1, axis=1), j - 1, axis=2) for i in range(3) for j in range(3)], axis=3)
+    return seen.reshape(*x.shape[:3], -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _six(x: jax.Array) -> list[jax.Array]:
     """What Winograd multiplies instead of the rows: six of [b, h / 4, w, c]."""
-    b, h, w, c = x.shape
-    four = jnp.moveaxis(x.reshape(b, h // 4, 4, w, c), 2, 0)
+    four = [x[:, i::4] for i in range(4)]
     return _combine(_INPUT, [_moved(four[3], -1, axis=1), *four, _moved(four[0], 1, axis=1)])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from relay_jax.config import Stage
+from relay_jax.cpu_devices import compiler_options
 from relay_jax.diffusion.guidance import classifier_free
 from relay_jax.diffusion.precondition import precondition
 from relay_jax.diffusion.sampler import (
@@ -79,7 +80,8 @@ class StageSampler:
         self.stage, self.mesh = stage, mesh
         self.batch = -(-batch // mesh.size) * mesh.size
         self._run: Callable[..., jax.Array] = jax.jit(lambda *inputs: sample_stage(stage, *inputs),
-                                                      out_shardings=batch_sharding(mesh))
+                                                      out_shardings=batch_sharding(mesh),
+                                                      compiler_options=compiler_options(mesh))
 
     def compile(self) -> None:
         """Compiles now, so that several stages can do it at once, for parameters as checkpoint.load_ema places them."""

@@ -16,6 +16,7 @@ from relay_jax import distributed
 from relay_jax.checkpoint import CheckpointError, Checkpoints, load_ema
 from relay_jax.config import Stage
 from relay_jax.cost import matmul_flops
+from relay_jax.cpu_devices import compiler_options
 from relay_jax.data.loader import Loader
 from relay_jax.data.sources import Source
 from relay_jax.models.unet import parameter_count
@@ -119,7 +120,7 @@ def train_stage(stage: Stage, source: Source, mesh: Mesh, folder: Path, settings
                      f"continues at {step * train.batch:,} images" if step else "begins")
         train_step = jax.jit(make_train_step(stage, optimizer, mesh), donate_argnums=0,
                              in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-                             out_shardings=(shardings, replicated(mesh)))
+                             out_shardings=(shardings, replicated(mesh)), compiler_options=compiler_options(mesh))
 
         progress = StageProgress(stage, mesh, folder, step * train.batch)
         progress.begin(settings.about, step * train.batch)
