@@ -1,5 +1,6 @@
 """Flags that the benchmarks share, and how they end: a table on the console and a JSON file."""
 
+import gc
 import json
 import os
 import sys
@@ -66,6 +67,7 @@ def rounds() -> int:
 def stages(change: Callable[[ConfigDict], ConfigDict] = lambda config: config, only: str = "") -> list[Stage]:
     """The stages to measure, as the flags change them. change: done to the configuration first; only: instead of
     --stage. Call before the first use of a device."""
+    gc.set_threshold(100_000, 50, 100)      # as relay_jax.main does
     if _REUSE.value:
         reuse_memory()
     remat = {"": None, "on": True, "off": False}[_REMAT.value]

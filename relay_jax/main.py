@@ -8,6 +8,7 @@ Bad input ends with one line and exit status 2, before anything is compiled or w
 status 75: start the same command again. Several processes: see relay_jax/distributed.py and launch/.
 """
 
+import gc
 import os
 import re
 import sys
@@ -228,6 +229,7 @@ def train_run(config: ConfigDict, stages: list[Stage], only: Stage | None, weigh
 
 def run(config: ConfigDict, workdir: Path | None) -> None:
     """Checks everything that can be checked cheaply, then does what --mode says."""
+    gc.set_threshold(100_000, 50, 100)      # tracing makes millions of objects that stay: the collector took a third of it
     together = partial(distributed.everywhere, errors=USER_ERRORS)
     together(check_folders)
     stages = together(lambda: build(config))

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a compilation cache that outlives the run, and the smallest whole relay."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from ml_collections import ConfigDict
 from configs import demo
 from relay_jax import main
 from relay_jax.data.sources import DataError
+
+gc.set_threshold(100_000, 50, 100)      # as relay_jax.main does
 
 
 def tiny_relay() -> ConfigDict:

@@ -5,6 +5,7 @@ embeddings are float32 always.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -73,6 +74,7 @@ def group_count(channels: int) -> int:
     return groups
 
 
+@partial(jax.jit, static_argnames=("groups", "epsilon"))     # traced once per shape
 def group_affine(x: jax.Array, gain: jax.Array, bias: jax.Array, groups: int,
                  epsilon: float) -> tuple[jax.Array, jax.Array]:
     """GroupNorm folded into one multiply-add per pixel: returns m, o [b, 1, 1, c] with norm(x) = x m + o.

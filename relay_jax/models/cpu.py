@@ -6,6 +6,8 @@ says what it gains. x: [b, h, w, c]; kernel: [height, width, c, features], strid
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +103,7 @@ def winograd_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         taps = jnp.stack(_combine(_TAPS, kernel.swapaxes(1, 2))).reshape(6, c, -1)
         products = jnp.einsum("tnc,tcf->tnf", jnp.stack(_six(x)).reshape(6, -1, c), taps).reshape(6, b, h // 4, w, 3, -1)
-        four = [sum(_moved(tap, i - 1, axis=2) for i, tap in enumerate(jnp.moveaxis(row, 3, 0)))
+        four = [reduce(add, [_moved(tap, i - 1, axis=2) for i, tap in enumerate(jnp.moveaxis(row, 3, 0))])
                 for row in _combine(_OUTPUT, products)]
         return jnp.stack(four, axis=2).reshape(b, h, w, -1)
 
@@ -237,7 +239,8 @@ def _three_taps(kernel: jax.Array) -> jax.Array:
 
 def _combine(matrix: np.ndarray, parts: Sequence[jax.Array] | jax.Array) -> list[jax.Array]:
     """matrix @ parts, without the zeros."""
-    return [sum(float(factor) * part for factor, part in zip(row, parts, strict=True) if factor) for row in matrix]
+    return [reduce(add, [part if factor == 1 else float(factor) * part for factor, part in zip(row, parts, strict=True)
+                         if factor]) for row in matrix]
 
 
 def _moved(x: jax.Array, by: int, axis: int) -> jax.Array:
@@ -256,5 +259,6 @@ def _apart(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
     """
     if jax.distributed.is_initialized():
         return function(*inputs)
+    function = jax.jit(function)        # traced once for both uses
     one, result = inputs[-1].ravel()[0], jax.eval_shape(function, *inputs)
     return lax.cond(one == one, function, lambda *_: jnp.full(result.shape, jnp.nan, result.dtype), *inputs)
