@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from relay_jax.config import ConfigError, build
-from relay_jax.sampling.pipeline import StageSampler, generate
+from relay_jax.sampling.pipeline import StageSampler, generate, sample_stage
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.sampling.record import describe_stage
 from relay_jax.sampling.stream import Bytes, Inputs, arrange, compile_all, stream
@@ -161,7 +161,7 @@ def test_guidance_doubles_the_batch_of_one_call_and_stays_in_its_stage(images: d
     base = drawn([(StageSampler(s.stage, s.mesh, 4), p) for s, p in relay_of()[:1]], SEEDS)
     assert all(np.array_equal(plain[seed], base[seed]) for seed in base)
     sampler, params = guided[1]
-    text = str(jax.make_jaxpr(lambda *x: sampler.start(params, *x))(
+    text = str(jax.make_jaxpr(lambda *x: sample_stage(sampler.stage, params, *x))(
         np.arange(4, dtype=np.uint32), np.zeros(4, np.int32), np.zeros((4, 8, 8, 3), np.float32)))
     convolutions = re.findall(r"f32\[(\d+),16,16,\d+\] = conv_general_dilated", text)
     assert convolutions and set(convolutions) == {"8"}, "both branches run in one batch"
