@@ -39,7 +39,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     """For jax.jit of programs with 3 x 3 convolutions. Empty on accelerators.
 
     XLA leaves products, reductions and convolutions to its library YNNPACK, whose convolutions use one core (jaxlib 0.10)
-    or share the work badly (0.11). Those of Eigen use all cores. Where each core has a device YNNPACK's are faster.
+    or share the work less well (0.11). Those of Eigen use all cores. Where each core has a device YNNPACK's are faster.
     """
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return {}

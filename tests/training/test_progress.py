@@ -198,10 +198,14 @@ def test_a_trace_that_the_end_cuts_off_is_still_written(tmp_path: Path, base: St
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="needs the processor time of a thread")
 def test_the_loop_costs_less_than_two_percent_of_a_long_step(base: Stage) -> None:
-    idle = benchmark.measure(base, SyntheticShapes(8, 64, 0), steps=40, step_seconds=0.02, report_every=10, save_every=100)
-    assert len(idle.gaps) == 39 and idle.after_report.sum() == 3
-    # Of a step of 200 ms; gaps hold waits for the interpreter's lock. The lowest tenth, as other tests run beside this one.
-    assert np.quantile(idle.work, 0.1) < 0.02 * 0.2
+    def measured() -> float:
+        idle = benchmark.measure(base, SyntheticShapes(8, 64, 0), steps=40, step_seconds=0.02, report_every=10,
+                                 save_every=100)
+        assert len(idle.gaps) == 39 and idle.after_report.sum() == 3
+        return float(np.median(idle.work))
+
+    # Of a step of 200 ms; gaps hold waits for the interpreter's lock. Up to three times: other tests run beside this one.
+    assert any(measured() < 0.02 * 0.2 for _ in range(3))
 
 
 def test_settings_of_these_tests_are_complete() -> None:
