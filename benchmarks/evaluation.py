@@ -1,4 +1,5 @@
-"""The metrics at the size of the published protocol, and an evaluation's share of an image beside its decoding.
+"""The metrics at the size of the published protocol, and an evaluation's share of an image
+beside its decoding.
 
     python -m benchmarks.evaluation metrics                 # 50,000 samples, 10,000 reference images, 2,048 features
     python -m benchmarks.evaluation folder --side=256       # random-conv features of PNG files
@@ -18,42 +19,69 @@ from absl import logging
 from PIL import Image
 
 from relay_jax.data.synthetic import SyntheticShapes
-from relay_jax.evaluation.collect import FeatureSet, collect
 from relay_jax.evaluation.features import make_extractor
-from relay_jax.evaluation.image_sets import open_images
+from relay_jax.evaluation.images import open_images
 from relay_jax.evaluation.metrics import feature_stats
 from relay_jax.evaluation.scores import score
-from relay_jax.sharding import make_mesh
+from relay_jax.evaluation.statistics import FeatureSet, collect
+from relay_jax.runtime.sharding import make_mesh
 
 
 def timed(name: str, action: Callable[[], object]) -> None:
     wall, used = time.monotonic(), time.process_time()
     action()
-    print(f"{name:28} {time.process_time() - used:8.1f} s of the processor, {time.monotonic() - wall:8.1f} s by the clock",
-          flush=True)
+    print(
+        f"{name:28} {time.process_time() - used:8.1f} s of the processor, "
+        f"{time.monotonic() - wall:8.1f} s by the clock",
+        flush=True,
+    )
 
 
 def metrics(samples: int, reference: int, dims: int) -> None:
-    """Every metric on random features, as large as Inception's: half of a normal distribution, two spreads."""
+    """Every metric on random features, as large as Inception's: half of a normal distribution,
+    two spreads."""
     logging.set_verbosity(logging.INFO)
     rng = np.random.default_rng(0)
 
     def features(count: int, shift: float) -> np.ndarray:
         spread = np.linspace(0.1, 1, dims, dtype=np.float32)
-        return np.abs(rng.standard_normal((count, dims), dtype=np.float32) * spread + np.float32(shift))
+        return np.abs(
+            rng.standard_normal((count, dims), dtype=np.float32) * spread + np.float32(shift)
+        )
 
     ours, theirs = features(samples, 0.0), features(reference, 0.02)
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    timed("mean and covariance", lambda: found.update(a=feature_stats(ours), b=feature_stats(theirs)))
-    timed("Frechet distance", lambda: score(FeatureSet(count=reference, statistics={"pool": found["b"]}),
-                                            FeatureSet(count=samples, statistics={"pool": found["a"]}), "inception"))
+    timed(
+        "mean and covariance", lambda: found.update(a=feature_stats(ours), b=feature_stats(theirs))
+    )
+    timed(
+        "Frechet distance",
+        lambda: score(
+            FeatureSet(count=reference, statistics={"pool": found["b"]}),
+            FeatureSet(count=samples, statistics={"pool": found["a"]}),
+            "inception",
+        ),
+    )
     guesses = rng.dirichlet(np.full(1008, 0.05), samples).astype(np.float32)
-    timed("inception score", lambda: score(FeatureSet(count=0), FeatureSet(count=samples, probabilities=guesses),
-                                           "inception"))
-    timed("precision and recall", lambda: score(FeatureSet(count=reference, rows=theirs),
-                                                FeatureSet(count=samples, rows=ours), "inception"))
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, of which the features are "
-          f"{(ours.nbytes + theirs.nbytes) / 2**30:.2f}")
+    timed(
+        "inception score",
+        lambda: score(
+            FeatureSet(count=0), FeatureSet(count=samples, probabilities=guesses), "inception"
+        ),
+    )
+    timed(
+        "precision and recall",
+        lambda: score(
+            FeatureSet(count=reference, rows=theirs),
+            FeatureSet(count=samples, rows=ours),
+            "inception",
+        ),
+    )
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, of "
+        "which the features are "
+        f"{(ours.nbytes + theirs.nbytes) / 2**30:.2f}"
+    )
 
 
 def folder(side: int, count: int) -> None:
@@ -62,12 +90,16 @@ def folder(side: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         for number in range(count):
             noisy = source[number % 64][0] + rng.integers(-8, 8, (side, side, 3))
-            Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(Path(name, f"{number:06d}.png"))
+            Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(
+                Path(name, f"{number:06d}.png")
+            )
         images = open_images(Path(name), threads=2)
         extractor = make_extractor("random-conv", weights=None, mesh=make_mesh())
         pixels = np.concatenate([part for _, part in images.share(0, 1, 256)])
         actions: dict[str, Callable[[], object]] = {
-            "Pillow alone": lambda: [np.asarray(Image.open(file).convert("RGB")) for file in sorted(Path(name).iterdir())],
+            "Pillow alone": lambda: [
+                np.asarray(Image.open(file).convert("RGB")) for file in sorted(Path(name).iterdir())
+            ],
             "decoding in two threads": lambda: list(images.share(0, 1, 256)),
             "features alone": lambda: extractor(pixels),
             "the evaluation": lambda: collect(images, extractor, what="samples", rows=count),
@@ -85,7 +117,9 @@ def folder(side: int, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("metrics", "folder"))
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--reference", type=int, default=10_000)

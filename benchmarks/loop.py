@@ -1,10 +1,13 @@
-"""What the training loop costs beside the training step: the real loop around a step that only waits.
+"""What the training loop costs beside the training step: the real loop around a step that only
+waits.
 
     python -m benchmarks.loop --config=configs/demo.py --stage=relay
 
-The device is busy for a known time in each step; whatever else passes between the end of one step and the begin of the
-next is what loader, transfers, dispatch, logs and saves cost the training. On a machine that others use as well, that is
-mostly their doing; the loop's own processor time is not: it bounds the cost from above, as if no step hid any of it.
+The device is busy for a known time in each step; whatever else passes between the end of one
+step and the begin of the
+next is what loader, transfers, dispatch, logs and saves cost the training. On a machine that
+others use as well, that is mostly their doing; the loop's own processor time is not: it bounds
+the cost from above, as if no step hid any of it.
 """
 
 import sys
@@ -24,24 +27,28 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from relay_jax.config import Stage, build, open_source, parse_stage
-from relay_jax.data.sources import Source
-from relay_jax.sharding import make_mesh
-from relay_jax.tools.tpu_compile import abstract_batch, abstract_state
+from relay_jax.data.source import Source
+from relay_jax.planning.tpu_compile import abstract_batch, abstract_state
+from relay_jax.runtime.sharding import make_mesh
 from relay_jax.training import loop
 from relay_jax.training.state import TrainState, make_init
 
 
 @dataclass(frozen=True)
 class Idle:
-    """Before each step but the first: seconds for which the device waited, and processor seconds of the loop's thread
-    since the step before; whether there was a report, or a save, to do."""
+    """Before each step but the first: seconds for which the device waited, and processor
+    seconds of the loop's thread since the step before; whether there was a report, or a save,
+    to do."""
+
     gaps: np.ndarray
     work: np.ndarray
     after_report: np.ndarray
     after_save: np.ndarray
 
 
-def waiting_step(seconds: float, times: list[tuple[float, float, float]]) -> Callable[..., Callable[..., Any]]:
+def waiting_step(
+    seconds: float, times: list[tuple[float, float, float]]
+) -> Callable[..., Callable[..., Any]]:
     """In place of `make_train_step`: steps that do nothing but last so long.
 
     times: gets begin, end (`time.perf_counter`) and the caller's processor time of each.
@@ -54,38 +61,78 @@ def waiting_step(seconds: float, times: list[tuple[float, float, float]]) -> Cal
         times.append((begun, time.perf_counter(), time.clock_gettime(clock)))
         return np.ones((), np.float32)
 
-    def train_step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, dict]:
-        one = jax.pure_callback(busy, jax.ShapeDtypeStruct((), jnp.float32), (state.step, batch["label"][0]))
-        state = state._replace(step=state.step + one.astype(jnp.int32))     # the next step needs this one
+    def train_step(
+        state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict]:
+        one = jax.pure_callback(
+            busy, jax.ShapeDtypeStruct((), jnp.float32), (state.step, batch["label"][0])
+        )
+        state = state._replace(
+            step=state.step + one.astype(jnp.int32)
+        )  # the next step needs this one
         return state, {"loss": one, "gradient_norm": one, "finite": one}
 
     return lambda *_: train_step
 
 
-def measure(stage: Stage, source: Source, steps: int, step_seconds: float, report_every: int, save_every: int,
-            threads: int = 2) -> Idle:
+def measure(
+    stage: Stage,
+    source: Source,
+    steps: int,
+    step_seconds: float,
+    report_every: int,
+    save_every: int,
+    threads: int = 2,
+) -> Idle:
     """Trains `stage` for so many steps that do nothing but last `step_seconds` each."""
     times: list[tuple[float, float, float]] = []
     batch = stage.train.batch
     settings = loop.LoopSettings(
-        seed=0, x_flip=True, threads=threads, workers=0, checkpoint_every_images=save_every * batch, keep=2,
-        keep_every_images=0, log_every_steps=report_every, grid_every_images=0, profile_first=0, profile_steps=1)
+        seed=0,
+        x_flip=True,
+        threads=threads,
+        workers=0,
+        checkpoint_every_images=save_every * batch,
+        keep=2,
+        keep_every_images=0,
+        log_every_steps=report_every,
+        grid_every_images=0,
+        profile_first=0,
+        profile_steps=1,
+    )
     stage = replace(stage, train=replace(stage.train, images=steps * batch))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "make_train_step",
-                                                                    waiting_step(step_seconds, times)):
-        loop.train_stage(stage, source, make_mesh(), Path(folder), settings, lambda _: np.zeros((1, 1, 3), np.uint8))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(loop, "make_train_step", waiting_step(step_seconds, times)),
+    ):
+        loop.train_stage(
+            stage,
+            source,
+            make_mesh(),
+            Path(folder),
+            settings,
+            lambda _: np.zeros((1, 1, 3), np.uint8),
+        )
     begun, ended, worked = np.asarray(times).T
-    number = np.arange(1, len(times))       # of the step before a gap
-    return Idle(gaps=begun[1:] - ended[:-1], work=np.diff(worked), after_report=number % report_every == 0,
-                after_save=number % save_every == 0)
+    number = np.arange(1, len(times))  # of the step before a gap
+    return Idle(
+        gaps=begun[1:] - ended[:-1],
+        work=np.diff(worked),
+        after_report=number % report_every == 0,
+        after_save=number % save_every == 0,
+    )
 
 
 def bare_calls(stage: Stage, steps: int, step_seconds: float) -> np.ndarray:
-    """Processor seconds of one call each of the jitted step with the state of `stage`, in a loop without anything else."""
+    """Processor seconds of one call each of the jitted step with the state of `stage`, in a
+    loop without anything else."""
     times: list[tuple[float, float, float]] = []
     optimizer, _ = abstract_state(stage)
     state = jax.jit(make_init(stage.network, optimizer))(jax.random.key(0))
-    batch = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract_batch(stage, stage.train.batch).items()}
+    batch = {
+        name: jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in abstract_batch(stage, stage.train.batch).items()
+    }
     step, key = jax.jit(waiting_step(step_seconds, times)(), donate_argnums=0), jax.random.key(0)
     for _ in range(steps):
         state, metrics = step(state, batch, key)
@@ -97,24 +144,46 @@ def main(_: Sequence[str]) -> None:
     config, given = _CONFIG.value, flags.FLAGS
     stages = build(config)
     stage = parse_stage(stages, given.stage) or stages[-1]
-    idle = measure(stage, open_source(config, stages), given.steps, given.step_seconds, given.report_every,
-                   given.save_every, config.dataset.threads)
+    idle = measure(
+        stage,
+        open_source(config, stages),
+        given.steps,
+        given.step_seconds,
+        given.report_every,
+        given.save_every,
+        config.dataset.threads,
+    )
     bare = 1e3 * np.median(bare_calls(stage, given.steps // 4, given.step_seconds))
     plain = ~(idle.after_report | idle.after_save)
-    print(f"{jax.devices()[0].device_kind}, stage {stage.name}, batch {stage.train.batch}, {given.steps} steps of "
-          f"{1e3 * given.step_seconds:g} ms, a report every {given.report_every}, a save every {given.save_every}")
-    for name, chosen in (("all steps", np.ones_like(plain)), ("neither", plain),
-                         ("after a report", idle.after_report & ~idle.after_save), ("after a save", idle.after_save)):
+    print(
+        f"{jax.devices()[0].device_kind}, stage {stage.name}, batch {stage.train.batch}, "
+        f"{given.steps} steps of "
+        f"{1e3 * given.step_seconds:g} ms, a report every {given.report_every}, a save every "
+        f"{given.save_every}"
+    )
+    for name, chosen in (
+        ("all steps", np.ones_like(plain)),
+        ("neither", plain),
+        ("after a report", idle.after_report & ~idle.after_save),
+        ("after a save", idle.after_save),
+    ):
         if chosen.any():
             gaps, work = 1e3 * idle.gaps[chosen], 1e3 * idle.work[chosen]
-            print(f"{name:15}{chosen.sum():4}: device idle {np.quantile(gaps, 0.1):.2f} ms (lowest tenth), "
-                  f"{np.median(gaps):.2f} (median); processor time of the loop {np.median(work):.2f} ms (median), "
-                  f"{work.mean():.2f} (mean), {work.mean() / 10 / given.step_seconds:.2f}% of the step")
+            print(
+                f"{name:15}{chosen.sum():4}: device idle {np.quantile(gaps, 0.1):.2f} ms "
+                "(lowest tenth), "
+                f"{np.median(gaps):.2f} (median); processor time of the loop "
+                f"{np.median(work):.2f} ms (median), "
+                f"{work.mean():.2f} (mean), {work.mean() / 10 / given.step_seconds:.2f}% of "
+                "the step"
+            )
     print(f"a call of the step alone: {bare:.2f} ms (median) of processor time")
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "Configuration.", lock_config=True)
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", "configs/demo.py", "Configuration.", lock_config=True
+    )
     flags.DEFINE_string("stage", "", "This stage (default: the last).")
     flags.DEFINE_integer("steps", 200, "Steps in all.", 2)
     flags.DEFINE_float("step_seconds", 0.2, "How long the device is busy in each.", 0.001)

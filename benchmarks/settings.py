@@ -14,21 +14,38 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks.programs import markdown, with_settings
 from relay_jax.config import ConfigError, Stage, build, parse_stage
-from relay_jax.cpu_devices import reuse_memory
-from relay_jax.logs import fail
+from relay_jax.runtime.devices import reuse_memory
+from relay_jax.runtime.logs import fail
 
-FLAGS = flags.FlagValues()      # apart from those of relay_jax.main
+FLAGS = flags.FlagValues()  # apart from those of relay_jax.main
 HERE: dict[str, Any] = {"flag_values": FLAGS}
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "Configuration; override keys with "
-                                          "--config.KEY=VALUE.", lock_config=True, **HERE)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    "configs/demo.py",
+    "Configuration; override keys with --config.KEY=VALUE.",
+    lock_config=True,
+    **HERE,
+)
 _STAGE = flags.DEFINE_string("stage", "", "This stage alone (default: all).", **HERE)
-_BATCH = flags.DEFINE_integer("batch", 0, "Images per device (default: the config's batch over the devices).", 0, **HERE)
-_DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Precision (default: the config's).", **HERE)
-_REMAT = flags.DEFINE_enum("remat", "", ["", "on", "off"], "Recomputation (default: the config's).", **HERE)
-_STEPS = flags.DEFINE_integer("steps", 0, "Levels of the sampling grid (default: the config's).", 0, **HERE)
-_KINDS = flags.DEFINE_list("what", [], "What to measure: forward, train, sample (default: all three).", **HERE)
+_BATCH = flags.DEFINE_integer(
+    "batch", 0, "Images per device (default: the config's batch over the devices).", 0, **HERE
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", "float32", "bfloat16"], "Precision (default: the config's).", **HERE
+)
+_REMAT = flags.DEFINE_enum(
+    "remat", "", ["", "on", "off"], "Recomputation (default: the config's).", **HERE
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", 0, "Levels of the sampling grid (default: the config's).", 0, **HERE
+)
+_KINDS = flags.DEFINE_list(
+    "what", [], "What to measure: forward, train, sample (default: all three).", **HERE
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Measurements of each; the median counts.", 1, **HERE)
-_REUSE = flags.DEFINE_bool("reuse_memory", True, "Keep freed memory of CPU programs, as relay_jax.main does.", **HERE)
+_REUSE = flags.DEFINE_bool(
+    "reuse_memory", True, "Keep freed memory of CPU programs, as relay_jax.main does.", **HERE
+)
 _OUT = flags.DEFINE_string("out", "", "JSON file for the results.", **HERE)
 
 
@@ -64,10 +81,12 @@ def rounds() -> int:
     return _ROUNDS.value
 
 
-def stages(change: Callable[[ConfigDict], ConfigDict] = lambda config: config, only: str = "") -> list[Stage]:
-    """The stages to measure, as the flags change them. change: done to the configuration first; only: instead of
-    --stage. Call before the first use of a device."""
-    gc.set_threshold(100_000, 50, 100)      # as relay_jax.main does
+def stages(
+    change: Callable[[ConfigDict], ConfigDict] = lambda config: config, only: str = ""
+) -> list[Stage]:
+    """The stages to measure, as the flags change them. change: done to the configuration first;
+    only: instead of --stage. Call before the first use of a device."""
+    gc.set_threshold(100_000, 50, 100)  # as relay_jax.main does
     if _REUSE.value:
         reuse_memory()
     remat = {"": None, "on": True, "off": False}[_REMAT.value]
@@ -75,8 +94,16 @@ def stages(change: Callable[[ConfigDict], ConfigDict] = lambda config: config, o
         built = build(change(_CONFIG.value))
         chosen = parse_stage(built, only or _STAGE.value)
         devices = jax.device_count()
-        return [with_settings(stage, (_BATCH.value or stage.train.batch // devices or 1) * devices, _DTYPE.value, remat,
-                              _STEPS.value) for stage in ([chosen] if chosen else built)]
+        return [
+            with_settings(
+                stage,
+                (_BATCH.value or stage.train.batch // devices or 1) * devices,
+                _DTYPE.value,
+                remat,
+                _STEPS.value,
+            )
+            for stage in ([chosen] if chosen else built)
+        ]
     except (ConfigError, ValueError) as error:
         fail(error)
 
@@ -88,6 +115,8 @@ def out() -> Path | None:
 
 def finish(facts: dict[str, Any], rows: Sequence[dict[str, Any]], out: Path | None) -> None:
     """Prints facts and table, and writes them to a file."""
-    print("\n" + ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n\n" + markdown(rows))
+    print(
+        "\n" + ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n\n" + markdown(rows)
+    )
     if out is not None:
         out.write_text(json.dumps({**facts, "rows": list(rows)}, indent=1) + "\n")

@@ -1,7 +1,8 @@
-"""A relay stage in PyTorch: training step and sampler, the plain way, as the baseline of benchmarks.pytorch.
+"""A relay stage in PyTorch: training step and sampler, the plain way, as the baseline of
+benchmarks.pytorch.
 
-The equations are those of relay_jax.diffusion (arXiv 2309.03350, 2206.00364) for a process with `patch`, and plain EDM
-for one without. Images are [b, c, h, w].
+The equations are those of relay_jax.diffusion (arXiv 2309.03350, 2206.00364) for a process with
+`patch`, and plain EDM for one without. Images are [b, c, h, w].
 """
 
 import copy
@@ -13,24 +14,35 @@ import torch.nn.functional as F
 
 from benchmarks.torch_unet import TorchUNet
 from relay_jax.config import Stage
+from relay_jax.diffusion.process import RelayProcess
 from relay_jax.diffusion.sampler import EdmSampler
-from relay_jax.diffusion.schedule import RelayProcess
 
 
 class TorchStage:
     """Network, Adam, moving average and the two processes of a stage. device: 'cpu' or 'cuda'."""
 
-    def __init__(self, stage: Stage, params: dict, device: str, half: bool, channels_last: bool) -> None:
+    def __init__(
+        self, stage: Stage, params: dict, device: str, half: bool, channels_last: bool
+    ) -> None:
         net, self.stage, self.device, self.half = stage.network, stage, device, half
         self.model = TorchUNet(
-            resolution=net.resolution, channels=net.channels, multipliers=net.multipliers, blocks=net.blocks,
-            attention=net.attention, head_width=net.head_width, num_classes=net.num_classes,
-            num_augment=net.num_augment, dropout=net.dropout)
+            resolution=net.resolution,
+            channels=net.channels,
+            multipliers=net.multipliers,
+            blocks=net.blocks,
+            attention=net.attention,
+            head_width=net.head_width,
+            num_classes=net.num_classes,
+            num_augment=net.num_augment,
+            dropout=net.dropout,
+        )
         self.model.load_flax(params)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = self.model.to(device, memory_format=self.format)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.train.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=stage.train.learning_rate, fused=True
+        )
         self.relay = stage.process if isinstance(stage.process, RelayProcess) else None
         self.call = self.model
         if self.relay:
@@ -40,7 +52,9 @@ class TorchStage:
             self.dct = torch.tensor(dct, dtype=torch.float32, device=device)
             self.frequency = torch.arange(p, device=device) * (math.pi / p)
 
-    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def denoise(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
         """EDM preconditioning. sigma: [b]."""
         s, sd = sigma[:, None, None, None], self.stage.process.sigma_data
         total = s**2 + sd**2
@@ -54,7 +68,7 @@ class TorchStage:
         assert self.relay
         (b, c, h, w), p, least = x.shape, self.relay.patch, self.relay.min_scale
         decay = torch.exp(-0.5 * (blur_sigma[:, None] * self.frequency) ** 2)
-        matrix = self.dct.T @ (decay[:, :, None] * self.dct)                     # [b, p, p]
+        matrix = self.dct.T @ (decay[:, :, None] * self.dct)  # [b, p, p]
         patches = x.reshape(b, c, h // p, p, w // p, p)
         blurred = torch.einsum("bij,bcyjxk,blk->bcyixl", matrix, patches, matrix)
         return least * x + (1 - least) * blurred.reshape(b, c, h, w)
@@ -71,14 +85,24 @@ class TorchStage:
         process, count = self.stage.process, len(images)
         noisy = images
         if self.relay:
-            floor = 0.5 * math.erfc(-(math.log(self.relay.sigma_floor) - process.P_mean) / process.P_std / math.sqrt(2))
+            floor = 0.5 * math.erfc(
+                -(math.log(self.relay.sigma_floor) - process.P_mean) / process.P_std / math.sqrt(2)
+            )
             u = torch.rand(count, device=self.device).clamp_min(self.relay.cdf_max * floor)
-            sigma = torch.exp(process.P_mean + process.P_std * torch.special.ndtri(self.relay.cdf_max * u))
+            sigma = torch.exp(
+                process.P_mean + process.P_std * torch.special.ndtri(self.relay.cdf_max * u)
+            )
             noisy = self.blur(images, self.relay.blur_sigma_max * torch.sin(math.pi / 2 * u) ** 2)
         else:
-            sigma = torch.exp(process.P_mean + process.P_std * torch.randn(count, device=self.device))
-        weight = ((sigma**2 + process.sigma_data**2) / (sigma * process.sigma_data) ** 2).clamp_max(process.weight_max)
-        denoised = self.denoise(noisy + sigma[:, None, None, None] * self.noise(images.shape), sigma, labels)
+            sigma = torch.exp(
+                process.P_mean + process.P_std * torch.randn(count, device=self.device)
+            )
+        weight = ((sigma**2 + process.sigma_data**2) / (sigma * process.sigma_data) ** 2).clamp_max(
+            process.weight_max
+        )
+        denoised = self.denoise(
+            noisy + sigma[:, None, None, None] * self.noise(images.shape), sigma, labels
+        )
         return (weight[:, None, None, None] * (denoised - images) ** 2).mean()
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor | None) -> float:
@@ -89,12 +113,15 @@ class TorchStage:
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 0.01)
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.model.parameters()), 0.01
+            )
         return float(loss.detach())
 
     @torch.inference_mode()
     def sample(self, start: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The stochastic Heun sampler from latents, or from the up-sampled images of the stage before."""
+        """The stochastic Heun sampler from latents, or from the up-sampled images of the stage
+        before."""
         self.model.eval()
         sampler = self.stage.sampler
         sigmas = sampler.sigmas()

@@ -1,6 +1,8 @@
-"""The ADM U-Net in PyTorch (arXiv 2105.05233), written apart from relay_jax as the baseline of benchmarks.pytorch.
+"""The ADM U-Net in PyTorch (arXiv 2105.05233), written apart from relay_jax as the baseline of
+benchmarks.pytorch.
 
-Images are [b, c, h, w]. Module names are those of the flax network, so that `load_flax` is a loop over its parameters.
+Images are [b, c, h, w]. Module names are those of the flax network, so that `load_flax` is a
+loop over its parameters.
 """
 
 import math
@@ -32,7 +34,11 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm2(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4)
+        qkv = (
+            self.qkv(self.norm2(x))
+            .reshape(b, 3, self.heads, c // self.heads, h * w)
+            .transpose(3, 4)
+        )
         out = F.scaled_dot_product_attention(*qkv.unbind(1))
         return x + self.proj(out.transpose(2, 3).reshape(b, c, h, w))
 
@@ -40,7 +46,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Residual block with scale and shift from the embedding."""
 
-    def __init__(self, inputs: int, width: int, embedding: int, resample: str, heads: int, dropout: float) -> None:
+    def __init__(
+        self, inputs: int, width: int, embedding: int, resample: str, heads: int, dropout: float
+    ) -> None:
         super().__init__()
         self.resample, self.dropout = resample, dropout
         self.norm0 = nn.GroupNorm(min(32, inputs // 4), inputs)
@@ -69,19 +77,43 @@ class Block(nn.Module):
 class TorchUNet(nn.Module):
     """Takes the fields of relay_jax.models.unet.UNet as keywords."""
 
-    def __init__(self, *, resolution: int, channels: int, multipliers: tuple[int, ...], blocks: int,
-                 attention: tuple[int, ...], head_width: int, num_classes: int, num_augment: int = 0,
-                 image_channels: int = 3, embedding_multiplier: int = 4, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        channels: int,
+        multipliers: tuple[int, ...],
+        blocks: int,
+        attention: tuple[int, ...],
+        head_width: int,
+        num_classes: int,
+        num_augment: int = 0,
+        image_channels: int = 3,
+        embedding_multiplier: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         width = channels * embedding_multiplier
-        self.channels, self.multipliers, self.blocks, self.resolution = channels, multipliers, blocks, resolution
+        self.channels, self.multipliers, self.blocks, self.resolution = (
+            channels,
+            multipliers,
+            blocks,
+            resolution,
+        )
         self.map_layer0, self.map_layer1 = nn.Linear(channels, width), nn.Linear(width, width)
         self.map_label = nn.Linear(num_classes, width, bias=False) if num_classes else None
         self.map_augment = nn.Linear(num_augment, channels, bias=False) if num_augment else None
         self.encoder: list[str] = []
         self.decoder: list[str] = []
 
-        def block(names: list[str], name: str, inputs: int, outputs: int, resample: str = "", attend: bool = False) -> int:
+        def block(
+            names: list[str],
+            name: str,
+            inputs: int,
+            outputs: int,
+            resample: str = "",
+            attend: bool = False,
+        ) -> int:
             heads = outputs // head_width if attend else 0
             self.add_module(name, Block(inputs, outputs, width, resample, heads, dropout))
             names.append(name)
@@ -91,14 +123,22 @@ class TorchUNet(nn.Module):
         for level, multiplier in enumerate(multipliers):
             size, outputs = resolution >> level, channels * multiplier
             if level == 0:
-                self.add_module(f"enc_{size}x{size}_conv", nn.Conv2d(image_channels, outputs, 3, padding=1))
+                self.add_module(
+                    f"enc_{size}x{size}_conv", nn.Conv2d(image_channels, outputs, 3, padding=1)
+                )
                 self.encoder.append(f"enc_{size}x{size}_conv")
                 now = outputs
             else:
                 now = block(self.encoder, f"enc_{size}x{size}_down", now, now, "down")
             skips.append(now)
             for i in range(blocks):
-                now = block(self.encoder, f"enc_{size}x{size}_block{i}", now, outputs, attend=size in attention)
+                now = block(
+                    self.encoder,
+                    f"enc_{size}x{size}_block{i}",
+                    now,
+                    outputs,
+                    attend=size in attention,
+                )
                 skips.append(now)
         for level in reversed(range(len(multipliers))):
             size, outputs = resolution >> level, channels * multipliers[level]
@@ -108,13 +148,23 @@ class TorchUNet(nn.Module):
             else:
                 now = block(self.decoder, f"dec_{size}x{size}_up", now, now, "up")
             for i in range(blocks + 1):
-                now = block(self.decoder, f"dec_{size}x{size}_block{i}", now + skips.pop(), outputs,
-                            attend=size in attention)
+                now = block(
+                    self.decoder,
+                    f"dec_{size}x{size}_block{i}",
+                    now + skips.pop(),
+                    outputs,
+                    attend=size in attention,
+                )
         self.out_norm = nn.GroupNorm(min(32, now // 4), now)
         self.out_conv = nn.Conv2d(now, image_channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, class_labels: torch.Tensor | None = None,
-                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        c_noise: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """x: [b, c, h, w]; c_noise: [b]; labels: vectors or None. Returns the shape of x."""
         embedding = frequencies(c_noise, self.channels)
         if self.map_augment is not None and augment_labels is not None:
@@ -136,7 +186,8 @@ class TorchUNet(nn.Module):
         return self.out_conv(F.silu(self.out_norm(x)))
 
     def load_flax(self, params: Mapping) -> None:
-        """Takes the parameters of the flax network. Raises RuntimeError unless names and shapes all match."""
+        """Takes the parameters of the flax network. Raises RuntimeError unless names and shapes
+        all match."""
         state: dict[str, torch.Tensor] = {}
 
         def visit(node: Mapping, path: str) -> None:

@@ -1,4 +1,5 @@
-"""CIFAR-10, 8 -> 32 px, class-conditional: a relay on real photographs for one GPU, or overnight on a laptop.
+"""CIFAR-10, 8 -> 32 px, class-conditional: a relay on real photographs for one GPU, or
+overnight on a laptop.
 
 Command:   python -m relay_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
                --config.dataset.path=data/cifar10-train-32x32.zip
@@ -12,8 +13,12 @@ from configs import default
 
 def get_config(variant: str = "") -> ConfigDict:
     config = default.get_config()
-    config.dataset.update(source="zip", path="data/cifar10-train-32x32.zip", num_classes=10,
-                          hint="make it with EDM's dataset_tool.py, or name yours with --config.dataset.path")
+    config.dataset.update(
+        source="zip",
+        path="data/cifar10-train-32x32.zip",
+        num_classes=10,
+        hint="make it with EDM's dataset_tool.py, or name yours with --config.dataset.path",
+    )
 
     base = default.edm_stage(8)
     base.model.update(channels=64, multipliers=(1, 2), blocks=2, attention=(8, 4))

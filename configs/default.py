@@ -1,7 +1,9 @@
-"""Every key of a configuration, once, with its unit and source. The other files hold only what differs.
+"""Every key of a configuration, once, with its unit and source. The other files hold only what
+differs.
 
-A configuration is a whole relay: `stages` in order of resolution, one of process 'edm' first, then any
-number of process 'relay'. Override keys on the command line: --config.stages.relay.train.batch=32.
+A configuration is a whole relay: `stages` in order of resolution, one of process 'edm' first,
+then any number of process 'relay'. Override keys on the command line:
+--config.stages.relay.train.batch=32.
 SPEC numbers in the comments: RDM arXiv 2309.03350, EDM arXiv 2206.00364, ADM arXiv 2105.05233.
 """
 
@@ -10,125 +12,169 @@ from ml_collections import ConfigDict
 
 def model() -> ConfigDict:
     """The U-Net of one stage (ADM)."""
-    return ConfigDict(dict(
-        channels=192,                # base width
-        multipliers=(1, 2, 3, 4),    # width of each level over the base width, highest resolution first
-        blocks=3,                    # residual blocks per level
-        attention=(32, 16, 8),       # levels with self-attention, pixels per side
-        head_width=64,               # channels per attention head
-        dropout=0.1,
-        augment_labels=0,            # size of the augmentation label vector: 9 with train.augment, else 0
-        dtype="float32",             # activations: float32 or bfloat16; parameters are float32 always
-        remat=False,                 # recompute blocks in the backward pass: less memory, a third more work
-    ))
+    return ConfigDict(
+        dict(
+            channels=192,  # base width
+            multipliers=(
+                1,
+                2,
+                3,
+                4,
+            ),  # width of each level over the base width, highest resolution first
+            blocks=3,  # residual blocks per level
+            attention=(32, 16, 8),  # levels with self-attention, pixels per side
+            head_width=64,  # channels per attention head
+            dropout=0.1,
+            augment_labels=0,  # size of the augmentation label vector: 9 with train.augment, else 0
+            dtype="float32",  # activations: float32 or bfloat16; parameters are float32 always
+            remat=False,  # recompute blocks in the backward pass: less memory, a third more work
+        )
+    )
 
 
 def train() -> ConfigDict:
     """Optimisation of one stage. Progress is counted in images."""
-    return ConfigDict(dict(
-        images=200_000_000,          # length of the training
-        batch=1024,                  # images per step, over all devices
-        accumulate=1,                # parts of a batch that are processed one after the other, to save memory
-        learning_rate=1e-4,          # Adam
-        warmup_images=10_000_000,    # linear warm-up; small data needs less
-        adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
-        ema_halflife_images=500_000.0,
-        ema_rampup=0.05,             # the half-life is at most this share of the images seen
-        label_dropout=0.0,           # share of images trained without label; needed for guidance
-        augment=0.0,                 # probability of each augmentation (EDM appendix F.2)
-        max_nonfinite=50,            # skipped steps in a row before the run is given up
-    ))
+    return ConfigDict(
+        dict(
+            images=200_000_000,  # length of the training
+            batch=1024,  # images per step, over all devices
+            accumulate=1,  # parts of a batch that are processed one after the other, to save memory
+            learning_rate=1e-4,  # Adam
+            warmup_images=10_000_000,  # linear warm-up; small data needs less
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+            ema_halflife_images=500_000.0,
+            ema_rampup=0.05,  # the half-life is at most this share of the images seen
+            label_dropout=0.0,  # share of images trained without label; needed for guidance
+            augment=0.0,  # probability of each augmentation (EDM appendix F.2)
+            max_nonfinite=50,  # skipped steps in a row before the run is given up
+        )
+    )
 
 
 def edm_stage(resolution: int) -> ConfigDict:
     """A first stage."""
-    return ConfigDict(dict(
-        resolution=resolution,
-        model=model(),
-        process=dict(kind="edm", P_mean=-1.2, P_std=1.2, sigma_data=0.5),
-        train=train(),
-        sample=dict(
-            num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0,
-            s_churn=0.0, s_min=0.0, s_max=float("inf"), s_noise=1.0,       # EDM algorithm 2
-            sde_scale=0.0,           # share of fresh noise per step (CelebA-HQ)
-            guidance=1.0,            # classifier-free guidance weight, at most 1 = off
-            guidance_interval=(0.0, float("inf")),   # sigmas where it acts
-        ),
-    ))
+    return ConfigDict(
+        dict(
+            resolution=resolution,
+            model=model(),
+            process=dict(kind="edm", P_mean=-1.2, P_std=1.2, sigma_data=0.5),
+            train=train(),
+            sample=dict(
+                num_steps=18,
+                sigma_min=0.002,
+                sigma_max=80.0,
+                rho=7.0,
+                s_churn=0.0,
+                s_min=0.0,
+                s_max=float("inf"),
+                s_noise=1.0,  # EDM algorithm 2
+                sde_scale=0.0,  # share of fresh noise per step (CelebA-HQ)
+                guidance=1.0,  # classifier-free guidance weight, at most 1 = off
+                guidance_interval=(0.0, float("inf")),  # sigmas where it acts
+            ),
+        )
+    )
 
 
 def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
-    """A relay stage; its input is the result of the stage before, resolution / patch pixels wide."""
-    return ConfigDict(dict(
-        resolution=resolution,
-        model=model(),
-        process=dict(
-            kind="relay", P_mean=-1.2, P_std=1.2, sigma_data=0.5,
-            patch=patch,             # side of the DCT patch = up-sampling factor
-            block_noise_scale=0.15,  # weight of the block noise
-            cdf_max=0.93,            # share of the noise CDF that the blur schedule spans
-            blur_sigma_max=3.0,      # largest blur, pixels of this stage
-            min_scale=0.001,         # floor of the attenuation
-            sigma_floor=0.0075,      # training draws are clamped here
-        ),
-        train=train(),
-        sample=dict(
-            num_steps=200, sigma_min=0.008, sigma_max=80.0, rho=100.0,
-            handoff_sigma=0.9,       # of the grid, only levels below this are used
-            cdf_max=0.93,            # as in process, but for sampling
-            fresh_noise=0.2,         # share of fresh noise per step
-            guidance=1.0, guidance_interval=(0.0, float("inf")),
-        ),
-    ))
+    """A relay stage; its input is the result of the stage before, resolution / patch pixels
+    wide."""
+    return ConfigDict(
+        dict(
+            resolution=resolution,
+            model=model(),
+            process=dict(
+                kind="relay",
+                P_mean=-1.2,
+                P_std=1.2,
+                sigma_data=0.5,
+                patch=patch,  # side of the DCT patch = up-sampling factor
+                block_noise_scale=0.15,  # weight of the block noise
+                cdf_max=0.93,  # share of the noise CDF that the blur schedule spans
+                blur_sigma_max=3.0,  # largest blur, pixels of this stage
+                min_scale=0.001,  # floor of the attenuation
+                sigma_floor=0.0075,  # training draws are clamped here
+            ),
+            train=train(),
+            sample=dict(
+                num_steps=200,
+                sigma_min=0.008,
+                sigma_max=80.0,
+                rho=100.0,
+                handoff_sigma=0.9,  # of the grid, only levels below this are used
+                cdf_max=0.93,  # as in process, but for sampling
+                fresh_noise=0.2,  # share of fresh noise per step
+                guidance=1.0,
+                guidance_interval=(0.0, float("inf")),
+            ),
+        )
+    )
 
 
 def get_config() -> ConfigDict:
-    """Everything that the stages share; the stages themselves are added by the files beside this one."""
-    return ConfigDict(dict(
-        seed=0,                      # of initialisation, data order and training noise
-        stages=dict(),
-        dataset=dict(
-            source="synthetic",      # synthetic | folder | zip (EDM's dataset.json format) | tfds | packed
-            path="",                 # folder, zip or packed (--mode=prepare)
-            name="", split="train", data_dir="",     # tfds
-            num_classes=0,           # 0 = unconditional
-            size=50_000,             # images in the synthetic set
-            x_flip=True,             # mirror images at random
-            threads=2,               # decoding threads per host
-            workers=0,               # decoding processes per host, for when threads are not enough
-            hint="",                 # where to get the data: added to the message when it is missing
-        ),
-        mesh=dict(fsdp=1),           # devices that share one copy of the parameters; the rest is data parallel
-        checkpoint=dict(
-            every_images=5_000_000,
-            keep=2,                  # how many of the newest stay
-            keep_every_images=0,     # the first one after each multiple of this stays for ever, 0 = none
-        ),
-        log=dict(
-            every_steps=50,          # progress line and scalars
-            grid_every_images=5_000_000,             # sample grids during training, 0 = none
-            grid_images=16,
-            profile_first=0,         # step of a stage from which a profiler trace is taken, 0 = none
-            profile_steps=5,         # its length; also of one asked for by `touch WORKDIR/STAGE/profile.request`
-        ),
-        sample=dict(
-            batch=64,                # images per sampler call, over all devices
-            pixel_edit="none",       # colours of the final images: none, or what the official scripts did before
-        ),                           # scoring: imagenet | celebahq (SPEC section 9)
-        evaluate=dict(
-            samples=64,              # images drawn when all stages are trained, for samples/grid.png and report.json
-            class_check=False,       # train a small classifier on real images and score the samples with it
-            features="random-conv",  # what is compared: random-conv | inception | package.module:function
-            inception="",            # file of the Inception weights, for features="inception"
-            reference_images=10_000, # real images that samples are compared with, 0 = all
-            every=0,                 # images between small evaluations during training, 0 = none
-            every_samples=1_000,     # samples of each of them
-        ),
-    ))
+    """Everything that the stages share; the stages themselves are added by the files beside
+    this one."""
+    return ConfigDict(
+        dict(
+            seed=0,  # of initialisation, data order and training noise
+            stages=dict(),
+            dataset=dict(
+                # synthetic | folder | zip (EDM's dataset.json format) | tfds | packed
+                source="synthetic",
+                path="",  # folder, zip or packed (--mode=prepare)
+                name="",
+                split="train",
+                data_dir="",  # tfds
+                num_classes=0,  # 0 = unconditional
+                size=50_000,  # images in the synthetic set
+                x_flip=True,  # mirror images at random
+                threads=2,  # decoding threads per host
+                workers=0,  # decoding processes per host, for when threads are not enough
+                hint="",  # where to get the data: added to the message when it is missing
+            ),
+            mesh=dict(
+                fsdp=1
+            ),  # devices that share one copy of the parameters; the rest is data parallel
+            checkpoint=dict(
+                every_images=5_000_000,
+                keep=2,  # how many of the newest stay
+                # the first one after each multiple of this stays for ever, 0 = none
+                keep_every_images=0,
+            ),
+            log=dict(
+                every_steps=50,  # progress line and scalars
+                grid_every_images=5_000_000,  # sample grids during training, 0 = none
+                grid_images=16,
+                profile_first=0,  # step of a stage from which a profiler trace is taken, 0 = none
+                # its length; also of one asked for by `touch WORKDIR/STAGE/profile.request`
+                profile_steps=5,
+            ),
+            sample=dict(
+                batch=64,  # images per sampler call, over all devices
+                # colours of the final images: none, or what the official scripts did before
+                pixel_edit="none",
+            ),  # scoring: imagenet | celebahq (SPEC section 9)
+            evaluate=dict(
+                # images drawn when all stages are trained, for samples/grid.png and report.json
+                samples=64,
+                # train a small classifier on real images and score the samples with it
+                class_check=False,
+                # what is compared: random-conv | inception | package.module:function
+                features="random-conv",
+                inception="",  # file of the Inception weights, for features="inception"
+                reference_images=10_000,  # real images that samples are compared with, 0 = all
+                every=0,  # images between small evaluations during training, 0 = none
+                every_samples=1_000,  # samples of each of them
+            ),
+        )
+    )
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Shrinks a configuration to a minute on a laptop: 8 px first stage, synthetic data, tiny networks.
+    """Shrinks a configuration to a minute on a laptop: 8 px first stage, synthetic data, tiny
+    networks.
 
     Keeps what is particular to it: number of stages, processes, sampler kinds, labels, precision.
     """
@@ -140,11 +186,21 @@ def smoke(config: ConfigDict) -> ConfigDict:
         model.channels, model.head_width, model.blocks = 16, 16, 1
         model.multipliers = tuple(min(m, 2) for m in model.multipliers[:2])
         sizes = [stage.resolution >> level for level in range(levels)]
-        model.attention = tuple(r // factor for r in model.attention if r // factor in sizes and r // factor <= 8)
-        stage.train.update(images=256, batch=16, warmup_images=64, learning_rate=1e-3, ema_halflife_images=64.0)
+        model.attention = tuple(
+            r // factor for r in model.attention if r // factor in sizes and r // factor <= 8
+        )
+        stage.train.update(
+            images=256, batch=16, warmup_images=64, learning_rate=1e-3, ema_halflife_images=64.0
+        )
         stage.sample.num_steps = 4 if stage.process.kind == "edm" else 8
-    config.dataset.update(source="synthetic", path="", size=256, threads=1, workers=0,
-                          num_classes=8 if config.dataset.num_classes else 0)
+    config.dataset.update(
+        source="synthetic",
+        path="",
+        size=256,
+        threads=1,
+        workers=0,
+        num_classes=8 if config.dataset.num_classes else 0,
+    )
     config.checkpoint.every_images = 128
     config.log.update(every_steps=4, grid_every_images=128, grid_images=4)
     config.sample.batch = 8
@@ -153,19 +209,25 @@ def smoke(config: ConfigDict) -> ConfigDict:
     return config
 
 
-# What makes the two published networks fit the chips of a TPU slice: `:v5e` for 16 images of the batch per chip (256
-# chips for a batch of 4096, 64 for 1024), `:v5p` for 64. On fewer chips accumulate more, on more chips less: that
-# keeps batch / (chips * accumulate), the images at once: at least 8, fewer are several times slower per image on TPU.
-# docs/benchmarks.md has the memory that they take.
+# What makes the two published networks fit the chips of a TPU slice: `:v5e` for 16 images of
+# the batch per chip (256 chips for a batch of 4096, 64 for 1024), `:v5p` for 64. On fewer chips
+# accumulate more, on more chips less: that keeps batch / (chips * accumulate), the images at
+# once: at least 8, fewer are several times slower per image on TPU. docs/benchmarks.md has the
+# memory that they take.
 TPU_SLICES = {
-    "v5e": {"mesh.fsdp": 8, "stages.base.train.accumulate": 2,
-            "stages.relay.train.accumulate": 2, "stages.relay.model.remat": True},
+    "v5e": {
+        "mesh.fsdp": 8,
+        "stages.base.train.accumulate": 2,
+        "stages.relay.train.accumulate": 2,
+        "stages.relay.model.remat": True,
+    },
     "v5p": {"stages.relay.train.accumulate": 2, "stages.relay.model.remat": True},
 }
 
 
 def variant(config: ConfigDict, name: str, slices: dict[str, dict] | None = None) -> ConfigDict:
-    """`--config=configs/FILE.py:NAME`: smoke, or one of `slices`, name -> settings by dotted key. '' changes nothing.
+    """`--config=configs/FILE.py:NAME`: smoke, or one of `slices`, name -> settings by dotted
+    key. '' changes nothing.
 
     Raises ValueError for an unknown name.
     """

@@ -1,4 +1,5 @@
-"""The whole relay on a laptop: procedural shapes, 8 -> 32 px, class-conditional, nothing to download.
+"""The whole relay on a laptop: procedural shapes, 8 -> 32 px, class-conditional, nothing to
+download.
 
 Command:   python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo
 """
@@ -14,12 +15,20 @@ def get_config(variant: str = "") -> ConfigDict:
 
     base = default.edm_stage(8)
     base.model.update(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0)
-    base.train.update(images=60_000, batch=32, learning_rate=1e-3, warmup_images=2_000, ema_halflife_images=1_500.0)
+    base.train.update(
+        images=60_000,
+        batch=32,
+        learning_rate=1e-3,
+        warmup_images=2_000,
+        ema_halflife_images=1_500.0,
+    )
     base.sample.update(num_steps=18)
 
     relay = default.relay_stage(32, patch=4)
     relay.model.update(channels=32, multipliers=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0)
-    relay.train.update(images=12_000, batch=16, learning_rate=1e-3, warmup_images=1_000, ema_halflife_images=700.0)
+    relay.train.update(
+        images=12_000, batch=16, learning_rate=1e-3, warmup_images=1_000, ema_halflife_images=700.0
+    )
     relay.sample.update(num_steps=40, rho=7.0, handoff_sigma=0.9)
 
     config.stages.base, config.stages.relay = base, relay

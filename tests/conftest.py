@@ -1,4 +1,5 @@
-"""Eight virtual CPU devices, a compilation cache that outlives the run, and the smallest whole relay."""
+"""Eight virtual CPU devices, a compilation cache that outlives the run, and the smallest whole
+relay."""
 
 import gc
 import os
@@ -9,8 +10,12 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")     # halves the compilation, which dominates
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0"
+)  # halves the compilation, which dominates
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -22,13 +27,14 @@ from ml_collections import ConfigDict
 
 from configs import demo
 from relay_jax import main
-from relay_jax.data.sources import DataError
+from relay_jax.data.source import DataError
 
-gc.set_threshold(100_000, 50, 100)      # as relay_jax.main does
+gc.set_threshold(100_000, 50, 100)  # as relay_jax.main does
 
 
 def tiny_relay() -> ConfigDict:
-    """The demo's relay with networks of one level: what every test of the loops trains and samples."""
+    """The demo's relay with networks of one level: what every test of the loops trains and
+    samples."""
     config = demo.get_config("smoke")
     for stage in (config.stages.base, config.stages.relay):
         stage.model.update(channels=8, head_width=8, multipliers=(1,), attention=())
@@ -50,14 +56,17 @@ def mesh_of(count: int) -> Mesh:
     """A data-parallel mesh of the first `count` devices."""
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices")
-    return jax.make_mesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
+    return jax.make_mesh(
+        (count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count]
+    )
 
 
 @contextmanager
 def command_line(*arguments: str) -> Iterator[None]:
-    """Parses arguments as `python -m relay_jax.main` does; afterwards the flags are as they were."""
+    """Parses arguments as `python -m relay_jax.main` does; afterwards the flags are as they
+    were."""
     values, argv = flags.FLAGS.flag_values_dict(), sys.argv
-    sys.argv = ["main", *arguments]     # where ml_collections looks for overrides
+    sys.argv = ["main", *arguments]  # where ml_collections looks for overrides
     try:
         main.parse_flags(sys.argv)
         yield
@@ -82,4 +91,6 @@ def error_of(action: Callable[[], object]) -> str:
 
 def content(out: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path."""
-    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()
+    }

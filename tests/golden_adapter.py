@@ -1,6 +1,7 @@
 """The project's functions in the layouts and names of the golden checks: NCHW outside, NHWC inside.
 
-Nothing is computed here. Used by tests/test_golden.py and by the external checker of the official numbers.
+Nothing is computed here. Used by tests/test_golden.py and by the external checker of the
+official numbers.
 """
 
 import jax
@@ -11,15 +12,16 @@ from relay_jax.diffusion import augment as augmentation
 from relay_jax.diffusion import blur as blur_module
 from relay_jax.diffusion import dct as dct_module
 from relay_jax.diffusion import loss as loss_module
-from relay_jax.diffusion import sampler, schedule
+from relay_jax.diffusion import process as schedule
+from relay_jax.diffusion import sampler
 from relay_jax.diffusion.block_noise import block_noise as our_block_noise
 from relay_jax.diffusion.guidance import classifier_free
 from relay_jax.diffusion.precondition import precondition
 from relay_jax.evaluation import metrics
 from relay_jax.models.unet import UNet
+from relay_jax.official.convert import from_official, to_official
+from relay_jax.official.files import read_official
 from relay_jax.sampling import pixels
-from relay_jax.tools.convert import from_official, to_official
-from relay_jax.tools.official_files import read_official
 
 
 def nhwc(x):
@@ -31,6 +33,7 @@ def nchw(x):
 
 
 # Transforms
+
 
 def dct(x, patch):
     return nchw(dct_module.patch_dct(nhwc(x), patch))
@@ -55,6 +58,7 @@ def block_noise(gaussian, size):
 
 # Losses
 
+
 def _as_dict(corrupted):
     images = ("noisy", "blurred")
     return {k: nchw(v) if k in images else v for k, v in corrupted._asdict().items()}
@@ -62,7 +66,11 @@ def _as_dict(corrupted):
 
 def relay_corrupt(images, uniform, gaussian, block_gaussian, **settings):
     process = schedule.RelayProcess(**settings)
-    return _as_dict(loss_module.relay_corrupt(process, nhwc(images), uniform, nhwc(gaussian), nhwc(block_gaussian)))
+    return _as_dict(
+        loss_module.relay_corrupt(
+            process, nhwc(images), uniform, nhwc(gaussian), nhwc(block_gaussian)
+        )
+    )
 
 
 def relay_loss(denoiser, images, uniform, gaussian, block_gaussian, **settings):
@@ -73,7 +81,9 @@ def relay_loss(denoiser, images, uniform, gaussian, block_gaussian, **settings):
 
 
 def edm_corrupt(images, normal, gaussian):
-    return _as_dict(loss_module.edm_corrupt(schedule.EdmProcess(), nhwc(images), normal, nhwc(gaussian)))
+    return _as_dict(
+        loss_module.edm_corrupt(schedule.EdmProcess(), nhwc(images), normal, nhwc(gaussian))
+    )
 
 
 def edm_loss(denoiser, images, normal, gaussian):
@@ -83,6 +93,7 @@ def edm_loss(denoiser, images, normal, gaussian):
 
 
 # Schedules
+
 
 def edm_sigmas(**settings):
     return schedule.edm_sigmas(**settings)
@@ -94,9 +105,12 @@ def relay_sigmas(**settings):
 
 # Samplers
 
+
 def _replay(noise):
     table = {k: nhwc(v) for k, v in noise.items()}
-    return lambda step, purpose: table[purpose] if purpose.startswith("initial") else table[purpose][step]
+    return lambda step, purpose: (
+        table[purpose] if purpose.startswith("initial") else table[purpose][step]
+    )
 
 
 def _result(samples):
@@ -105,30 +119,60 @@ def _result(samples):
 
 def sample_edm(denoiser, latents, labels, noise, guidance, **settings):
     guided = classifier_free(denoiser(jnp), jnp.asarray(labels), guidance)
-    run = jax.jit(lambda x, n: sampler.sample_edm(guided, x, _replay(n), sampler.EdmSampler(**settings), True))
+    run = jax.jit(
+        lambda x, n: sampler.sample_edm(guided, x, _replay(n), sampler.EdmSampler(**settings), True)
+    )
     return _result(run(nhwc(latents), noise))
 
 
-def sample_relay(denoiser, low_res, labels, noise, patch, cdf_max, blur_sigma_max, block_noise_scale, guidance,
-                 s_churn, s_min, s_max, s_noise, **settings):
+def sample_relay(
+    denoiser,
+    low_res,
+    labels,
+    noise,
+    patch,
+    cdf_max,
+    blur_sigma_max,
+    block_noise_scale,
+    guidance,
+    s_churn,
+    s_min,
+    s_max,
+    s_noise,
+    **settings,
+):
     if s_churn > 0:
         raise NotImplementedError("the relay stage has no churn (SPEC section 5.3)")
-    process = schedule.RelayProcess(patch=patch, cdf_max=cdf_max, blur_sigma_max=blur_sigma_max,
-                                    block_noise_scale=block_noise_scale)
+    process = schedule.RelayProcess(
+        patch=patch,
+        cdf_max=cdf_max,
+        blur_sigma_max=blur_sigma_max,
+        block_noise_scale=block_noise_scale,
+    )
     guided = classifier_free(denoiser(jnp), jnp.asarray(labels), guidance)
-    run = jax.jit(lambda x, n: sampler.sample_relay(guided, x, _replay(n), process, sampler.RelaySampler(**settings),
-                                                    True))
+    run = jax.jit(
+        lambda x, n: sampler.sample_relay(
+            guided, x, _replay(n), process, sampler.RelaySampler(**settings), True
+        )
+    )
     return _result(run(nhwc(low_res), noise))
 
 
 # Network
 
+
 def _network(config):
-    return UNet(resolution=config["img_resolution"], channels=config["model_channels"],
-                multipliers=tuple(config["channel_mult"]), blocks=config["num_blocks"],
-                attention=tuple(config["attn_resolutions"]), num_classes=config["label_dim"],
-                num_augment=config["augment_dim"], image_channels=config["img_channels"],
-                embedding_multiplier=config["channel_mult_emb"])
+    return UNet(
+        resolution=config["img_resolution"],
+        channels=config["model_channels"],
+        multipliers=tuple(config["channel_mult"]),
+        blocks=config["num_blocks"],
+        attention=tuple(config["attn_resolutions"]),
+        num_classes=config["label_dim"],
+        num_augment=config["augment_dim"],
+        image_channels=config["img_channels"],
+        embedding_multiplier=config["channel_mult_emb"],
+    )
 
 
 def unet(params, config, x, sigma, class_labels, augment_labels):
@@ -140,6 +184,7 @@ def unet(params, config, x, sigma, class_labels, augment_labels):
         def network(*inputs):
             raw["F_x"] = net.apply({"params": p}, *inputs)
             return raw["F_x"]
+
         return precondition(network)(x, sigma, class_labels, augment_labels), raw["F_x"]
 
     d_x, f_x = run(ours, nhwc(x), sigma)
@@ -154,6 +199,7 @@ def unet_grad(params, config, x, sigma, class_labels, augment_labels, cotangent,
         def scalar(p, x):
             denoise = precondition(lambda *inputs: net.apply({"params": p}, *inputs))
             return jnp.sum(denoise(x, sigma, class_labels, augment_labels) * nhwc(cotangent))
+
         return jax.grad(scalar, argnums=(0, 1))(p, x)
 
     grads, grad_x = gradient(from_official(params), nhwc(x))
@@ -163,14 +209,20 @@ def unet_grad(params, config, x, sigma, class_labels, augment_labels, cotangent,
 
 # Checkpoints
 
+
 def read_checkpoint(path):
     return read_official(path, ("ema",)).ema.params
 
 
 def read_training_state(path):
     found = read_official(path, optimizer=True)
-    return {"images_seen": found.images_seen, "ema": found.ema.params, "net": found.net.params,
-            "exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
+    return {
+        "images_seen": found.images_seen,
+        "ema": found.ema.params,
+        "net": found.net.params,
+        "exp_avg": found.exp_avg,
+        "exp_avg_sq": found.exp_avg_sq,
+    }
 
 
 # Metrics
@@ -181,13 +233,18 @@ precision_recall, inception_score = metrics.precision_recall, metrics.inception_
 
 # Augmentation
 
+
 def augment(images, draws, p, **settings):
-    images, labels = augmentation.apply_draws(nhwc(images), augmentation.Draws(**draws),
-                                              augmentation.Augmentation(probability=p, **settings))
+    images, labels = augmentation.apply_draws(
+        nhwc(images),
+        augmentation.Draws(**draws),
+        augmentation.Augmentation(probability=p, **settings),
+    )
     return nchw(images), labels
 
 
 # Pixels
+
 
 def to_uint8(images, edit):
     return pixels.edit_pixels(pixels.to_uint8(np.moveaxis(images, 1, -1)), edit)

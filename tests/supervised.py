@@ -1,6 +1,8 @@
-"""What tests that kill a program need: a supervisor in a process of its own, and command lines that it forks.
+"""What tests that kill a program need: a supervisor in a process of its own, and command lines
+that it forks.
 
-The supervisor imports the package once and forks for each start, so that a start costs a second and not ten.
+The supervisor imports the package once and forks for each start, so that a start costs a second
+and not ten.
 """
 
 import json
@@ -20,11 +22,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def supervise(supervisor: str, folder: Path, config: str) -> dict:
-    """Runs the file `supervisor` on a folder with config.py; its last line, JSON, and the folder."""
+    """Runs the file `supervisor` on a folder with config.py; its last line, JSON, and the
+    folder."""
     (folder / "config.py").write_text(config)
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, supervisor, str(folder)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, supervisor, str(folder)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         said, _ = process.communicate(timeout=1200)
     except subprocess.TimeoutExpired:
@@ -35,7 +45,8 @@ def supervise(supervisor: str, folder: Path, config: str) -> dict:
 
 
 def start(folder: Path, name: str, *arguments: str) -> int:
-    """Forks a process that runs the command line with FOLDER/config.py, and tells into FOLDER/NAME.log; its number."""
+    """Forks a process that runs the command line with FOLDER/config.py, and tells into
+    FOLDER/NAME.log; its number."""
     pid = os.fork()
     if pid:
         return pid

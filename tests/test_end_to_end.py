@@ -1,4 +1,5 @@
-"""The command line as a user has it: train the shrunk demo, be killed, continue, sample, sample one stage."""
+"""The command line as a user has it: train the shrunk demo, be killed, continue, sample, sample
+one stage."""
 
 import json
 import os
@@ -16,7 +17,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def command(workdir: Path, *arguments: str, config: str = "configs/demo.py:smoke") -> list[str]:
-    return [sys.executable, "-m", "relay_jax.main", f"--config={config}", f"--workdir={workdir}", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "relay_jax.main",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *arguments,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -25,8 +33,14 @@ def environment() -> dict[str, str]:
 
 def run(workdir: Path, *arguments: str, config: str = "configs/demo.py:smoke") -> str:
     """Runs to success; returns what was said."""
-    done = subprocess.run(command(workdir, *arguments, config=config), cwd=ROOT, env=environment(), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command(workdir, *arguments, config=config),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
@@ -35,8 +49,13 @@ def run(workdir: Path, *arguments: str, config: str = "configs/demo.py:smoke") -
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the shrunk demo, killed once on the way."""
     workdir = tmp_path_factory.mktemp("run") / "demo"
-    process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(workdir),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 600
     while not list(workdir.glob("base/checkpoints/8/_CHECKPOINT_METADATA")):
         assert process.poll() is None and time.time() < deadline, "no checkpoint appeared"
@@ -50,18 +69,30 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_leaves_what_the_readme_promises(demo: Path) -> None:
     report = json.loads((demo / "report.json").read_text())
-    assert list(report["scores"]) == ["FD-random-conv", "precision-random-conv", "recall-random-conv", "class_accuracy",
-                                      "class_accuracy_upsampled", "class_accuracy_real"]
-    assert all(0 <= value <= 1 for name, value in report["scores"].items() if name != "FD-random-conv")
+    assert list(report["scores"]) == [
+        "FD-random-conv",
+        "precision-random-conv",
+        "recall-random-conv",
+        "class_accuracy",
+        "class_accuracy_upsampled",
+        "class_accuracy_real",
+    ]
+    assert all(
+        0 <= value <= 1 for name, value in report["scores"].items() if name != "FD-random-conv"
+    )
     assert report["scores"]["FD-random-conv"] > 0 and report["time"]["seconds"]["total"] > 0
     assert "| class_accuracy |" in (demo / "report.md").read_text()
     for name in ("base", "relay"):
         assert report["training"][name]["images"] == 256 and report["training"][name]["loss"] > 0
         assert report["time"]["images_per_second"][name] > 0
-        lines = [json.loads(line) for line in (demo / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (demo / name / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [line["images"] for line in lines] == [64, 128, 192, 256]
         assert list((demo / name / "grids").glob("*.png")) and list((demo / name).glob("events.*"))
-    assert json.loads((demo / "config.json").read_text())["stages"]["relay"]["process"]["patch"] == 4
+    assert (
+        json.loads((demo / "config.json").read_text())["stages"]["relay"]["process"]["patch"] == 4
+    )
     for picture in ("samples/grid.png", "loss.png"):
         assert np.asarray(Image.open(demo / picture)).std() > 5
 
@@ -72,16 +103,25 @@ def test_a_finished_run_does_nothing_again(demo: Path) -> None:
     assert (demo / "report.json").stat().st_mtime_ns == before
 
 
-def test_sampling_numbers_images_by_seed_and_keeps_existing_ones(demo: Path, tmp_path: Path) -> None:
+def test_sampling_numbers_images_by_seed_and_keeps_existing_ones(
+    demo: Path, tmp_path: Path
+) -> None:
     run(demo, "--mode=sample", "--seeds=2-4,1001", f"--out={tmp_path}")
     files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png"))
-    assert files == ["000000/000002.png", "000000/000003.png", "000000/000004.png", "001000/001001.png"]
+    assert files == [
+        "000000/000002.png",
+        "000000/000003.png",
+        "000000/000004.png",
+        "001000/001001.png",
+    ]
     assert Image.open(tmp_path / files[0]).size == (32, 32)
     pixels = {f: (tmp_path / f).read_bytes() for f in files}
     (tmp_path / files[1]).unlink()
     times = {f: (tmp_path / f).stat().st_mtime_ns for f in files if f != files[1]}
     run(demo, "--mode=sample", "--seeds=2-4,1001", f"--out={tmp_path}")
-    assert {f: (tmp_path / f).stat().st_mtime_ns for f in times} == times, "existing images were made again"
+    assert {f: (tmp_path / f).stat().st_mtime_ns for f in times} == times, (
+        "existing images were made again"
+    )
     again = np.asarray(Image.open(tmp_path / files[1]), int)
     (tmp_path / "old.png").write_bytes(pixels[files[1]])
     assert np.abs(again - np.asarray(Image.open(tmp_path / "old.png"), int)).max() <= 1
@@ -91,27 +131,67 @@ def test_a_relay_stage_alone_continues_the_images_of_the_first(demo: Path, tmp_p
     low, high = tmp_path / "low", tmp_path / "high"
     run(demo, "--mode=sample", "--stage=base", "--seeds=0-3", f"--out={low}", "--class=2")
     assert Image.open(low / "000000/000000.png").size == (8, 8)
-    run(demo, "--mode=sample", "--stage=relay", "--seeds=0-3", f"--out={high}", f"--low_res={low}", "--class=2")
+    run(
+        demo,
+        "--mode=sample",
+        "--stage=relay",
+        "--seeds=0-3",
+        f"--out={high}",
+        f"--low_res={low}",
+        "--class=2",
+    )
     assert Image.open(high / "000000/000003.png").size == (32, 32)
-    bad = subprocess.run(command(demo, "--mode=sample", "--stage=relay", "--seeds=0-4", f"--out={high}",
-                                 f"--low_res={low}"), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    bad = subprocess.run(
+        command(
+            demo,
+            "--mode=sample",
+            "--stage=relay",
+            "--seeds=0-4",
+            f"--out={high}",
+            f"--low_res={low}",
+        ),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert bad.returncode == 2 and "000004.png" in bad.stderr.splitlines()[-1]
     run(demo, "--mode=sample", "--stage=relay", "--seeds=0-1", f"--out={tmp_path / 'real'}")
     assert len(list((tmp_path / "real").rglob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("arguments", [["--class=8"], ["--class=-1"], ["--seeds=5-2"], ["--seeds=x"],
-                                       ["--stage=base", "--low_res=somewhere"],
-                                       ["--config.stages.relay.model.channels=32"]])
-def test_sampling_refuses_what_cannot_be_done(demo: Path, tmp_path: Path, arguments: list[str]) -> None:
-    done = subprocess.run(command(demo, "--mode=sample", f"--out={tmp_path}", *arguments), cwd=ROOT, env=environment(),
-                          capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--class=8"],
+        ["--class=-1"],
+        ["--seeds=5-2"],
+        ["--seeds=x"],
+        ["--stage=base", "--low_res=somewhere"],
+        ["--config.stages.relay.model.channels=32"],
+    ],
+)
+def test_sampling_refuses_what_cannot_be_done(
+    demo: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    done = subprocess.run(
+        command(demo, "--mode=sample", f"--out={tmp_path}", *arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["imagenet256", "celebahq256"])
 def test_published_configurations_run_when_shrunk(tmp_path: Path, name: str) -> None:
-    run(tmp_path / name, "--config.stages.base.train.images=32", "--config.stages.relay.train.images=32",
-        "--config.log.grid_every_images=0", config=f"configs/{name}.py:smoke")
+    run(
+        tmp_path / name,
+        "--config.stages.base.train.images=32",
+        "--config.stages.relay.train.images=32",
+        "--config.log.grid_every_images=0",
+        config=f"configs/{name}.py:smoke",
+    )
     assert Image.open(tmp_path / name / "samples" / "grid.png").size[0] > 100

@@ -1,7 +1,9 @@
-"""The project's functions against the numbers of the official implementation (tests/golden/README.md).
+"""The project's functions against the numbers of the official implementation
+(tests/golden/README.md).
 
-Tolerances allow float32 in another order of operations, at least ten times what was measured, and no more: a slip in a
-formula (a factor, an index, a constant) is mostly 100 to 100,000 times as large.
+Tolerances allow float32 in another order of operations, at least ten times what was measured,
+and no more: a slip in a formula (a factor, an index, a constant) is mostly 100 to 100,000 times
+as large.
 """
 
 import functools
@@ -35,7 +37,8 @@ def cases(name: str, prefix: str = "") -> pytest.MarkDecorator:
 
 
 def assert_close(got: object, want: Array, tolerance: float, per: str = "file") -> None:
-    """Largest difference over largest golden value: of the whole array, of each 'row' (first axis), of each 'value'.
+    """Largest difference over largest golden value: of the whole array, of each 'row' (first
+    axis), of each 'value'.
 
     Rows by themselves, so that one of large values cannot hide a wrong one of small values.
     """
@@ -43,12 +46,15 @@ def assert_close(got: object, want: Array, tolerance: float, per: str = "file") 
     assert got.shape == want.shape
     axes = {"file": tuple(range(want.ndim)), "row": tuple(range(1, want.ndim)), "value": ()}[per]
     difference, size = np.abs(got - want).max(axis=axes), np.abs(want).max(axis=axes)
-    np.testing.assert_array_less(difference, tolerance * size + 1e-30)      # fails for NaN too
+    np.testing.assert_array_less(difference, tolerance * size + 1e-30)  # fails for NaN too
 
 
 # Transforms.
 
-@pytest.mark.parametrize("key, patch", [("dct_p4", 4), ("dct_p8", 8), ("dct_full", 32), ("idct_p4", 4)])
+
+@pytest.mark.parametrize(
+    "key, patch", [("dct_p4", 4), ("dct_p8", 8), ("dct_full", 32), ("idct_p4", 4)]
+)
 def test_dct(key: str, patch: int) -> None:
     arrays, _ = golden("dct")
     transform = ours.idct if key.startswith("i") else ours.dct
@@ -58,7 +64,9 @@ def test_dct(key: str, patch: int) -> None:
 @pytest.mark.parametrize("patch", [4, 8])
 def test_blur(patch: int) -> None:
     arrays, _ = golden("blur")
-    assert_close(ours.blur(arrays["x"], arrays["blur_sigmas"], patch=patch), arrays[f"y_up{patch}"], 1e-5)
+    assert_close(
+        ours.blur(arrays["x"], arrays["blur_sigmas"], patch=patch), arrays[f"y_up{patch}"], 1e-5
+    )
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8])
@@ -66,8 +74,12 @@ def test_blur(patch: int) -> None:
 def test_attenuation_on_both_sides_of_full_blur(data: str, patch: int) -> None:
     arrays, settings = golden("blur")
     settings = settings[f"alpha_{data}"]
-    got = ours.attenuation(arrays["alpha_sigmas"], patch=patch, cdf_max=settings["prob_length"],
-                           blur_sigma_max=settings["blur_sigma_max"])
+    got = ours.attenuation(
+        arrays["alpha_sigmas"],
+        patch=patch,
+        cdf_max=settings["prob_length"],
+        blur_sigma_max=settings["blur_sigma_max"],
+    )
     assert_close(got, arrays[f"alpha_{data}_p{patch}"], 1e-5)
 
 
@@ -79,18 +91,28 @@ def test_block_noise(size: int) -> None:
 
 # Losses.
 
+
 def loss_denoiser(xp: object) -> Callable:
     """The stand-in network behind the golden losses."""
-    return lambda x, sigma, labels=None: x / (1 + xp.reshape(sigma, (-1, 1, 1, 1)) ** 2) + 0.1 * xp.tanh(x)
+    return lambda x, sigma, labels=None: (
+        x / (1 + xp.reshape(sigma, (-1, 1, 1, 1)) ** 2) + 0.1 * xp.tanh(x)
+    )
 
 
 def relay_inputs(case: str) -> tuple[list[Array], dict[str, float], dict[str, Array]]:
     arrays, settings = golden("loss")
     settings = settings["cases"][case]
     scale = settings["block_scale"]
-    draws = [arrays[k] for k in ("images", "uniform", "gauss1" if scale else "gauss0", "gauss_block")]
-    keywords = dict(patch=settings["up_scale"], cdf_max=settings["prob_length"], block_noise_scale=scale,
-                    blur_sigma_max=settings["blur_sigma_max"], sigma_floor=settings.get("truncate_sigma", 0.0075))
+    draws = [
+        arrays[k] for k in ("images", "uniform", "gauss1" if scale else "gauss0", "gauss_block")
+    ]
+    keywords = dict(
+        patch=settings["up_scale"],
+        cdf_max=settings["prob_length"],
+        block_noise_scale=scale,
+        blur_sigma_max=settings["blur_sigma_max"],
+        sigma_floor=settings.get("truncate_sigma", 0.0075),
+    )
     return draws, keywords, arrays
 
 
@@ -108,7 +130,9 @@ def test_relay_corruption(case: str) -> None:
 @cases("loss")
 def test_relay_loss(case: str) -> None:
     draws, keywords, arrays = relay_inputs(case)
-    assert_close(ours.relay_loss(loss_denoiser, *draws, **keywords), arrays[f"{case}_loss"], 2e-4, per="row")
+    assert_close(
+        ours.relay_loss(loss_denoiser, *draws, **keywords), arrays[f"{case}_loss"], 2e-4, per="row"
+    )
 
 
 def test_edm_corruption_and_loss() -> None:
@@ -123,42 +147,60 @@ def test_edm_corruption_and_loss() -> None:
 
 # Schedules.
 
+
 def grid_settings(settings: dict) -> dict[str, float]:
     grid = {k: settings[k] for k in ("num_steps", "sigma_min", "sigma_max", "rho")}
-    return grid | ({"handoff_sigma": settings["truncation_sigma"]} if settings["sampler"] == "blur" else {})
+    return grid | (
+        {"handoff_sigma": settings["truncation_sigma"]} if settings["sampler"] == "blur" else {}
+    )
 
 
 @cases("schedule")
 def test_sampling_grids(case: str) -> None:
     arrays, settings = golden("schedule")
     levels = ours.edm_sigmas if case.startswith("edm") else ours.relay_sigmas
-    assert_close(levels(**grid_settings(settings["cases"][case])), arrays[f"{case}_t"], 1e-12, per="value")
+    assert_close(
+        levels(**grid_settings(settings["cases"][case])), arrays[f"{case}_t"], 1e-12, per="value"
+    )
 
 
 # Samplers.
 
+
 def sampler_denoiser(xp: object) -> Callable:
-    """The analytic denoiser of the golden runs, [b, h, w, c]: towards the mean image of the class, or of no class."""
+    """The analytic denoiser of the golden runs, [b, h, w, c]: towards the mean image of the
+    class, or of no class."""
     arrays, _ = golden("samplers")
-    means = np.concatenate([arrays["class_means"], arrays["uncond_mean"][None]]).transpose(0, 2, 3, 1)
+    means = np.concatenate([arrays["class_means"], arrays["uncond_mean"][None]]).transpose(
+        0, 2, 3, 1
+    )
 
     def denoise(x: object, sigma: object, labels: object = None) -> object:
         sigma = xp.reshape(xp.asarray(sigma, x.dtype), (-1, 1, 1, 1))
         labels = xp.zeros((len(x), len(means) - 1)) if labels is None else labels
         weights = xp.concatenate([labels, 1 - labels.sum(axis=1, keepdims=True)], axis=1)
         mean = (weights[:, :, None, None, None] * means).sum(axis=1)
-        return mean + (x - mean) * 0.25 / (0.25 + sigma**2) + 0.05 * sigma / (1 + sigma) * xp.tanh(x)
+        return (
+            mean + (x - mean) * 0.25 / (0.25 + sigma**2) + 0.05 * sigma / (1 + sigma) * xp.tanh(x)
+        )
 
     return denoise
 
 
 def recorded_noise(case: str) -> dict[str, Array]:
-    """The official draws by purpose and step; 1000, impossible to miss, where the official sampler draws nothing."""
+    """The official draws by purpose and step; 1000, impossible to miss, where the official
+    sampler draws nothing."""
     arrays, _ = golden("samplers")
     steps, shape = len(arrays[f"{case}_xcur"]), arrays["draws"].shape[1:]
-    purposes = [f"{moment}_{kind}" for moment in ("initial", "churn", "euler", "heun") for kind in ("gauss", "block")]
+    purposes = [
+        f"{moment}_{kind}"
+        for moment in ("initial", "churn", "euler", "heun")
+        for kind in ("gauss", "block")
+    ]
     noise = {purpose: np.full((steps, *shape), 1000.0, np.float32) for purpose in purposes}
-    for name, field in zip(arrays[f"{case}_draw_names"], arrays["draws"], strict=False):    # step3:euler:block_base
+    for name, field in zip(
+        arrays[f"{case}_draw_names"], arrays["draws"], strict=False
+    ):  # step3:euler:block_base
         step, moment, kind = name.removeprefix("step").split(":")
         noise[f"{moment}_{kind.removesuffix('_base')}"][int(step)] = field
     return {k: v[0] if k.startswith("initial") else v for k, v in noise.items()}
@@ -166,7 +208,9 @@ def recorded_noise(case: str) -> dict[str, Array]:
 
 def check_samples(case: str, got: dict[str, Array]) -> None:
     arrays, _ = golden("samplers")
-    assert_close(got["states"][:, 0], arrays[f"{case}_xcur"], 5e-5, per="row")    # of the first image at every step
+    assert_close(
+        got["states"][:, 0], arrays[f"{case}_xcur"], 5e-5, per="row"
+    )  # of the first image at every step
     assert_close(got["final"], arrays[f"{case}_final"], 5e-5, per="row")
 
 
@@ -174,24 +218,52 @@ def check_samples(case: str, got: dict[str, Array]) -> None:
 def test_first_stage_sampler(case: str) -> None:
     arrays, settings = golden("samplers")
     s = settings["cases"][case]
-    check_samples(case, ours.sample_edm(
-        sampler_denoiser, arrays["edm_latents"], arrays["class_labels"], recorded_noise(case), **grid_settings(s),
-        guidance=s.get("cfg_scale", 1), s_churn=s.get("S_churn", 0), s_min=s.get("S_min", 0),
-        s_max=s.get("S_max", np.inf), s_noise=s.get("S_noise", 1), sde_scale=s.get("sde_scale", 0)))
+    check_samples(
+        case,
+        ours.sample_edm(
+            sampler_denoiser,
+            arrays["edm_latents"],
+            arrays["class_labels"],
+            recorded_noise(case),
+            **grid_settings(s),
+            guidance=s.get("cfg_scale", 1),
+            s_churn=s.get("S_churn", 0),
+            s_min=s.get("S_min", 0),
+            s_max=s.get("S_max", np.inf),
+            s_noise=s.get("S_noise", 1),
+            sde_scale=s.get("sde_scale", 0),
+        ),
+    )
 
 
 @cases("samplers", "blur")
 def test_relay_sampler(case: str) -> None:
     arrays, settings = golden("samplers")
     s = settings["cases"][case]
-    check_samples(case, ours.sample_relay(
-        sampler_denoiser, arrays[f"{case}_lowres"], arrays["class_labels"], recorded_noise(case), **grid_settings(s),
-        patch=s["up_scale"], cdf_max=s["truncation_t"], blur_sigma_max=s["blur_sigma_max"],
-        block_noise_scale=s["s_block"], fresh_noise=s["s_noise"], guidance=s["cfg_scale"], s_churn=0, s_min=0,
-        s_max=np.inf, s_noise=1))
+    check_samples(
+        case,
+        ours.sample_relay(
+            sampler_denoiser,
+            arrays[f"{case}_lowres"],
+            arrays["class_labels"],
+            recorded_noise(case),
+            **grid_settings(s),
+            patch=s["up_scale"],
+            cdf_max=s["truncation_t"],
+            blur_sigma_max=s["blur_sigma_max"],
+            block_noise_scale=s["s_block"],
+            fresh_noise=s["s_noise"],
+            guidance=s["cfg_scale"],
+            s_churn=0,
+            s_min=0,
+            s_max=np.inf,
+            s_noise=1,
+        ),
+    )
 
 
 # Network.
+
 
 def network_config(settings: dict) -> dict:
     return {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4} | settings["config"]
@@ -202,10 +274,17 @@ def below(arrays: dict[str, Array], prefix: str) -> dict[str, Array]:
 
 
 def network_inputs() -> tuple:
-    """A class-conditional network with augmentation labels, 24 px, and one attention head of 80 channels."""
+    """A class-conditional network with augmentation labels, 24 px, and one attention head of 80
+    channels."""
     arrays, settings = golden("unet")
-    return (below(arrays, "param/"), network_config(settings), arrays["x"], arrays["sigma"], arrays["class_labels"],
-            arrays["augment_labels"])
+    return (
+        below(arrays, "param/"),
+        network_config(settings),
+        arrays["x"],
+        arrays["sigma"],
+        arrays["class_labels"],
+        arrays["augment_labels"],
+    )
 
 
 def test_unet() -> None:
@@ -218,7 +297,9 @@ def test_unet() -> None:
 def test_unet_without_class() -> None:
     arrays, _ = golden("unet")
     *inputs, _, augment_labels = network_inputs()
-    assert_close(ours.unet(*inputs, None, augment_labels)["D_x"], arrays["D_x_nolabel"], 3e-5, per="row")
+    assert_close(
+        ours.unet(*inputs, None, augment_labels)["D_x"], arrays["D_x_nolabel"], 3e-5, per="row"
+    )
 
 
 def test_unet_gradients() -> None:
@@ -247,33 +328,54 @@ def unpack(tmp_path: Path) -> Callable[[str], Path]:
 
 def assert_same(tensors: dict[str, Array], expected: dict[str, list]) -> None:
     """The same names, shapes and bits; constant resampling filters may be left out."""
-    got = {name: np.asarray(value) for name, value in tensors.items() if not name.endswith("resample_filter")}
-    assert {name: [list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()[:16]]
-            for name, value in got.items()} == expected
+    got = {
+        name: np.asarray(value)
+        for name, value in tensors.items()
+        if not name.endswith("resample_filter")
+    }
+    assert {
+        name: [list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()[:16]]
+        for name, value in got.items()
+    } == expected
 
 
-@pytest.mark.parametrize("name, same_as", [("training-state.pt", "training-state.pt"),
-                                           ("edm_release.pkl", "edm_release.pkl"),
-                                           ("edm_release_objects.pkl", "training-state.pt")])
-def test_averaged_weights_of_official_files(name: str, same_as: str, unpack: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    "name, same_as",
+    [
+        ("training-state.pt", "training-state.pt"),
+        ("edm_release.pkl", "edm_release.pkl"),
+        ("edm_release_objects.pkl", "training-state.pt"),
+    ],
+)
+def test_averaged_weights_of_official_files(
+    name: str, same_as: str, unpack: Callable[[str], Path]
+) -> None:
     assert_same(ours.read_checkpoint(unpack(name)), EXPECTED[same_as]["ema"])
 
 
 def test_training_state_of_an_official_file(unpack: Callable[[str], Path]) -> None:
-    got, expected = ours.read_training_state(unpack("training-state.pt")), EXPECTED["training-state.pt"]
+    got, expected = (
+        ours.read_training_state(unpack("training-state.pt")),
+        EXPECTED["training-state.pt"],
+    )
     assert got["images_seen"] == expected["images_seen"]
     for part in ("ema", "net", "exp_avg", "exp_avg_sq"):
         assert_same(got[part], expected[part])
 
 
-def test_a_network_read_from_an_official_file_denoises_as_it_did(unpack: Callable[[str], Path]) -> None:
+def test_a_network_read_from_an_official_file_denoises_as_it_did(
+    unpack: Callable[[str], Path],
+) -> None:
     arrays, settings = golden("edm_release")
     params = ours.read_checkpoint(unpack("edm_release.pkl"))
-    got = ours.unet(params, network_config(settings), arrays["x"], arrays["sigma"], arrays["class_labels"], None)
+    got = ours.unet(
+        params, network_config(settings), arrays["x"], arrays["sigma"], arrays["class_labels"], None
+    )
     assert_close(got["D_x"], arrays["D_x"], 3e-5, per="row")
 
 
 # Metrics.
+
 
 def test_feature_statistics_and_fid() -> None:
     arrays, _ = golden("metrics")
@@ -294,7 +396,11 @@ def test_inception_score() -> None:
     arrays, settings = golden("metrics")
     odds = np.exp(arrays["is_acts"].astype(np.float64) @ arrays["is_weight"] + arrays["is_bias"])
     probabilities = odds / odds.sum(axis=1, keepdims=True)
-    assert_close(ours.inception_score(probabilities, split_size=settings["is_split"]), arrays["inception_score"], 1e-6)
+    assert_close(
+        ours.inception_score(probabilities, split_size=settings["is_split"]),
+        arrays["inception_score"],
+        1e-6,
+    )
 
 
 # Augmentation.
@@ -307,10 +413,13 @@ def augment_draws(case: str) -> dict[str, Array]:
     arrays, _ = golden("augment")
     n = len(arrays["x"])
     draws = {f"{kind}_gate": np.ones(n) for kind in TRANSFORMS}
-    draws |= {k: np.zeros(n) for k in ("scale_normal", "aniso_normal", "rotate_frac_uniform", "aniso_angle_uniform")}
+    draws |= {
+        k: np.zeros(n)
+        for k in ("scale_normal", "aniso_normal", "rotate_frac_uniform", "aniso_angle_uniform")
+    }
     draws |= {"aniso_rotate_gate": np.ones(n), "translate_frac_normal": np.zeros((2, n))}
     draws |= {k: np.zeros(n) for k in ("xflip_choice", "yflip_choice")}
-    for key, value in below(arrays, f"{case}_draw").items():        # 05_scale_gate
+    for key, value in below(arrays, f"{case}_draw").items():  # 05_scale_gate
         name = key.partition("_")[2]
         draws[name] = value.reshape(draws[name].shape)
     return {k: v.astype(np.int32 if k.endswith("choice") else np.float32) for k, v in draws.items()}
@@ -320,8 +429,15 @@ def augment_draws(case: str) -> dict[str, Array]:
 def test_augmentation(case: str) -> None:
     arrays, settings = golden("augment")
     multipliers = dict.fromkeys(TRANSFORMS, 0) | settings["cases"][case]
-    images, labels = ours.augment(arrays["x"], augment_draws(case), **multipliers, scale_std=0.2, rotate_frac_max=1.0,
-                                  aniso_std=0.2, translate_frac_std=0.125)
+    images, labels = ours.augment(
+        arrays["x"],
+        augment_draws(case),
+        **multipliers,
+        scale_std=0.2,
+        rotate_frac_max=1.0,
+        aniso_std=0.2,
+        translate_frac_std=0.125,
+    )
     columns = {"only_xflip": [0], "only_yflip": [1]}.get(case, list(range(9)))
     want = np.zeros((len(arrays["x"]), 9))
     want[:, columns] = arrays[f"{case}_labels"]
@@ -331,12 +447,17 @@ def test_augmentation(case: str) -> None:
 
 # Pixels.
 
-@pytest.mark.parametrize("edit, key", [("none", "generate"), ("imagenet", "imagenet"), ("celebahq", "celebahq")])
+
+@pytest.mark.parametrize(
+    "edit, key", [("none", "generate"), ("imagenet", "imagenet"), ("celebahq", "celebahq")]
+)
 def test_pixels_and_their_edits(edit: str, key: str) -> None:
     arrays, _ = golden("post")
     colour, grey = arrays[f"png_{key}"], arrays[f"png_gray_{key}"][..., None]
     for images, want in ((arrays["x"], colour), (arrays["x"][:, :1], grey)):
         got = ours.to_uint8(images, edit=edit)
         assert got.dtype == np.uint8
-        difference = np.abs(got.astype(int) - want)         # one level where float32 falls to the other side of an edge
+        difference = np.abs(
+            got.astype(int) - want
+        )  # one level where float32 falls to the other side of an edge
         assert difference.max() <= 1 and np.mean(difference > 0) <= 1e-3

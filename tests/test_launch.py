@@ -1,6 +1,7 @@
 """The launchers without a cloud: what they print, what they pass on, when they start again.
 
-Programs that are not there (gcloud, srun, and Python itself where it does not matter) are replaced by small scripts.
+Programs that are not there (gcloud, srun, and Python itself where it does not matter) are
+replaced by small scripts.
 """
 
 import os
@@ -21,9 +22,18 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 RUN = ["--config=configs/demo.py:smoke", "--workdir=runs/a b"]
 
 
-def launch(script: str, *arguments: str, status: int = 0, seconds: int = 300, **environ: str) -> str:
-    done = subprocess.run(["bash", str(LAUNCH / script), *arguments], cwd=ROOT, env={**os.environ, **environ},
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
+def launch(
+    script: str, *arguments: str, status: int = 0, seconds: int = 300, **environ: str
+) -> str:
+    done = subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=seconds,
+    )
     assert done.returncode == status, done.stdout[-3000:]
     return done.stdout
 
@@ -42,18 +52,23 @@ def with_programs(folder: Path) -> str:
 
 
 def fake_python(folder: Path, *statuses: int) -> Path:
-    """Notes its process number and arguments in FOLDER/calls; ends with each status in turn, then with 0."""
+    """Notes its process number and arguments in FOLDER/calls; ends with each status in turn,
+    then with 0."""
     (folder / "statuses").write_text("".join(f"{s}\n" for s in statuses))
-    return program(folder, "fake-python", f"""cd {folder}
+    return program(
+        folder,
+        "fake-python",
+        f"""cd {folder}
 echo "${{RELAY_PROCESS_ID:-}} ${{RELAY_COORDINATOR:-}} $*" >>calls
-status=$(head -n 1 statuses); sed -i 1d statuses; exit "${{status:-0}}" """)
+status=$(head -n 1 statuses); sed -i 1d statuses; exit "${{status:-0}}" """,
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_strict_and_pass_shellcheck(script: Path) -> None:
     assert "set -euo pipefail" in script.read_text().splitlines()
     assert os.access(script, os.X_OK)
-    here = Path(sys.executable).with_name("shellcheck")     # where pip puts it; PATH may not have it
+    here = Path(sys.executable).with_name("shellcheck")  # where pip puts it; PATH may not have it
     program = str(here) if here.exists() else shutil.which("shellcheck")
     if not program:
         pytest.skip("needs shellcheck (requirements-dev.txt)")
@@ -68,12 +83,24 @@ def test_help_says_how_and_nothing_to_run_is_refused(script: Path) -> None:
 
 
 def test_dry_runs_need_nothing_and_print_the_commands() -> None:
-    said = launch("local_processes.sh", "--dry-run", "-n", "2", "-k", "3", "--port", "1234", "--", *RUN).splitlines()
-    assert len(said) == 2 and "JAX_NUM_CPU_DEVICES=3 RELAY_COORDINATOR=localhost:1234 RELAY_NUM_PROCESSES=2" in said[0]
+    said = launch(
+        "local_processes.sh", "--dry-run", "-n", "2", "-k", "3", "--port", "1234", "--", *RUN
+    ).splitlines()
+    assert (
+        len(said) == 2
+        and "JAX_NUM_CPU_DEVICES=3 RELAY_COORDINATOR=localhost:1234 RELAY_NUM_PROCESSES=2"
+        in said[0]
+    )
     assert "RELAY_PROCESS_ID=1" in said[1] and said[1].endswith(r"--workdir=runs/a\ b")
 
-    said = launch("gpu_node.sh", "--dry-run", "--gpus", "0,1", "--log", "a.log", "--", *RUN, JAX_PLATFORMS="")
-    assert r"JAX_PLATFORMS=cuda\,cpu" in said and r"CUDA_VISIBLE_DEVICES=0\,1" in said and ">> a.log" in said
+    said = launch(
+        "gpu_node.sh", "--dry-run", "--gpus", "0,1", "--log", "a.log", "--", *RUN, JAX_PLATFORMS=""
+    )
+    assert (
+        r"JAX_PLATFORMS=cuda\,cpu" in said
+        and r"CUDA_VISIBLE_DEVICES=0\,1" in said
+        and ">> a.log" in said
+    )
 
     said = launch("slurm.sbatch", *RUN, DRY_RUN="1", SLURM_NNODES="4", SLURM_JOB_ID="20005")
     assert "RELAY_NUM_PROCESSES=4" in said and ":20005" in said and "scontrol requeue 20005" in said
@@ -85,14 +112,27 @@ def test_the_dry_run_for_a_tpu_pod_shows_every_gcloud_command() -> None:
     slice_ = ["--spot", "--type", "v6e-64", "--zone", "z", "--bucket", "b"]
     said = launch("tpu_pod.sh", "--dry-run", *slice_, "keep", "--", *RUN)
     commands = [line for line in said.splitlines() if line.startswith("+ ")]
-    assert "queued-resources create relay --node-id=relay --zone=z --accelerator-type=v6e-64" in commands[0]
+    assert (
+        "queued-resources create relay --node-id=relay --zone=z --accelerator-type=v6e-64"
+        in commands[0]
+    )
     assert commands[0].endswith("--runtime-version=v2-alpha-tpuv6e --spot")
-    assert commands[1].startswith("+ tar ") and "scp" in commands[2] and "requirements.txt" in commands[3]
-    assert "gcsfuse" in commands[4] and "relay_jax.main" in commands[5] and "and again while the status is 75" in said
+    assert (
+        commands[1].startswith("+ tar ")
+        and "scp" in commands[2]
+        and "requirements.txt" in commands[3]
+    )
+    assert (
+        "gcsfuse" in commands[4]
+        and "relay_jax.main" in commands[5]
+        and "and again while the status is 75" in said
+    )
     assert "delete" in launch("tpu_pod.sh", "--dry-run", "down")
     again = launch("tpu_pod.sh", "--dry-run", "up", DRY_STATE="SUSPENDED")
     assert again.index("delete") < again.index("create"), "a pre-empted slice was not replaced"
-    assert "create" not in launch("tpu_pod.sh", "--dry-run", "up", DRY_STATE="ACTIVE"), "requested what is there"
+    assert "create" not in launch("tpu_pod.sh", "--dry-run", "up", DRY_STATE="ACTIVE"), (
+        "requested what is there"
+    )
     assert "host-0.log" in launch("tpu_pod.sh", "--dry-run", "logs")
     assert "kill -s TERM" in launch("tpu_pod.sh", "--dry-run", "stop").replace("\\", "")
     for wrong in (["fly"], ["up", "down"], ["run"], ["up", "--", "x"]):
@@ -100,39 +140,69 @@ def test_the_dry_run_for_a_tpu_pod_shows_every_gcloud_command() -> None:
 
 
 def test_a_tpu_run_is_kept_up_through_preemptions(tmp_path: Path) -> None:
-    """The real script against a gcloud that has one host, this one; the run asks for another start twice."""
+    """The real script against a gcloud that has one host, this one; the run asks for another
+    start twice."""
     fake_python(tmp_path, 75, 75, 0)
     home = tmp_path / "home"
     (home / "venv" / "bin").mkdir(parents=True)
     shutil.copy(tmp_path / "bin" / "fake-python", home / "venv" / "bin" / "python")
-    program(tmp_path, "gcloud", f"""cd {home}; echo "$*" >>{tmp_path}/gcloud
+    program(
+        tmp_path,
+        "gcloud",
+        f"""cd {home}; echo "$*" >>{tmp_path}/gcloud
 case "$*" in
   *describe*) cat state 2>/dev/null ;;
   *create*) echo ACTIVE >state ;;
   *ssh*requirements*) ;;
   *ssh*) for a in "$@"; do case $a in --command=*) HOME={home} bash -c "${{a#--command=}}" ;; esac; done ;;
-esac""")
-    said = launch("tpu_pod.sh", "keep", "--", *RUN, PATH=with_programs(tmp_path), POLL_SECONDS="0.2",
-                  TMPDIR=str(tmp_path))
+esac""",
+    )
+    said = launch(
+        "tpu_pod.sh",
+        "keep",
+        "--",
+        *RUN,
+        PATH=with_programs(tmp_path),
+        POLL_SECONDS="0.2",
+        TMPDIR=str(tmp_path),
+    )
     assert said.count("ended with status 75") == 2 and "ended with status 0" in said
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 3 and all(c.strip() == "-m relay_jax.main --config=configs/demo.py:smoke --workdir=runs/a b"
-                                   for c in calls)
+    assert len(calls) == 3 and all(
+        c.strip() == "-m relay_jax.main --config=configs/demo.py:smoke --workdir=runs/a b"
+        for c in calls
+    )
     assert (tmp_path / "gcloud").read_text().count("queued-resources create") == 1
 
 
-@pytest.mark.parametrize(("status", "queued", "requeues"), [(75, 0, True), (75, 100, False), (0, 0, False),
-                                                            (2, 0, False)])
-def test_a_slurm_job_goes_into_the_queue_again_when_the_run_asks_for_it(tmp_path: Path, status: int, queued: int,
-                                                                        requeues: bool) -> None:
+@pytest.mark.parametrize(
+    ("status", "queued", "requeues"),
+    [(75, 0, True), (75, 100, False), (0, 0, False), (2, 0, False)],
+)
+def test_a_slurm_job_goes_into_the_queue_again_when_the_run_asks_for_it(
+    tmp_path: Path, status: int, queued: int, requeues: bool
+) -> None:
     python = fake_python(tmp_path, status)
     program(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done; SLURM_PROCID=1 exec "$@"')
-    program(tmp_path, "scontrol", f'if [[ $1 == show ]]; then echo node7; else echo "$*" >{tmp_path}/scontrol; fi')
-    said = launch("slurm.sbatch", *RUN, status=0 if requeues else status, PATH=with_programs(tmp_path),
-                  PYTHON=str(python), SLURM_JOB_ID="5", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[7-8]",
-                  SLURM_RESTART_COUNT=str(queued))
-    assert (tmp_path / "calls").read_text() == ("1 node7:20005 -m relay_jax.main --config=configs/demo.py:smoke "
-                                                "--workdir=runs/a b\n")
+    program(
+        tmp_path,
+        "scontrol",
+        f'if [[ $1 == show ]]; then echo node7; else echo "$*" >{tmp_path}/scontrol; fi',
+    )
+    said = launch(
+        "slurm.sbatch",
+        *RUN,
+        status=0 if requeues else status,
+        PATH=with_programs(tmp_path),
+        PYTHON=str(python),
+        SLURM_JOB_ID="5",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="node[7-8]",
+        SLURM_RESTART_COUNT=str(queued),
+    )
+    assert (tmp_path / "calls").read_text() == (
+        "1 node7:20005 -m relay_jax.main --config=configs/demo.py:smoke --workdir=runs/a b\n"
+    )
     assert (tmp_path / "scontrol").exists() == requeues, said
     if requeues:
         assert (tmp_path / "scontrol").read_text() == "requeue 5\n"
@@ -143,20 +213,40 @@ def test_status_75_starts_again_and_others_do_not(tmp_path: Path, script: str) -
     one = ["-n", "1"] if script.startswith("local") else []
     launch(script, *one, "--restarts", "3", "--", *RUN, PYTHON=str(fake_python(tmp_path, 75, 75)))
     assert len((tmp_path / "calls").read_text().splitlines()) == 3
-    launch(script, *one, "--restarts", "1", "--", *RUN, PYTHON=str(fake_python(tmp_path, 75, 75)), status=75)
-    launch(script, *one, "--restarts", "3", "--", *RUN, PYTHON=str(fake_python(tmp_path, 2)), status=2)
+    launch(
+        script,
+        *one,
+        "--restarts",
+        "1",
+        "--",
+        *RUN,
+        PYTHON=str(fake_python(tmp_path, 75, 75)),
+        status=75,
+    )
+    launch(
+        script, *one, "--restarts", "3", "--", *RUN, PYTHON=str(fake_python(tmp_path, 2)), status=2
+    )
     assert len((tmp_path / "calls").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("script", ["local_processes.sh", "gpu_node.sh"])
 def test_sigterm_is_passed_on_and_does_not_start_again(tmp_path: Path, script: str) -> None:
-    python = program(tmp_path, "fake-python", f"""trap 'exit 75' TERM
-echo x >>{tmp_path}/calls; while :; do sleep 0.05; done""")
-    process = subprocess.Popen(["bash", str(LAUNCH / script), "--restarts", "3", "--", *RUN],
-                               env={**os.environ, "PYTHON": str(python)})
+    python = program(
+        tmp_path,
+        "fake-python",
+        f"""trap 'exit 75' TERM
+echo x >>{tmp_path}/calls; while :; do sleep 0.05; done""",
+    )
+    process = subprocess.Popen(
+        ["bash", str(LAUNCH / script), "--restarts", "3", "--", *RUN],
+        env={**os.environ, "PYTHON": str(python)},
+    )
     count = 2 if script.startswith("local") else 1
     deadline = time.monotonic() + 20
-    while not (tmp_path / "calls").exists() or len((tmp_path / "calls").read_text().splitlines()) < count:
+    while (
+        not (tmp_path / "calls").exists()
+        or len((tmp_path / "calls").read_text().splitlines()) < count
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -165,7 +255,9 @@ echo x >>{tmp_path}/calls; while :; do sleep 0.05; done""")
 
 
 def test_when_one_process_fails_the_others_are_ended(tmp_path: Path) -> None:
-    python = program(tmp_path, "fake-python", 'if ((RELAY_PROCESS_ID == 1)); then exit 3; fi; exec sleep 100')
+    python = program(
+        tmp_path, "fake-python", "if ((RELAY_PROCESS_ID == 1)); then exit 3; fi; exec sleep 100"
+    )
     began = time.monotonic()
     launch("local_processes.sh", "-n", "3", "--", *RUN, PYTHON=str(python), status=3)
     assert time.monotonic() - began < 40
@@ -175,12 +267,28 @@ def test_two_real_processes_train_the_demo(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = str(listener.getsockname()[1])
-    launch("local_processes.sh", "-n", "2", "--port", port, "--logs", str(tmp_path / "logs"), "--",
-           "--config=configs/demo.py:smoke", f"--workdir={tmp_path / 'run'}", "--stage=base",
-           "--config.stages.base.train.images=32", "--config.log.grid_every_images=0", seconds=600,
-           PYTHON=sys.executable, JAX_PLATFORMS="cpu")
+    launch(
+        "local_processes.sh",
+        "-n",
+        "2",
+        "--port",
+        port,
+        "--logs",
+        str(tmp_path / "logs"),
+        "--",
+        "--config=configs/demo.py:smoke",
+        f"--workdir={tmp_path / 'run'}",
+        "--stage=base",
+        "--config.stages.base.train.images=32",
+        "--config.log.grid_every_images=0",
+        seconds=600,
+        PYTHON=sys.executable,
+        JAX_PLATFORMS="cpu",
+    )
     said = [(tmp_path / "logs" / f"process-{i}.log").read_text() for i in range(2)]
-    assert "2 hosts, 2 x cpu (1 on each), mesh data 2 x fsdp 1" in said[0] and "2 hosts" not in said[1]
+    assert (
+        "2 hosts, 2 x cpu (1 on each), mesh data 2 x fsdp 1" in said[0] and "2 hosts" not in said[1]
+    )
     assert (tmp_path / "run" / "base" / "checkpoints" / "2").is_dir()
 
 
@@ -193,5 +301,8 @@ def test_the_jobset_of_gke_is_one_consistent_slice() -> None:
     sides = [int(n) for n in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")]
     assert job["parallelism"] == job["completions"] == sides[0] * sides[1] // chips
     assert container["command"][:3] == ["python", "-m", "relay_jax.main"]
-    assert 75 not in job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] and job["backoffLimit"] == 0
+    assert (
+        75 not in job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
+        and job["backoffLimit"] == 0
+    )
     assert pod["terminationGracePeriodSeconds"] >= 60

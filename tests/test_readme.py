@@ -13,20 +13,39 @@ from tests.conftest import command_line
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README + (ROOT / "docs/running.md").read_text(), re.DOTALL))
-HEADERS = [re.search(r"Command: +((?:.*\\\n)*.*)", p.read_text()) for p in sorted((ROOT / "configs").glob("*.py"))]
-COMMANDS = sorted({part.strip() for text in [SHELL, *(m.group(1).replace("\\\n", " ") for m in HEADERS if m)]
-                   for line in text.splitlines() for part in line.split("&&") if "relay_jax.main" in part})
+SHELL = "\n".join(
+    re.findall(r"```bash\n(.*?)```", README + (ROOT / "docs/running.md").read_text(), re.DOTALL)
+)
+HEADERS = [
+    re.search(r"Command: +((?:.*\\\n)*.*)", p.read_text())
+    for p in sorted((ROOT / "configs").glob("*.py"))
+]
+COMMANDS = sorted(
+    {
+        part.strip()
+        for text in [SHELL, *(m.group(1).replace("\\\n", " ") for m in HEADERS if m)]
+        for line in text.splitlines()
+        for part in line.split("&&")
+        if "relay_jax.main" in part
+    }
+)
 
 
 def test_readme_has_the_two_commands_that_do_everything() -> None:
     lines = README.splitlines()
-    assert any(re.match(r"pip install -r requirements.txt && python -m relay_jax.main .*configs/demo.py", s) for s in lines)
+    assert any(
+        re.match(
+            r"pip install -r requirements.txt && python -m relay_jax.main .*configs/demo.py", s
+        )
+        for s in lines
+    )
     assert "pip install -r requirements-dev.txt && pytest" in lines
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_one_that_the_program_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_one_that_the_program_takes(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "relay_jax.main"]

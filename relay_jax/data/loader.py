@@ -1,10 +1,12 @@
 """Batches by position: batch n is a pure function of the source, the seed and n.
 
-    stream = the source's positions, shuffled anew each epoch, repeated for ever, each image flipped or not
-    batch n = stream[n * batch_size : (n + 1) * batch_size], of which a host loads the rows that its devices hold
+    stream = the source's positions, shuffled anew each epoch, repeated for ever, each image
+    flipped or not batch n = stream[n * batch_size : (n + 1) * batch_size], of which a host
+    loads the rows that its devices hold
 
-So a run resumes with nothing but n, and row r of a batch is the same image whatever the number of hosts, threads or
-worker processes. Grain (github.com/google/grain) supplies the random-access shuffle and the prefetching.
+So a run resumes with nothing but n, and row r of a batch is the same image whatever the number
+of hosts, threads or worker processes. Grain (github.com/google/grain) supplies the
+random-access shuffle and the prefetching.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,7 @@ from typing import Self, TypedDict
 import grain
 import numpy as np
 
-from relay_jax.data.sources import DataError, Source, at_resolution, picture
+from relay_jax.data.source import DataError, Source, at_resolution, picture
 from relay_jax.data.transforms import center_crop_resize, flip_x
 
 
@@ -26,7 +28,8 @@ class Batch(TypedDict):
 
 
 class LoaderState(TypedDict):
-    """The position in the stream, and what makes the stream the one it is. Plain numbers, for JSON."""
+    """The position in the stream, and what makes the stream the one it is. Plain numbers, for
+    JSON."""
 
     next_batch: int
     seed: int
@@ -64,9 +67,12 @@ class _OwnRows:
 
 
 class _RandomFlip(grain.transforms.RandomMap):
-    """Mirrors half of the images. Grain's generator depends on nothing but the seed and the position in the stream."""
+    """Mirrors half of the images. Grain's generator depends on nothing but the seed and the
+    position in the stream."""
 
-    def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def random_map(
+        self, element: dict[str, np.ndarray], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
         return {**element, "image": flip_x(element["image"])} if rng.random() < 0.5 else element
 
 
@@ -74,13 +80,16 @@ class Loader(Iterator[Batch]):
     """Endless iterator over batches of this host; a context manager, to be closed.
 
     batch_size: images of all hosts together; it may exceed the number of images in the source.
-    rows: those of each batch that this host loads, in this order (`sharding.host_rows`); all by default.
-    start: batches already consumed: `state["next_batch"]` of an earlier loader continues it exactly.
+    rows: those of each batch that this host loads, in this order (`sharding.host_rows`); all by
+    default.
+    start: batches already consumed: `state["next_batch"]` of an earlier loader continues it
+    exactly.
     threads: decoding threads in each process; 0 decodes in the caller, without prefetching.
-    workers: decoding processes; 0 for none. They need parsed absl flags (`app.run` does it) and, as they are spawned, a
-        main module that can be imported. Threads do while decoding dominates: Pillow releases the interpreter lock.
-    Raises ValueError for impossible arguments, and DataError for a packed set without this resolution. `next` raises
-    DataError for an unreadable image; any error closes it.
+    workers: decoding processes; 0 for none. They need parsed absl flags (`app.run` does it)
+        and, as they are spawned, a main module that can be imported. Threads do while decoding
+        dominates: Pillow releases the interpreter lock.
+    Raises ValueError for impossible arguments, and DataError for a packed set without this
+    resolution. `next` raises DataError for an unreadable image; any error closes it.
     """
 
     def __init__(
@@ -103,17 +112,24 @@ class Loader(Iterator[Batch]):
             raise ValueError(f"rows must name images of a batch, 0 to {batch_size - 1}: {rows}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed {seed} must fit 32 bits without sign")
-        self._state = LoaderState(next_batch=start, seed=seed, length=len(source), batch_size=batch_size, x_flip=x_flip)
-        # The order matters: shuffling before repeating covers each image once per epoch, and anything random comes
-        # before the choice of rows, so that it depends on the position in the global stream.
-        stream = grain.MapDataset.source(_Examples(source, resolution)).seed(seed).shuffle().repeat()
+        self._state = LoaderState(
+            next_batch=start, seed=seed, length=len(source), batch_size=batch_size, x_flip=x_flip
+        )
+        # The order matters: shuffling before repeating covers each image once per epoch, and
+        # anything random comes before the choice of rows, so that it depends on the position in
+        # the global stream.
+        stream = (
+            grain.MapDataset.source(_Examples(source, resolution)).seed(seed).shuffle().repeat()
+        )
         if x_flip:
             stream = stream.random_map(_RandomFlip())
         if rows is not None:
             stream = grain.MapDataset.source(_OwnRows(stream, batch_size, own))
         batches = stream.batch(len(own), drop_remainder=True)[start:]
         # Grain's own default would buffer 500 elements, and after batching an element is a batch.
-        reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+        reading = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        )
         if workers:
             reading = reading.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         self._batches: grain.DatasetIterator | None = iter(reading)
@@ -129,7 +145,8 @@ class Loader(Iterator[Batch]):
         try:
             batch = next(self._batches)
         except Exception as error:
-            # Grain would go on with the batch after the bad one, and `state` would no longer say where we are.
+            # Grain would go on with the batch after the bad one, and `state` would no longer
+            # say where we are.
             self.close()
             if isinstance(error, DataError):  # Grain has added lines of its own to the message
                 raise DataError(str(error).partition("\n")[0]) from error
@@ -141,19 +158,27 @@ class Loader(Iterator[Batch]):
         """Ends threads and worker processes; `next` then raises ValueError. May be called twice."""
         if self._batches is not None:
             self._batches.close()
-            self._batches = None  # what is still there when the interpreter exits prints a traceback from Grain
+            self._batches = (
+                None  # what is still there when the interpreter exits prints a traceback from Grain
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
-def read(source: Source, positions: Sequence[int], resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, r, r, 3] and labels int32 [n] at `positions`, in that order, unshuffled and unflipped."""
+def read(
+    source: Source, positions: Sequence[int], resolution: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, r, r, 3] and labels int32 [n] at `positions`, in that order, unshuffled
+    and unflipped."""
     images = np.empty((len(positions), resolution, resolution, 3), np.uint8)
     labels = np.empty(len(positions), np.int32)
     source = at_resolution(source, resolution)

@@ -1,15 +1,18 @@
-"""Packed data sets: images cropped and resized once for each resolution, in a few large files (tools/prepare.py).
+"""Packed data sets: images cropped and resized once for each resolution, in a few large files
+(data/prepare.py).
 
     DIR/dataset.json                          what the set holds (`Manifest`)
     DIR/64/00000-of-00129.array_record        the first images at 64 px; read in place, at any position
     DIR/64/00000-of-00129.array_record.json   its size and checksum (`Shard`), by which a preparation resumes
 
-A record is 12 bytes (b"RLY1", height and width as uint16, label as int32, little endian) and uint8 [h, w, 3]: each
-pixel less its left neighbour, modulo 256. ArrayRecord compresses it with zstd. So it is lossless: training sees the
-pixels that it would have seen without packing. Measured on 256 px photographs, per image and core: 127 KB, 0.3 ms to
-read, 1.3 ms to write; PNG: 120 KB, 1.6 ms, 12.5 ms; plain pixels under zstd: 167 KB, 0.2 ms, 0.9 ms.
+A record is 12 bytes (b"RLY1", height and width as uint16, label as int32, little endian) and
+uint8 [h, w, 3]: each pixel less its left neighbour, modulo 256. ArrayRecord compresses it with
+zstd. So it is lossless: training sees the pixels that it would have seen without packing.
+Measured on 256 px photographs, per image and core: 127 KB, 0.3 ms to read, 1.3 ms to write;
+PNG: 120 KB, 1.6 ms, 12.5 ms; plain pixels under zstd: 167 KB, 0.2 ms, 0.9 ms.
 
-DIR may be gs://BUCKET/PATH: ArrayRecord and data/storage.py read there with the application's default credentials.
+DIR may be gs://BUCKET/PATH: ArrayRecord and data/storage.py read there with the application's
+default credentials.
 """
 
 import bisect
@@ -26,7 +29,7 @@ from typing import Any, TypedDict, cast
 import numpy as np
 from array_record.python import array_record_module
 
-from relay_jax.data.decode import DataError, one_line
+from relay_jax.data.images import DataError, one_line
 from relay_jax.data.storage import file_sha256 as file_sha256
 from relay_jax.data.storage import storage
 
@@ -46,7 +49,8 @@ class Shard(TypedDict):
 
 
 class Manifest(TypedDict):
-    """dataset.json. source: what was packed, for people. shards: by resolution; none holds more than shard_images."""
+    """dataset.json. source: what was packed, for people. shards: by resolution; none holds more
+    than shard_images."""
 
     version: int
     complete: bool
@@ -80,34 +84,45 @@ def shard_name(resolution: int, number: int, count: int) -> str:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """dataset.json of a packed set, finished or not. Raises DataError if it is absent, damaged or of another format."""
+    """dataset.json of a packed set, finished or not. Raises DataError if it is absent, damaged
+    or of another format."""
     folder = os.fspath(folder)
     path, place = os.path.join(folder, MANIFEST), storage(folder)
     try:
         manifest = json.loads(place.read(MANIFEST))
     except FileNotFoundError as error:
-        raise DataError(f"{folder}: no packed data set ({MANIFEST} is missing); run --mode=prepare") from error
+        raise DataError(
+            f"{folder}: no packed data set ({MANIFEST} is missing); run --mode=prepare"
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
     if not isinstance(manifest, dict) or not manifest.keys() >= Manifest.__required_keys__:
         raise DataError(f"{path}: not a description of a packed data set")
     if manifest["version"] != VERSION:
-        raise DataError(f"{path}: format {manifest['version']}, this program reads {VERSION}; prepare the set again")
+        raise DataError(
+            f"{path}: format {manifest['version']}, this program reads {VERSION}; prepare the "
+            "set again"
+        )
     return cast(Manifest, manifest)
 
 
 class PackedDataset:
     """A packed data set at one of its resolutions; `at` gives the others.
 
-    Opening looks at the size of every file (not in a bucket); `verify` reads them. Raises DataError, as reading does,
-    for a set that is unfinished, or of which a file is missing, truncated, damaged or not of this set, naming the file.
+    Opening looks at the size of every file (not in a bucket); `verify` reads them. Raises
+    DataError, as reading does,
+    for a set that is unfinished, or of which a file is missing, truncated, damaged or not of
+    this set, naming the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], resolution: int) -> None:
         self.path = os.fspath(path)
         manifest = read_manifest(self.path)
         if not manifest["complete"]:
-            raise DataError(f"{self.path}: the preparation has not finished; start the same --mode=prepare again")
+            raise DataError(
+                f"{self.path}: the preparation has not finished; start the same --mode=prepare "
+                "again"
+            )
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
         self.num_classes = len(self.class_names)
         self._manifest = manifest
@@ -128,20 +143,30 @@ class PackedDataset:
         shards = manifest["shards"].get(str(resolution))
         if shards is None:
             present = ", ".join(str(r) for r in manifest["resolutions"])
-            raise DataError(f"{self.path}: packed at {present} px, not at {resolution}; prepare it for this relay")
+            raise DataError(
+                f"{self.path}: packed at {present} px, not at {resolution}; prepare it for "
+                "this relay"
+            )
         for shard in [] if self.path.startswith("gs://") else shards:
             file = Path(self.path, shard["file"])
             try:
                 size = file.stat().st_size
             except OSError as error:
-                raise DataError(f"{file}: cannot be read ({error.strerror}); start the preparation again") from error
+                raise DataError(
+                    f"{file}: cannot be read ({error.strerror}); start the preparation again"
+                ) from error
             if size != shard["bytes"]:
-                raise DataError(f"{file}: has {size} bytes instead of {shard['bytes']}; start the preparation again")
+                raise DataError(
+                    f"{file}: has {size} bytes instead of {shard['bytes']}; start the "
+                    "preparation again"
+                )
         self.resolution, self._shards = resolution, shards
         self._ends = list(itertools.accumulate(shard["images"] for shard in shards))
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")
+        }
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
         self.__dict__.update(state)
@@ -152,7 +177,8 @@ class PackedDataset:
         self._lock = threading.Lock()
 
     def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
-        """The reader of a shard, opened when first needed; threads share it. DataError for a foreign file."""
+        """The reader of a shard, opened when first needed; threads share it. DataError for a
+        foreign file."""
         with self._lock:
             if number not in self._readers:
                 shard = self._shards[number]
@@ -161,8 +187,12 @@ class PackedDataset:
                 reader = array_record_module.ArrayRecordReader(
                     file, "readahead_buffer_size:0", file_reader_buffer_size=32768
                 )
-                if reader.num_records() != shard["images"]:  # 0 for whatever is not an ArrayRecord file
-                    raise DataError(f"{file}: not the file that was prepared; start the preparation again")
+                if (
+                    reader.num_records() != shard["images"]
+                ):  # 0 for whatever is not an ArrayRecord file
+                    raise DataError(
+                        f"{file}: not the file that was prepared; start the preparation again"
+                    )
                 self._readers[number] = reader
             return self._readers[number]
 
@@ -177,23 +207,34 @@ class PackedDataset:
         offset = int(position) - (self._ends[number] - self._shards[number]["images"])
         try:
             image, label = decode_record(self._reader(number).read([offset])[0])
-            if image.shape != (self.resolution, self.resolution, 3) or not 0 <= label < max(self.num_classes, 1):
-                raise ValueError(f"image of {image.shape[1]}x{image.shape[0]} px with label {label}")
+            if image.shape != (self.resolution, self.resolution, 3) or not 0 <= label < max(
+                self.num_classes, 1
+            ):
+                raise ValueError(
+                    f"image of {image.shape[1]}x{image.shape[0]} px with label {label}"
+                )
         except DataError:
             raise
         except (RuntimeError, ValueError, struct.error) as error:
             where = f"{os.path.join(self.path, self._shards[number]['file'])}[{offset}]"
-            raise DataError(f"{where}: damaged ({one_line(error)}); start the preparation again") from error
+            raise DataError(
+                f"{where}: damaged ({one_line(error)}); start the preparation again"
+            ) from error
         return image, label
 
     def verify(self) -> None:
-        """Compares every file at this resolution with its checksum. Raises DataError for the first that differs."""
+        """Compares every file at this resolution with its checksum. Raises DataError for the
+        first that differs."""
         for shard in self._shards:
             file = os.path.join(self.path, shard["file"])
             try:
                 found = storage(self.path).checksum(shard["file"])[1]
             except OSError as error:
                 why = error.strerror or one_line(error)
-                raise DataError(f"{file}: cannot be read ({why}); prepare or copy it again") from error
+                raise DataError(
+                    f"{file}: cannot be read ({why}); prepare or copy it again"
+                ) from error
             if found != shard["sha256"]:
-                raise DataError(f"{file}: damaged (its checksum differs); start the preparation again")
+                raise DataError(
+                    f"{file}: damaged (its checksum differs); start the preparation again"
+                )

@@ -1,6 +1,7 @@
 """A folder, or gs://BUCKET/PATH, as a place for whole files: what packed data sets need of either.
 
-Buckets are reached through tensorstore (which orbax brings) with the application's default credentials. An object
+Buckets are reached through tensorstore (which orbax brings) with the application's default
+credentials. An object
 appears when it is whole, as a file does here.
 """
 
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from relay_jax.data.decode import DataError, one_line
+from relay_jax.data.images import DataError, one_line
 
 
 def file_sha256(path: Path) -> str:
@@ -24,7 +25,8 @@ def file_sha256(path: Path) -> str:
 
 
 class Folder:
-    """Files below a folder, by path from there. Everything raises OSError, FileNotFoundError for what is not there."""
+    """Files below a folder, by path from there. Everything raises OSError, FileNotFoundError
+    for what is not there."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -80,15 +82,21 @@ class Bucket(Folder):
             bucket, _, path = self.path.removeprefix("gs://").partition("/")
             # The default keeps a user without network waiting for many minutes.
             retries = {"max_retries": 5, "max_delay": "2s"}
-            spec = {"driver": "gcs", "bucket": bucket, "path": f"{path}/" if path else "",
-                    "context": {"gcs_request_retries": retries}}
+            spec = {
+                "driver": "gcs",
+                "bucket": bucket,
+                "path": f"{path}/" if path else "",
+                "context": {"gcs_request_retries": retries},
+            }
             self._opened = tensorstore.KvStore.open(spec).result()
         return self._opened
 
     def read(self, name: str) -> bytes:
         try:
             found = self._store().read(name).result()
-        except Exception as error:  # it raises whatever fits: ValueError, RuntimeError, ImportError ...
+        except (
+            Exception
+        ) as error:  # it raises whatever fits: ValueError, RuntimeError, ImportError ...
             raise OSError(one_line(error)) from error
         if found.state != "value":
             raise FileNotFoundError(errno.ENOENT, "No such object")
@@ -132,5 +140,7 @@ def storage(path: str | os.PathLike[str]) -> Folder:
     if not re.match(r"\w+:/", path):
         return Folder(path)
     if not path.startswith("gs://"):
-        raise DataError(f"{path}: packed sets lie in folders and gs://BUCKET/PATH; mount or copy it")
+        raise DataError(
+            f"{path}: packed sets lie in folders and gs://BUCKET/PATH; mount or copy it"
+        )
     return Bucket(path)

@@ -1,7 +1,9 @@
-"""A procedural, class-conditional image set: eight classes, no download, image i a pure function of (seed, i).
+"""A procedural, class-conditional image set: eight classes, no download, image i a pure
+function of (seed, i).
 
-It is made for testing a relay. Four shapes (disc, square, triangle, cross) are visible at every resolution, so the base
-stage can learn them; two textures (stripes, checks) have a period of four native pixels, so a 4x4 box average erases
+It is made for testing a relay. Four shapes (disc, square, triangle, cross) are visible at every
+resolution, so the base stage can learn them; two textures (stripes, checks) have a period of
+four native pixels, so a 4x4 box average erases
 them and only the relay stage can draw them.
 
     label = i mod 8 = 4 * texture + shape
@@ -13,7 +15,7 @@ import math
 
 import numpy as np
 
-from relay_jax.data.decode import DataError
+from relay_jax.data.images import DataError
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks")
@@ -22,35 +24,43 @@ TEXTURE_PERIOD = 4.0  # pixels of the native resolution
 
 @functools.lru_cache(maxsize=8)
 def _grid(resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres x [1, r] and y [r, 1], in pixels from the centre of the image, y downwards. Read only."""
+    """Pixel centres x [1, r] and y [r, 1], in pixels from the centre of the image, y downwards.
+    Read only."""
     line = np.arange(resolution, dtype=np.float32) + 0.5 - resolution / 2
     line.setflags(write=False)
     return line[None, :], line[:, None]
 
 
 def _signed_distance(shape: int, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance to the outline in pixels, negative inside, [h, w]. Scaled so that the four look alike in size."""
+    """Distance to the outline in pixels, negative inside, [h, w]. Scaled so that the four look
+    alike in size."""
     if shape == 0:
         return np.sqrt(x * x + y * y) - 0.95 * radius
     ax, ay = np.abs(x), np.abs(y)
     if shape == 1:
         return np.maximum(ax, ay) - 0.82 * radius
-    if shape == 2:  # equilateral, point up, its bounding box centred; symmetry folds two sides into one
+    if (
+        shape == 2
+    ):  # equilateral, point up, its bounding box centred; symmetry folds two sides into one
         y = y - 0.3 * radius
         return np.maximum(y, 0.5 * math.sqrt(3) * ax - 0.5 * y) - 0.6 * radius
     return np.maximum(np.maximum(ax, ay) - radius, np.minimum(ax, ay) - 0.32 * radius)
 
 
 class SyntheticShapes:
-    """`size` images of `resolution` x `resolution` pixels, classes balanced. DataError for impossible arguments."""
+    """`size` images of `resolution` x `resolution` pixels, classes balanced. DataError for
+    impossible arguments."""
 
-    class_names: tuple[str, ...] = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
+    class_names: tuple[str, ...] = tuple(
+        f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES
+    )
     num_classes: int = len(class_names)
 
     def __init__(self, resolution: int, size: int, seed: int) -> None:
         if resolution < 1 or size < 1 or seed < 0:
             raise DataError(
-                f"the synthetic source needs resolution, size >= 1, seed >= 0: {resolution}, {size}, {seed}"
+                f"the synthetic source needs resolution, size >= 1, seed >= 0: {resolution}, "
+                f"{size}, {seed}"
             )
         self.resolution, self.size, self.seed = resolution, size, seed
 
@@ -67,8 +77,12 @@ class SyntheticShapes:
         u = np.random.default_rng([self.seed, int(position)]).random(11).tolist()
         x, y = _grid(r)
 
-        # A pastel gradient behind a darker, saturated shape: they differ in brightness whatever the two hues.
-        colours = [np.array(colorsys.hsv_to_rgb(h, 0.25, v), np.float32) for h, v in ((u[0], 1.0), (u[1], 0.78))]
+        # A pastel gradient behind a darker, saturated shape: they differ in brightness whatever
+        # the two hues.
+        colours = [
+            np.array(colorsys.hsv_to_rgb(h, 0.25, v), np.float32)
+            for h, v in ((u[0], 1.0), (u[1], 0.78))
+        ]
         angle = 2 * math.pi * u[2]
         ramp = np.clip(0.5 + (math.cos(angle) * x + math.sin(angle) * y) / r, 0, 1)[..., None]
         background = colours[0] + ramp * (colours[1] - colours[0])
@@ -82,8 +96,8 @@ class SyntheticShapes:
         distance = _signed_distance(shape, cos * px + sin * py, cos * py - sin * px, radius)
         inside = np.clip(0.5 - distance, 0, 1)[..., None]  # the edge is one pixel wide
 
-        # The wave swings each channel by 0.7 of its own value (by 0.4 for the strongest): nothing clips, so the mean
-        # over a period stays the colour, and the hue stays too.
+        # The wave swings each channel by 0.7 of its own value (by 0.4 for the strongest):
+        # nothing clips, so the mean over a period stays the colour, and the hue stays too.
         tilt = math.radians(20 * u[8] - 10)
         k = 2 * math.pi / TEXTURE_PERIOD
         kx, ky = k * math.sin(tilt), k * math.cos(tilt)

@@ -1,7 +1,9 @@
-"""Non-leaking augmentation: six random transforms of the training images, told to the network as nine labels.
+"""Non-leaking augmentation: six random transforms of the training images, told to the network
+as nine labels.
 
-The network is conditioned on the labels; sampling passes zeros, that is, asks for images that nothing was done to
-(EDM, arXiv 2206.00364, appendix F.2; the resampling is that of StyleGAN2-ADA, arXiv 2006.06676, appendix B).
+The network is conditioned on the labels; sampling passes zeros, that is, asks for images that
+nothing was done to (EDM, arXiv 2206.00364, appendix F.2; the resampling is that of
+StyleGAN2-ADA, arXiv 2006.06676, appendix B).
 
     1. x-flip, y-flip           of the exact pixels
     2. s = 2^(scale_std n)      isotropic scale                                      n standard normal
@@ -12,10 +14,13 @@ The network is conditioned on the labels; sampling passes zeros, that is, asks f
            R(theta - phi) diag(1/a, a) R(phi) (q - t w) / s,    R(alpha) = [[cos, -sin], [sin, cos]]
        of the (flipped) image
 
-Labels, zero where inactive: x-flip, y-flip, n of 2, cos(theta) - 1, sin(theta), n cos(phi) and n sin(phi) of 4, n of 5.
+Labels, zero where inactive: x-flip, y-flip, n of 2, cos(theta) - 1, sin(theta), n cos(phi) and
+n sin(phi) of 4, n of 5.
 
-Resampling: reflect padding, 2x up-sampling with the sym6 low-pass, bilinear reading, 2x down-sampling with the same
-filter, whose even shifts are orthogonal: without a transform the two filters undo each other exactly.
+Resampling: reflect padding, 2x up-sampling with the sym6 low-pass, bilinear reading, 2x
+down-sampling with the same
+filter, whose even shifts are orthogonal: without a transform the two filters undo each other
+exactly.
 """
 
 import dataclasses
@@ -27,22 +32,27 @@ import numpy as np
 
 NUM_LABELS = 9
 
-# Daubechies' least asymmetric wavelet with six vanishing moments ("sym6"), low-pass, scaled to sum 1. Its centre of
-# mass is close to tap 5, which is why a fine sample lies on each pixel. Up-sampling is the transpose of down-sampling.
+# Daubechies' least asymmetric wavelet with six vanishing moments ("sym6"), low-pass, scaled to
+# sum 1. Its centre of mass is close to tap 5, which is why a fine sample lies on each pixel.
+# Up-sampling is the transpose of down-sampling.
 SYM6 = np.array([
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
     -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 ]) / np.sqrt(2)  # fmt: skip
-REACH = len(SYM6) // 2 - 1  # down-sampled pixel i reads the fine samples 2i - REACH ... 2i + 1 + REACH
+REACH = (
+    len(SYM6) // 2 - 1
+)  # down-sampled pixel i reads the fine samples 2i - REACH ... 2i + 1 + REACH
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How often and how strongly to transform; the defaults are EDM's, 0.12 to 0.15 its usual probabilities.
+    """How often and how strongly to transform; the defaults are EDM's, 0.12 to 0.15 its usual
+    probabilities.
 
-    A transform is active for an image with probability `min(1, multiplier * probability)`, on its own; a flip that is
-    active is then done or not with equal chances. Probability 0 changes nothing at all; any other leaves the x-flip
+    A transform is active for an image with probability `min(1, multiplier * probability)`, on
+    its own; a flip that is active is then done or not with equal chances. Probability 0 changes
+    nothing at all; any other leaves the x-flip
     always active, by its huge multiplier. Multiplier 0 switches a transform off.
     """
 
@@ -68,7 +78,10 @@ class Augmentation:
     @property
     def resamples(self) -> bool:
         """Whether any image can need more than a flip."""
-        return self.probability * max(self.scale, self.rotate_frac, self.aniso, self.translate_frac) > 0
+        return (
+            self.probability * max(self.scale, self.rotate_frac, self.aniso, self.translate_frac)
+            > 0
+        )
 
 
 class Draws(NamedTuple):
@@ -110,16 +123,20 @@ def draw(key: jax.Array, batch: int, index: jax.Array | None = None) -> Draws:
     return draws._replace(translate_frac_normal=draws.translate_frac_normal.T)
 
 
-def apply_draws(images: jax.Array, draws: Draws, augmentation: Augmentation) -> tuple[jax.Array, jax.Array]:
+def apply_draws(
+    images: jax.Array, draws: Draws, augmentation: Augmentation
+) -> tuple[jax.Array, jax.Array]:
     """Transforms each image by its own draws.
 
     Args:
-      images: [b, h, w, c] with h == w, in [-1, 1]; the filters may overshoot this range a little, which is left so.
+      images: [b, h, w, c] with h == w, in [-1, 1]; the filters may overshoot this range a
+      little, which is left so.
       draws: from `draw`.
       augmentation: static under `jit`.
     Returns:
-      images [b, h, w, c] and labels [b, 9], float32. An image without an active geometric transform keeps its pixels
-      to the bit (the official code sends it through both filters, which changes it by 1e-6).
+      images [b, h, w, c] and labels [b, 9], float32. An image without an active geometric
+      transform keeps its pixels to the bit (the official code sends it through both filters,
+      which changes it by 1e-6).
     """
     if images.ndim != 4 or images.shape[1] != images.shape[2]:
         raise ValueError(f"augmentation takes square images [b, h, h, c], not {images.shape}")
@@ -131,18 +148,31 @@ def apply_draws(images: jax.Array, draws: Draws, augmentation: Augmentation) -> 
     images = jnp.where(xflip[:, None, None, None] == 1, images[:, :, ::-1], images)
     images = jnp.where(yflip[:, None, None, None] == 1, images[:, ::-1], images)
 
-    # An inactive transform is one whose normal or angle is 0: then its labels are 0 and its map is the identity.
+    # An inactive transform is one whose normal or angle is 0: then its labels are 0 and its map
+    # is the identity.
     scale_on = draws.scale_gate < augmentation.scale * p
     rotate_on = draws.rotate_frac_gate < augmentation.rotate_frac * p
     aniso_on = draws.aniso_gate < augmentation.aniso * p
     translate_on = draws.translate_frac_gate < augmentation.translate_frac * p
     scale = jnp.where(scale_on, draws.scale_normal, 0)
-    theta = jnp.where(rotate_on, jnp.pi * (2 * draws.rotate_frac_uniform - 1) * augmentation.rotate_frac_max, 0)
+    theta = jnp.where(
+        rotate_on, jnp.pi * (2 * draws.rotate_frac_uniform - 1) * augmentation.rotate_frac_max, 0
+    )
     aniso = jnp.where(aniso_on, draws.aniso_normal, 0)
-    phi = jnp.where(aniso_on & (draws.aniso_rotate_gate < 0.5), jnp.pi * (2 * draws.aniso_angle_uniform - 1), 0)
+    phi = jnp.where(
+        aniso_on & (draws.aniso_rotate_gate < 0.5), jnp.pi * (2 * draws.aniso_angle_uniform - 1), 0
+    )
     translate = jnp.where(translate_on, draws.translate_frac_normal, 0)
 
-    labels = [xflip, yflip, scale, jnp.cos(theta) - 1, jnp.sin(theta), aniso * jnp.cos(phi), aniso * jnp.sin(phi)]
+    labels = [
+        xflip,
+        yflip,
+        scale,
+        jnp.cos(theta) - 1,
+        jnp.sin(theta),
+        aniso * jnp.cos(phi),
+        aniso * jnp.sin(phi),
+    ]
     labels = jnp.stack([*labels, *translate], axis=1).astype(jnp.float32)
     if not augmentation.resamples:
         return images, labels
@@ -150,15 +180,19 @@ def apply_draws(images: jax.Array, draws: Draws, augmentation: Augmentation) -> 
     shrink = jnp.exp2(-augmentation.scale_std * scale)
     squeeze = jnp.exp2(-augmentation.aniso_std * aniso)
     stretch = jnp.stack([shrink * squeeze, shrink / squeeze], axis=1)  # diag(1/a, a) / s
-    linear = (_rotation(theta - phi)[..., None] * stretch[:, None, :, None] * _rotation(phi)[:, None]).sum(2)
+    linear = (
+        _rotation(theta - phi)[..., None] * stretch[:, None, :, None] * _rotation(phi)[:, None]
+    ).sum(2)
     shift = augmentation.translate_frac_std * images.shape[2] * translate.T
     moved = (scale_on | rotate_on | aniso_on | translate_on)[:, None, None, None]
     return jnp.where(moved, jax.vmap(_resample)(images, linear, shift), images), labels
 
 
-def augment(images: jax.Array, key: jax.Array, augmentation: Augmentation,
-            index: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Transforms images [b, h, h, c] at random; returns them with labels [b, 9]. index: see `draw`."""
+def augment(
+    images: jax.Array, key: jax.Array, augmentation: Augmentation, index: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Transforms images [b, h, h, c] at random; returns them with labels [b, 9]. index: see
+    `draw`."""
     return apply_draws(images, draw(key, len(images), index), augmentation)
 
 
@@ -169,10 +203,12 @@ def _rotation(angle: jax.Array) -> jax.Array:
 
 
 def _resample(image: jax.Array, linear: jax.Array, shift: jax.Array) -> jax.Array:
-    """The image [w, w, c] that shows at position q what was at `linear [2, 2] (q - shift [2])`, see (6).
+    """The image [w, w, c] that shows at position q what was at `linear [2, 2] (q - shift [2])`,
+    see (6).
 
-    Cost per image: the padded and up-sampled image has (6w-4)^2 pixels, of which (2w+10)^2 positions are read. For
-    256 pixels and three channels that is 28 MB and 3 MB (33 MB of temporaries as compiled) and 5 GFLOP in the filters;
+    Cost per image: the padded and up-sampled image has (6w-4)^2 pixels, of which (2w+10)^2
+    positions are read. For 256 pixels and three channels that is 28 MB and 3 MB (33 MB of
+    temporaries as compiled) and 5 GFLOP in the filters;
     for 32 pixels 0.5 MB and 0.01 GFLOP.
     """
     width = image.shape[0]
@@ -180,11 +216,16 @@ def _resample(image: jax.Array, linear: jax.Array, shift: jax.Array) -> jax.Arra
 
     # Fine sample 2k lies on pixel k, for the image as for its padded version.
     q = (np.arange(-REACH, 2 * width + REACH, dtype=np.float32) - (width - 1)) / 2
-    x, y = q[None, :] - shift[0], q[:, None] - shift[1]  # written out, as an accelerator may round a matrix product
+    x, y = (
+        q[None, :] - shift[0],
+        q[:, None] - shift[1],
+    )  # written out, as an accelerator may round a matrix product
     column, row = (2 * (m[0] * x + m[1] * y) + (len(fine) / 2 - 1) for m in linear)
 
     def read(channel: jax.Array) -> jax.Array:
-        return jax.scipy.ndimage.map_coordinates(channel, [row, column], order=1, mode="constant", cval=0.0)
+        return jax.scipy.ndimage.map_coordinates(
+            channel, [row, column], order=1, mode="constant", cval=0.0
+        )
 
     return _filter(_down_matrix(width), jax.vmap(read, in_axes=-1, out_axes=-1)(fine))
 
@@ -197,7 +238,8 @@ def _filter(matrix: np.ndarray, image: jax.Array) -> jax.Array:
 
 
 def _down_matrix(width: int) -> np.ndarray:
-    """[w, 2w + 2 REACH]: low-pass, then every second sample; the first REACH samples lie left of the image."""
+    """[w, 2w + 2 REACH]: low-pass, then every second sample; the first REACH samples lie left
+    of the image."""
     matrix = np.zeros((width, 2 * width + 2 * REACH), np.float32)
     for i in range(width):
         matrix[i, 2 * i : 2 * i + len(SYM6)] = SYM6
@@ -205,10 +247,14 @@ def _down_matrix(width: int) -> np.ndarray:
 
 
 def _up_matrix(width: int) -> np.ndarray:
-    """[6w-4, w]: reflect padding by w - 1 on both sides, then a zero between samples and the low-pass.
+    """[6w-4, w]: reflect padding by w - 1 on both sides, then a zero between samples and the
+    low-pass.
 
-    The margin is the widest that can be reflected, so that one shape serves all draws. What lies beyond reads zero:
+    The margin is the widest that can be reflected, so that one shape serves all draws. What
+    lies beyond reads zero:
     to get there, a draw must shrink and shift the image to less than about a third.
     """
-    padded = np.pad(np.eye(width, dtype=np.float32), ((width - 1, width - 1), (0, 0)), mode="reflect")
+    padded = np.pad(
+        np.eye(width, dtype=np.float32), ((width - 1, width - 1), (0, 0)), mode="reflect"
+    )
     return 2 * _down_matrix(len(padded)).T[REACH:-REACH] @ padded

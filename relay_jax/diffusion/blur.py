@@ -4,8 +4,9 @@
 (2)  B_s X = C^T (a(s) * (C X C^T)) C    per p x p patch X
 (3)        = m X + (1 - m) A X A^T,      A = C^T diag(exp(-f^2 s^2 / 2)) C
 
-(3) holds because the exponential in (1) separates; it is what the code computes. Patches never mix and
-patch means are untouched, so an infinite blur leaves (almost) the nearest-neighbour up-sampled image.
+(3) holds because the exponential in (1) separates; it is what the code computes. Patches never
+mix and patch means are untouched, so an infinite blur leaves (almost) the nearest-neighbour
+up-sampled image.
 """
 
 import jax
@@ -25,7 +26,8 @@ def _decay(blur_sigma: jax.Array, patch: int) -> jax.Array:
 
 
 def attenuation(blur_sigma: jax.Array, patch: int, min_scale: float = MIN_SCALE) -> jax.Array:
-    """The factors of equation (1). blur_sigma: [...] in pixels. Returns [..., p, p], (row, column) frequency."""
+    """The factors of equation (1). blur_sigma: [...] in pixels. Returns [..., p, p], (row,
+    column) frequency."""
     decay = _decay(jnp.asarray(blur_sigma, jnp.float32), patch)
     return (1 - min_scale) * decay[..., :, None] * decay[..., None, :] + min_scale
 
@@ -35,15 +37,18 @@ def blur_matrix(blur_sigma: jax.Array, patch: int) -> jax.Array:
     c = dct_matrix(patch)
     outer = jnp.asarray((c[:, :, None] * c[:, None, :]).reshape(patch, patch * patch), jnp.float32)
     decay = _decay(jnp.asarray(blur_sigma, jnp.float32), patch)
-    # A product, not a sum over an axis: XLA for CPU (jax 0.10, 0.11) gets that wrong for 64 or more equal blur_sigma.
+    # A product, not a sum over an axis: XLA for CPU (jax 0.10, 0.11) gets that wrong for 64 or
+    # more equal blur_sigma.
     return jnp.matmul(decay, outer, precision=lax.Precision.HIGHEST).reshape(*decay.shape, patch)
 
 
-def blur(x: jax.Array, blur_sigma: jax.Array, patch: int, min_scale: float = MIN_SCALE) -> jax.Array:
+def blur(
+    x: jax.Array, blur_sigma: jax.Array, patch: int, min_scale: float = MIN_SCALE
+) -> jax.Array:
     """B_s x, equation (3).
 
-    x: [b, h, w, c]; blur_sigma: scalar or [b], in pixels of x; 0 changes nothing, and neither does patch 1.
-    Returns [b, h, w, c]. Raises ValueError where h or w is not divisible by patch.
+    x: [b, h, w, c]; blur_sigma: scalar or [b], in pixels of x; 0 changes nothing, and neither
+    does patch 1. Returns [b, h, w, c]. Raises ValueError where h or w is not divisible by patch.
     """
     check_patch(x.shape[1], x.shape[2], patch)
     if patch == 1:

@@ -4,7 +4,8 @@
 (2)  U = C X C^T      per patch X
 (3)  X = C^T U C
 
-Coefficient (k, l) of a patch is stored at pixel (k, l) of that patch, so a coefficient image has the
+Coefficient (k, l) of a patch is stored at pixel (k, l) of that patch, so a coefficient image
+has the
 shape of the image.
 """
 
@@ -26,7 +27,10 @@ def check_patch(height: int, width: int, patch: int) -> None:
     if patch < 1:
         raise ValueError(f"patch must be at least 1, not {patch}")
     if height % patch or width % patch:
-        raise ValueError(f"an image of {height} x {width} pixels is not divisible into patches of {patch} x {patch}")
+        raise ValueError(
+            f"an image of {height} x {width} pixels is not divisible into patches of {patch} x "
+            f"{patch}"
+        )
 
 
 def apply_per_patch(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -40,9 +44,14 @@ def apply_per_patch(x: jax.Array, matrix: jax.Array) -> jax.Array:
     p = matrix.shape[-1]
     check_patch(h, w, p)
     m = jnp.broadcast_to(matrix, (b, p, p)).astype(x.dtype)
-    # HIGHEST: accelerators would otherwise round the factors to bfloat16 or TF32; the cost is negligible.
-    rows = jnp.einsum("bki,bnim->bnkm", m, x.reshape(b, h // p, p, w * c), precision=lax.Precision.HIGHEST)
-    columns = jnp.einsum("bki,bnic->bnkc", m, rows.reshape(b, h * w // p, p, c), precision=lax.Precision.HIGHEST)
+    # HIGHEST: accelerators would otherwise round the factors to bfloat16 or TF32; the cost is
+    # negligible.
+    rows = jnp.einsum(
+        "bki,bnim->bnkm", m, x.reshape(b, h // p, p, w * c), precision=lax.Precision.HIGHEST
+    )
+    columns = jnp.einsum(
+        "bki,bnic->bnkc", m, rows.reshape(b, h * w // p, p, c), precision=lax.Precision.HIGHEST
+    )
     return columns.reshape(b, h, w, c)
 
 

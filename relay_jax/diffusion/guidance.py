@@ -1,4 +1,5 @@
-"""Classifier-free guidance (SPEC section 5.4; arXiv 2207.12598; limited interval: arXiv 2404.07724).
+"""Classifier-free guidance (SPEC section 5.4; arXiv 2207.12598; limited interval: arXiv
+2404.07724).
 
 (1)  D = w D(x, labels) - (w - 1) D(x, no label),     applied only if w > 1
 
@@ -14,13 +15,18 @@ from jax import lax
 from relay_jax.diffusion.precondition import Denoiser
 
 
-def classifier_free(denoise: Denoiser, class_labels: jax.Array | None, guidance: float,
-                    interval: tuple[float, float] = (0.0, math.inf)) -> Denoiser:
+def classifier_free(
+    denoise: Denoiser,
+    class_labels: jax.Array | None,
+    guidance: float,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> Denoiser:
     """Binds the labels: (x, sigma, labels) -> x0 becomes (x, sigma) -> x0, guided by equation (1).
 
     denoise: takes x [b, h, w, c], scalar sigma, class_labels [b, classes] or None.
     guidance: w; at most 1 means the plain conditional denoiser.
-    interval: sigmas [low, high] where the guidance acts; outside, only the conditional branch is computed.
+    interval: sigmas [low, high] where the guidance acts; outside, only the conditional branch
+    is computed.
     Both branches run in one batch of 2b: one call of the network.
     Raises ValueError for w > 1 without labels, or an empty interval.
     """

@@ -11,12 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-Network = Callable[..., jax.Array]     # (x [b,h,w,c], c_noise [b], class_labels, augment_labels) -> [b,h,w,c]
-Denoiser = Callable[..., jax.Array]    # (x [b,h,w,c], sigma scalar or [b], ...) -> x0 [b,h,w,c]
+Network = Callable[
+    ..., jax.Array
+]  # (x [b,h,w,c], c_noise [b], class_labels, augment_labels) -> [b,h,w,c]
+Denoiser = Callable[..., jax.Array]  # (x [b,h,w,c], sigma scalar or [b], ...) -> x0 [b,h,w,c]
 
 
 class Coefficients(NamedTuple):
     """The four functions of sigma in equation (2), each of the shape of sigma."""
+
     c_skip: jax.Array
     c_out: jax.Array
     c_in: jax.Array
@@ -26,8 +29,12 @@ class Coefficients(NamedTuple):
 def coefficients(sigma: jax.Array, sigma_data: float = 0.5) -> Coefficients:
     """Equation (2). sigma: noise standard deviation, any shape, > 0."""
     total = jnp.square(sigma) + sigma_data**2
-    return Coefficients(c_skip=sigma_data**2 / total, c_out=sigma * sigma_data / jnp.sqrt(total),
-                        c_in=1 / jnp.sqrt(total), c_noise=jnp.log(sigma) / 4)
+    return Coefficients(
+        c_skip=sigma_data**2 / total,
+        c_out=sigma * sigma_data / jnp.sqrt(total),
+        c_in=1 / jnp.sqrt(total),
+        c_noise=jnp.log(sigma) / 4,
+    )
 
 
 def per_image(value: jax.Array, x: jax.Array) -> jax.Array:
@@ -42,8 +49,13 @@ def precondition(network: Network, sigma_data: float = 0.5) -> Denoiser:
     The result takes x [b, h, w, c], sigma (scalar or [b]) and the network's labels, and returns the
     denoised images in float32 whatever the precision inside the network.
     """
-    def denoise(x: jax.Array, sigma: jax.Array, class_labels: jax.Array | None = None,
-                augment_labels: jax.Array | None = None) -> jax.Array:
+
+    def denoise(
+        x: jax.Array,
+        sigma: jax.Array,
+        class_labels: jax.Array | None = None,
+        augment_labels: jax.Array | None = None,
+    ) -> jax.Array:
         x = x.astype(jnp.float32)
         c = coefficients(per_image(sigma, x), sigma_data)
         raw = network(c.c_in * x, c.c_noise.reshape(-1), class_labels, augment_labels)

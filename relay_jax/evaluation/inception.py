@@ -1,7 +1,9 @@
-"""The network of FID, sFID and the inception score: Inception-v3 as TensorFlow published it on 2015-12-05.
+"""The network of FID, sFID and the inception score: Inception-v3 as TensorFlow published it on
+2015-12-05.
 
-C. Szegedy et al., Rethinking the Inception Architecture for Computer Vision (arXiv 1512.00567). Every published score
-uses this one set of weights, and differs visibly with any other, with another resize or with bfloat16. So:
+C. Szegedy et al., Rethinking the Inception Architecture for Computer Vision (arXiv 1512.00567).
+Every published score uses this one set of weights, and differs visibly with any other, with
+another resize or with bfloat16. So:
 
     input     uint8 of any size -> 299 x 299 with TensorFlow 1's bilinear rule (`resize`) -> (x - 128) / 128
     padding   average pools of 3 x 3 leave the border out of the mean (TensorFlow), so their sum is divided by 4, 6 or 9
@@ -10,15 +12,18 @@ uses this one set of weights, and differs visibly with any other, with another r
     numbers   float32 with full-precision products: a GPU's TF32 and a TPU's bfloat16 passes would shift the scores
     outputs   pool           [b, 2048]  mean over the last 8 x 8
               spatial        [b, 2023]  first 7 channels of the 17 x 17 output of "mixed_6/conv", in order y, x, channel
-              probabilities  [b, 1008]  softmax of the pool features times the last matrix WITHOUT its bias (as in ADM's
+              probabilities  [b, 1008]  softmax of the pool features times the last matrix
+              WITHOUT its bias (as in ADM's
                                         evaluator, which gives the published inception scores)
 
-The graph numbers the blocks mixed, mixed_1 ... mixed_10; the PyTorch port whose names we use calls them 5b, 5c, 5d, 6a,
-6b ... 6e, 7a, 7b, 7c. mixed_6 is thus 6d, and "mixed_6/conv", without a tower, its first branch of 1 x 1. In this graph
-the node named after a scope is the last one of that scope, the rectifier after batch normalisation (the convolution
-alone is "mixed_6/conv/Conv2D"), so the numbers are those that enter the concatenation.
+The graph numbers the blocks mixed, mixed_1 ... mixed_10; the PyTorch port whose names we use
+calls them 5b, 5c, 5d, 6a, 6b ... 6e, 7a, 7b, 7c. mixed_6 is thus 6d, and "mixed_6/conv",
+without a tower, its first branch of 1 x 1. In this graph the node named after a scope is the
+last one of that scope, the rectifier after batch normalisation (the convolution alone is
+"mixed_6/conv/Conv2D"), so the numbers are those that enter the concatenation.
 
-Batch normalisation (epsilon 1e-3, fixed statistics) is folded into the kernels in float64 when the weights are read.
+Batch normalisation (epsilon 1e-3, fixed statistics) is folded into the kernels in float64 when
+the weights are read.
 """
 
 import hashlib
@@ -30,15 +35,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relay_jax.tools.restricted_pickle import FileError
-from relay_jax.tools.torch_files import Tensor, load
+from relay_jax.official.pickle import FileError
+from relay_jax.official.torch_files import Tensor, load
 
 NETWORK = "Inception-v3 of 2015-12-05, 1008 classes"
 RESIZE = "TensorFlow 1 bilinear (no antialiasing, corners not aligned) to 299 x 299"
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-WHERE = (f"the Inception network needs its weights: download {FILE} (91 MB) from "
-         "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights and pass --inception=FILE")
+WHERE = (
+    f"the Inception network needs its weights: download {FILE} (91 MB) from "
+    "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights and pass --inception=FILE"
+)
 SIDE, CLASSES, EPSILON = 299, 1008, 1e-3
 SPATIAL_CHANNELS = 7
 
@@ -46,22 +53,27 @@ SPATIAL_CHANNELS = 7
 def resize(pixels: jax.Array, side: int = SIDE) -> jax.Array:
     """uint8 [b, h, w, c] -> float32 [b, side, side, c] in [0, 255].
 
-    tf.compat.v1.image.resize_bilinear with its defaults: pixel i of the result lies at i * h / side of the source, not
-    at (i + 1/2) h / side - 1/2; between the two neighbours it interpolates linearly, also when it shrinks.
+    tf.compat.v1.image.resize_bilinear with its defaults: pixel i of the result lies at i * h /
+    side of the source, not at (i + 1/2) h / side - 1/2; between the two neighbours it
+    interpolates linearly, also when it shrinks.
     """
     x = pixels.astype(jnp.float32)
-    for axis in (2, 1):         # along the width first, as TensorFlow
+    for axis in (2, 1):  # along the width first, as TensorFlow
         size = x.shape[axis]
         place = np.arange(side, dtype=np.float32) * (np.float32(size) / np.float32(side))
         low = place.astype(int)
         share = (place - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(4)])
-        lower, upper = jnp.take(x, low, axis=axis), jnp.take(x, np.minimum(low + 1, size - 1), axis=axis)
+        lower, upper = (
+            jnp.take(x, low, axis=axis),
+            jnp.take(x, np.minimum(low + 1, size - 1), axis=axis),
+        )
         x = lower + (upper - lower) * share
     return x
 
 
 class Conv(nn.Module):
     """Convolution, batch normalisation (folded), rectifier."""
+
     width: int
     kernel: tuple[int, int] = (1, 1)
     stride: int = 1
@@ -69,7 +81,11 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.relu(nn.Conv(self.width, self.kernel, self.stride, self.padding, precision="highest", name="conv")(x))
+        return nn.relu(
+            nn.Conv(
+                self.width, self.kernel, self.stride, self.padding, precision="highest", name="conv"
+            )(x)
+        )
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -87,6 +103,7 @@ def max_3x3(x: jax.Array) -> jax.Array:
 
 class BlockA(nn.Module):
     """5b, 5c, 5d: 35 x 35."""
+
     pool_width: int
 
     @nn.compact
@@ -95,7 +112,9 @@ class BlockA(nn.Module):
         b = Conv(64, (5, 5), name="branch5x5_2")(Conv(48, name="branch5x5_1")(x))
         c = Conv(96, (3, 3), name="branch3x3dbl_2")(Conv(64, name="branch3x3dbl_1")(x))
         c = Conv(96, (3, 3), name="branch3x3dbl_3")(c)
-        return jnp.concatenate([a, b, c, Conv(self.pool_width, name="branch_pool")(mean_3x3(x))], axis=-1)
+        return jnp.concatenate(
+            [a, b, c, Conv(self.pool_width, name="branch_pool")(mean_3x3(x))], axis=-1
+        )
 
 
 class BlockB(nn.Module):
@@ -111,6 +130,7 @@ class BlockB(nn.Module):
 
 class BlockC(nn.Module):
     """6b ... 6e: 17 x 17, convolutions of 7 x 7 in two steps. Also returns the first branch."""
+
     width: int
 
     @nn.compact
@@ -119,8 +139,10 @@ class BlockC(nn.Module):
         b = Conv(self.width, (1, 7), name="branch7x7_2")(Conv(self.width, name="branch7x7_1")(x))
         b = Conv(192, (7, 1), name="branch7x7_3")(b)
         c = Conv(self.width, name="branch7x7dbl_1")(x)
-        for i, (width, kernel) in enumerate(((self.width, (7, 1)), (self.width, (1, 7)), (self.width, (7, 1)),
-                                             (192, (1, 7))), start=2):
+        for i, (width, kernel) in enumerate(
+            ((self.width, (7, 1)), (self.width, (1, 7)), (self.width, (7, 1)), (192, (1, 7))),
+            start=2,
+        ):
             c = Conv(width, kernel, name=f"branch7x7dbl_{i}")(c)
         return jnp.concatenate([a, b, c, Conv(192, name="branch_pool")(mean_3x3(x))], axis=-1), a
 
@@ -139,6 +161,7 @@ class BlockD(nn.Module):
 
 class BlockE(nn.Module):
     """7b, 7c: 8 x 8."""
+
     pool: Callable[[jax.Array], jax.Array]
 
     @nn.compact
@@ -146,13 +169,17 @@ class BlockE(nn.Module):
         a = Conv(320, name="branch1x1")(x)
         b = Conv(384, name="branch3x3_1")(x)
         c = Conv(384, (3, 3), name="branch3x3dbl_2")(Conv(448, name="branch3x3dbl_1")(x))
-        split = [Conv(384, kernel, name=name + side)(y) for name, y in (("branch3x3_2", b), ("branch3x3dbl_3", c))
-                 for side, kernel in (("a", (1, 3)), ("b", (3, 1)))]
+        split = [
+            Conv(384, kernel, name=name + side)(y)
+            for name, y in (("branch3x3_2", b), ("branch3x3dbl_3", c))
+            for side, kernel in (("a", (1, 3)), ("b", (3, 1)))
+        ]
         return jnp.concatenate([a, *split, Conv(192, name="branch_pool")(self.pool(x))], axis=-1)
 
 
 class Inception(nn.Module):
-    """[b, h, w, 3] in [-1, 1) -> logits without bias [b, 1008], pool [b, 2048], mixed_6/conv [b, h', w', 192].
+    """[b, h, w, 3] in [-1, 1) -> logits without bias [b, 1008], pool [b, 2048], mixed_6/conv
+    [b, h', w', 192].
 
     Fully convolutional: h, w of at least 75; scores take 299.
     """
@@ -179,7 +206,8 @@ class Inception(nn.Module):
 
 
 def outputs(params: dict, x: jax.Array) -> dict[str, jax.Array]:
-    """Images [b, 299, 299, 3] in [0, 255] -> pool, spatial and probabilities, as at the top of this file."""
+    """Images [b, 299, 299, 3] in [0, 255] -> pool, spatial and probabilities, as at the top of
+    this file."""
     logits, pool, branch = Inception().apply({"params": params}, (x - 128) / 128)
     spatial = branch[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
     return {"pool": pool, "spatial": spatial, "probabilities": jax.nn.softmax(logits)}
@@ -191,9 +219,11 @@ def shapes() -> dict:
 
 
 def convert(state: Mapping[str, np.ndarray]) -> dict:
-    """The state dict of the PyTorch port -> parameters: OIHW kernels become HWIO, batch normalisation goes into them.
+    """The state dict of the PyTorch port -> parameters: OIHW kernels become HWIO, batch
+    normalisation goes into them.
 
-    fc.bias and the counters of batch normalisation are not used. Raises FileError unless names and shapes are ours.
+    fc.bias and the counters of batch normalisation are not used. Raises FileError unless names
+    and shapes are ours.
     """
     left = {name for name in state if not name.endswith("num_batches_tracked")} - {"fc.bias"}
 
@@ -202,32 +232,42 @@ def convert(state: Mapping[str, np.ndarray]) -> dict:
             raise FileError(f"{name} is missing: these are not the weights of Inception-v3")
         left.remove(name)
         if state[name].shape != shape:
-            raise FileError(f"{name} has shape {list(state[name].shape)}, not {list(shape)}: these are not the weights "
-                            "of the network of 2015-12-05")
+            raise FileError(
+                f"{name} has shape {list(state[name].shape)}, not {list(shape)}: these are not "
+                "the weights "
+                "of the network of 2015-12-05"
+            )
         return np.asarray(state[name], np.float64)
 
     def walk(tree: Mapping, path: str) -> dict:
         if path == "fc":
             return {"kernel": take("fc.weight", tree["kernel"].shape[::-1]).T.astype(np.float32)}
         if "conv" not in tree:
-            return {name: walk(inner, f"{path}.{name}" if path else name) for name, inner in tree.items()}
+            return {
+                name: walk(inner, f"{path}.{name}" if path else name)
+                for name, inner in tree.items()
+            }
         h, w, wide, width = tree["conv"]["kernel"].shape
         kernel = take(f"{path}.conv.weight", (width, wide, h, w)).transpose(2, 3, 1, 0)
-        gain, offset, mean, var = (take(f"{path}.bn.{name}", (width,))
-                                   for name in ("weight", "bias", "running_mean", "running_var"))
+        gain, offset, mean, var = (
+            take(f"{path}.bn.{name}", (width,))
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
         gain = gain / np.sqrt(var + EPSILON)
         folded = {"kernel": kernel * gain, "bias": offset - mean * gain}
         return {"conv": {name: value.astype(np.float32) for name, value in folded.items()}}
 
     params = walk(shapes(), "")
     if left:
-        raise FileError(f"{min(left)} has no place in this network: these are not the weights of 2015-12-05")
+        raise FileError(
+            f"{min(left)} has no place in this network: these are not the weights of 2015-12-05"
+        )
     return params
 
 
 def read_weights(path: Path) -> tuple[dict, str]:
-    """Parameters, and the sha256 of the file, which must be SHA256. Nothing in the file is executed. Raises FileError
-    or OSError."""
+    """Parameters, and the sha256 of the file, which must be SHA256. Nothing in the file is
+    executed. Raises FileError or OSError."""
     if not path.is_file():
         raise FileError(f"{path}: there is no such file; {WHERE}")
     with path.open("rb") as file:
@@ -240,6 +280,11 @@ def read_weights(path: Path) -> tuple[dict, str]:
         raise FileError(f"{path}: {error}") from error
     if not isinstance(state, dict):
         raise FileError(f"{path} holds no state dict")
-    arrays = {name: value.array() for name, value in state.items()
-              if isinstance(name, str) and isinstance(value, Tensor) and not name.endswith("num_batches_tracked")}
+    arrays = {
+        name: value.array()
+        for name, value in state.items()
+        if isinstance(name, str)
+        and isinstance(value, Tensor)
+        and not name.endswith("num_batches_tracked")
+    }
     return convert(arrays), sha256

@@ -1,7 +1,8 @@
 """report.json and report.md: scores beside everything that they depend on.
 
-A report has `scores` and `notes`; its settings `samples`, `reference`, `features` and `metrics`; and `device`,
-`versions` and `time`. The same settings on the same machine give the same files but for `time`. A folder holds the
+A report has `scores` and `notes`; its settings `samples`, `reference`, `features` and
+`metrics`; and `device`, `versions` and `time`. The same settings on the same machine give the
+same files but for `time`. A folder holds the
 report of one set of settings: another one is refused there before anything is computed.
 """
 
@@ -19,31 +20,47 @@ import jax
 
 import relay_jax
 from relay_jax.config import ConfigError, Stage, flat
-from relay_jax.data.decode import one_line
-from relay_jax.logs import write_json, write_text
+from relay_jax.data.images import one_line
+from relay_jax.runtime.logs import write_json, write_text
 
 SETTINGS = ("samples", "reference", "features", "metrics")
-_PLACES = ("path", "data_dir")      # the same images elsewhere are the same images
+_PLACES = ("path", "data_dir")  # the same images elsewhere are the same images
 
 
-def make_report(scores: Mapping[str, float], notes: list[str], settings: Mapping[str, Any], seconds: Mapping[str, float],
-                **more: Any) -> dict[str, Any]:
-    """The report as plain values. settings: by the names of SETTINGS; more: further sections, after the settings."""
+def make_report(
+    scores: Mapping[str, float],
+    notes: list[str],
+    settings: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    **more: Any,
+) -> dict[str, Any]:
+    """The report as plain values. settings: by the names of SETTINGS; more: further sections,
+    after the settings."""
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return {
         "scores": dict(scores),
         "notes": list(notes),
         **settings,
         **more,
-        "device": {"kind": jax.devices()[0].device_kind, "devices": jax.device_count(), "processes": jax.process_count()},
+        "device": {
+            "kind": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+        },
         "versions": versions(),
-        "time": {"finished": now, "seconds": {name: round(value, 1) for name, value in seconds.items()}},
+        "time": {
+            "finished": now,
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        },
     }
 
 
 def averaging(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
     """How the weights that are sampled were averaged (EMA), by stage, as the configuration says."""
-    return {s.name: {"halflife_images": s.train.ema_halflife_images, "rampup": s.train.ema_rampup} for s in stages}
+    return {
+        s.name: {"halflife_images": s.train.ema_halflife_images, "rampup": s.train.ema_rampup}
+        for s in stages
+    }
 
 
 @cache
@@ -53,11 +70,16 @@ def versions() -> dict[str, str]:
     for file in sorted(folder.rglob("*.py")):
         sha.update(str(file.relative_to(folder)).encode() + b"\n" + file.read_bytes())
     libraries = {name: version(name) for name in ("jax", "flax", "numpy", "scipy", "pillow")}
-    return {"relay_jax": f"source {sha.hexdigest()[:16]}", "python": platform.python_version(), **libraries}
+    return {
+        "relay_jax": f"source {sha.hexdigest()[:16]}",
+        "python": platform.python_version(),
+        **libraries,
+    }
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the folder holds the report of other settings, naming the first that differs."""
+    """Raises ConfigError if the folder holds the report of other settings, naming the first
+    that differs."""
     path = folder / "report.json"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a folder")
@@ -67,12 +89,16 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         theirs = json.loads(path.read_text())
         old = flat({name: theirs[name] for name in SETTINGS}, _PLACES)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} is no report of this program ({one_line(error)}); use another --out") from error
+        raise ConfigError(
+            f"{path} is no report of this program ({one_line(error)}); use another --out"
+        ) from error
     new = flat(json.loads(json.dumps({name: settings[name] for name in SETTINGS})), _PLACES)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            raise ConfigError(f"{path} is a report of other settings ({key} is {_short(old.get(key))} there and "
-                              f"{_short(new.get(key))} here); use another --out, or remove it")
+            raise ConfigError(
+                f"{path} is a report of other settings ({key} is {_short(old.get(key))} there and "
+                f"{_short(new.get(key))} here); use another --out, or remove it"
+            )
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -82,14 +108,27 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
-    """The report for people: scores, notes, the stages side by side, and a table for each other section."""
-    rest = json.loads(json.dumps({name: value for name, value in report.items() if name not in ("scores", "notes")}))
+    """The report for people: scores, notes, the stages side by side, and a table for each other
+    section."""
+    rest = json.loads(
+        json.dumps(
+            {name: value for name, value in report.items() if name not in ("scores", "notes")}
+        )
+    )
     sampling = rest["samples"].get("sampling") or {}
     columns = sampling.pop("stages", {})
-    for what, of_stages in (("ema", rest["samples"].pop("ema", None)), ("training", rest.pop("training", None))):
+    for what, of_stages in (
+        ("ema", rest["samples"].pop("ema", None)),
+        ("training", rest.pop("training", None)),
+    ):
         for stage, values in (of_stages or {}).items():
             columns.setdefault(stage, {})[what] = values
-    lines = ["# Evaluation", "", *_table(["score", ""], [[name, _number(x)] for name, x in report["scores"].items()]), ""]
+    lines = [
+        "# Evaluation",
+        "",
+        *_table(["score", ""], [[name, _number(x)] for name, x in report["scores"].items()]),
+        "",
+    ]
     lines += [f"- {note}" for note in report["notes"]]
     if columns:
         by_stage = {stage: flat(values) for stage, values in columns.items()}

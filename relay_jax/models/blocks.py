@@ -1,6 +1,8 @@
-"""Building blocks of the ADM U-Net (SPEC section 6; arXiv 2105.05233), [b, h, w, c], parameters in float32.
+"""Building blocks of the ADM U-Net (SPEC section 6; arXiv 2105.05233), [b, h, w, c], parameters
+in float32.
 
-`dtype` is the precision of activations and of the weights as used; normalisation statistics, softmax and
+`dtype` is the precision of activations and of the weights as used; normalisation statistics,
+softmax and
 embeddings are float32 always.
 """
 
@@ -12,15 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from relay_jax.models.cpu import conv, conv1x1, conv3x3, gradient_once, up_conv3x3
+from relay_jax.models.kernels.cpu import conv, conv1x1, conv3x3, gradient_once, up_conv3x3
+from relay_jax.models.kernels.tpu import add_bias, attend
 from relay_jax.models.resample import downsample, upsample
-from relay_jax.models.tpu import add_bias, attend
 
 Initializer = Callable[..., jax.Array]
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
-    """Uniform on +-1/sqrt(fan_in), standard deviation sqrt(1/3)/sqrt(fan_in): weights and biases alike."""
+    """Uniform on +-1/sqrt(fan_in), standard deviation sqrt(1/3)/sqrt(fan_in): weights and
+    biases alike."""
+
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / fan_in**0.5
 
@@ -29,6 +33,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 class Linear(nn.Module):
     """x W + b on the last axis. [..., c] -> [..., features]."""
+
     features: int
     use_bias: bool = True
     zero_init: bool = False
@@ -42,10 +47,12 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h, w, features].
+    """Convolution of odd width, stride 1, zero padding to the same size. [b, h, w, c] -> [b, h,
+    w, features].
 
     up: of the image enlarged by two, [b, 2h, 2w, features]; width 3 alone.
     """
+
     features: int
     width: int = 3
     zero_init: bool = False
@@ -66,24 +73,34 @@ class Conv(nn.Module):
 
 
 def group_count(channels: int) -> int:
-    """Groups of every normalisation: min(32, channels // 4). Raises ValueError if channels does not divide."""
+    """Groups of every normalisation: min(32, channels // 4). Raises ValueError if channels does
+    not divide."""
     groups = min(32, channels // 4)
     if groups == 0 or channels % groups:
-        raise ValueError(f"{channels} channels cannot be normalised in {groups} groups; use multiples of 4 up to 128 "
-                         "and of 32 above")
+        raise ValueError(
+            f"{channels} channels cannot be normalised in {groups} groups; use multiples of 4 "
+            "up to 128 "
+            "and of 32 above"
+        )
     return groups
 
 
-@partial(jax.jit, static_argnames=("groups", "epsilon"))     # traced once per shape
-def group_affine(x: jax.Array, gain: jax.Array, bias: jax.Array, groups: int,
-                 epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """GroupNorm folded into one multiply-add per pixel: returns m, o [b, 1, 1, c] with norm(x) = x m + o.
+@partial(jax.jit, static_argnames=("groups", "epsilon"))  # traced once per shape
+def group_affine(
+    x: jax.Array, gain: jax.Array, bias: jax.Array, groups: int, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """GroupNorm folded into one multiply-add per pixel: returns m, o [b, 1, 1, c] with norm(x)
+    = x m + o.
 
-    x: [b, h, w, c]; gain, bias: [c] or [b, c]. Statistics in float32, first over the pixels of each channel,
-    then over the few channels of a group: seven times faster on CPU than one small-axis reduction, no slower
-    elsewhere. Two passes, because E[x^2] - E[x]^2 cancels where the mean dominates; one for 16-bit numbers, which have
-    lost as much already: on TPU both sums then ride on the convolution that makes x. Both results end in a division:
-    XLA does not repeat one in every pixel, as it does with a product, and the rest of these few numbers with it.
+    x: [b, h, w, c]; gain, bias: [c] or [b, c]. Statistics in float32, first over the pixels of
+    each channel,
+    then over the few channels of a group: seven times faster on CPU than one small-axis
+    reduction, no slower elsewhere. Two passes, because E[x^2] - E[x]^2 cancels where the mean
+    dominates; one for 16-bit numbers, which have
+    lost as much already: on TPU both sums then ride on the convolution that makes x. Both
+    results end in a division:
+    XLA does not repeat one in every pixel, as it does with a product, and the rest of these few
+    numbers with it.
     """
     b, _, _, c = x.shape
 
@@ -103,11 +120,15 @@ def group_affine(x: jax.Array, gain: jax.Array, bias: jax.Array, groups: int,
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, optionally adaptive: norm(x) (1 + scale) + shift with scale, shift [b, c]."""
+    """Group normalisation, optionally adaptive: norm(x) (1 + scale) + shift with scale, shift
+    [b, c]."""
+
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None
+    ) -> jax.Array:
         channels = x.shape[-1]
         gain = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -120,10 +141,12 @@ class GroupNorm(nn.Module):
 class Dropout(nn.Module):
     """Zeroes a share `rate` of the numbers of [b, h, w, c] and scales the others to keep the mean.
 
-    What is zeroed is a hash of a number's place with two random words of its image (Wellons' lowbias32, of an affine
-    sequence): a tenth of threefry's work, which on TPU costs as much as a convolution, and cheap enough to be computed
+    What is zeroed is a hash of a number's place with two random words of its image (Wellons'
+    lowbias32, of an affine sequence): a tenth of threefry's work, which on TPU costs as much as
+    a convolution, and cheap enough to be computed
     again wherever the mask is used.
     """
+
     rate: float
 
     @nn.compact
@@ -131,8 +154,12 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         b, h, w, c = x.shape
-        row, column, channel = (lax.broadcasted_iota(jnp.uint32, (1, h, w, c), axis) for axis in (1, 2, 3))
-        factor, offset = jnp.moveaxis(jax.random.bits(self.make_rng("dropout"), (b, 1, 1, 1, 2), jnp.uint32), -1, 0)
+        row, column, channel = (
+            lax.broadcasted_iota(jnp.uint32, (1, h, w, c), axis) for axis in (1, 2, 3)
+        )
+        factor, offset = jnp.moveaxis(
+            jax.random.bits(self.make_rng("dropout"), (b, 1, 1, 1, 2), jnp.uint32), -1, 0
+        )
         word = ((row * w + column) * c + channel) * (factor | 1) + offset
         word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
         word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
@@ -141,7 +168,9 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels with `heads` heads that share all channels; zero at init."""
+    """Residual self-attention over the pixels with `heads` heads that share all channels; zero
+    at init."""
+
     heads: int
     dtype: jnp.dtype = jnp.float32
 
@@ -150,15 +179,21 @@ class Attention(nn.Module):
         b, h, w, c = x.shape
         qkv = Conv(3 * c, 1, dtype=self.dtype, name="qkv")(GroupNorm(name="norm2")(x))
         out = attend(qkv.reshape(b, h * w, 3 * c), self.heads)
-        return x + Conv(c, 1, zero_init=True, dtype=self.dtype, name="proj")(out.reshape(b, h, w, c))
+        return x + Conv(c, 1, zero_init=True, dtype=self.dtype, name="proj")(
+            out.reshape(b, h, w, c)
+        )
 
 
 class UNetBlock(nn.Module):
-    """Residual block with adaptive normalisation, optional resampling ('down' or 'up') and attention.
+    """Residual block with adaptive normalisation, optional resampling ('down' or 'up') and
+    attention.
 
-    heads = 0 means no attention. The 3x3 convolutions come after normalisation and silu; resampling comes
-    before the first one, and on the skip path, which has a 1x1 convolution only where the width changes.
+    heads = 0 means no attention. The 3x3 convolutions come after normalisation and silu;
+    resampling comes
+    before the first one, and on the skip path, which has a 1x1 convolution only where the width
+    changes.
     """
+
     channels: int
     resample: str = ""
     heads: int = 0

@@ -6,7 +6,8 @@ balanced    every `classes` consecutive seeds (from a multiple of `classes` on) 
 random      uniform; equal seeds have equal classes
 N           class N for all
 
-The shuffling and the draw come from a hash of the seed in whole numbers (splitmix64; Steele et al. 2014), so they are
+The shuffling and the draw come from a hash of the seed in whole numbers (splitmix64; Steele et
+al. 2014), so they are
 the same on every machine and with every version of numpy.
 """
 
@@ -15,11 +16,12 @@ import numpy as np
 from relay_jax.config import ConfigError
 
 CLASS_RULES = ("mod", "balanced", "random")
-_BLOCKS_AT_ONCE = 2**22     # hashes in memory
+_BLOCKS_AT_ONCE = 2**22  # hashes in memory
 
 
 def parse_class_rule(text: str, num_classes: int) -> str:
-    """The rule as it is written down. num_classes: 0 for an unconditional network, which takes 'mod' alone.
+    """The rule as it is written down. num_classes: 0 for an unconditional network, which takes
+    'mod' alone.
 
     Raises ConfigError for an unknown rule or class.
     """
@@ -30,7 +32,9 @@ def parse_class_rule(text: str, num_classes: int) -> str:
     if text in CLASS_RULES:
         return text
     if not text.isdecimal():
-        raise ConfigError(f"--class={text}: neither {', '.join(CLASS_RULES)} nor a class (0 to {num_classes - 1})")
+        raise ConfigError(
+            f"--class={text}: neither {', '.join(CLASS_RULES)} nor a class (0 to {num_classes - 1})"
+        )
     if int(text) >= num_classes:
         raise ConfigError(f"unknown class {text}; there are 0 to {num_classes - 1}")
     return str(int(text))
@@ -62,8 +66,12 @@ def _balanced(seeds: np.ndarray, num_classes: int) -> np.ndarray:
     classes = np.empty(len(seeds), np.int32)
     step = max(_BLOCKS_AT_ONCE // num_classes, 1)
     for start in range(0, len(wanted), step):
-        members = wanted[start:start + step, None] * np.uint64(num_classes) + np.arange(num_classes, dtype=np.uint64)
-        orders = np.argsort(_hash(_hash(members)), axis=1, kind="stable")   # twice: not the order of 'random'
+        members = wanted[start : start + step, None] * np.uint64(num_classes) + np.arange(
+            num_classes, dtype=np.uint64
+        )
+        orders = np.argsort(
+            _hash(_hash(members)), axis=1, kind="stable"
+        )  # twice: not the order of 'random'
         here = (which >= start) & (which < start + step)
         classes[here] = orders[which[here] - start, places[here].astype(np.int64)]
     return classes

@@ -10,15 +10,20 @@ MAX_IMAGES = 10_000_000
 
 
 def parse_seeds(text: str) -> list[int]:
-    """'0-63' or '1,5,10-12' as a list without repeats. Raises ConfigError for anything else, and beyond MAX_IMAGES."""
+    """'0-63' or '1,5,10-12' as a list without repeats. Raises ConfigError for anything else,
+    and beyond MAX_IMAGES."""
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(f"--seeds={text}: {part.strip()!r} is neither a number nor a range like 0-63")
+            raise ConfigError(
+                f"--seeds={text}: {part.strip()!r} is neither a number nor a range like 0-63"
+            )
         low, high = int(first), int(last or first)
         if high < low or high > MAX_SEED:
-            raise ConfigError(f"--seeds={text}: the range {part.strip()!r} is empty or goes beyond {MAX_SEED}")
+            raise ConfigError(
+                f"--seeds={text}: the range {part.strip()!r} is empty or goes beyond {MAX_SEED}"
+            )
         if high - low >= MAX_IMAGES:
             raise ConfigError(f"--seeds={text}: more than {MAX_IMAGES:,} images at once")
         seeds.extend(range(low, high + 1))
@@ -37,4 +42,6 @@ def runs_of(seeds: Iterable[int]) -> list[tuple[int, int]]:
 
 def seeds_text(seeds: Iterable[int]) -> str:
     """The shortest text that `parse_seeds` reads as these seeds, in rising order; '' for none."""
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs_of(seeds))
+    return ",".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in runs_of(seeds)
+    )

@@ -4,8 +4,9 @@
                   out/samples_50000x256x256x3.npz    all of them in one (`merge_npz`): what ADM's evaluator reads
     arrayrecord   out/256/010000-010999.array_record and out/dataset.json: a data set for dataset.source=packed
 
-A file holds consecutive seeds, those of its name, and none beyond a multiple of `shard_images`. So the names tell what
-is finished. It gets its name when it is whole and on disk; a killed run loses the images of unfinished files.
+A file holds consecutive seeds, those of its name, and none beyond a multiple of `shard_images`.
+So the names tell what is finished. It gets its name when it is whole and on disk; a killed run
+loses the images of unfinished files.
 """
 
 import os
@@ -24,11 +25,11 @@ from numpy.lib import format as npy
 
 from relay_jax.data.packed import MANIFEST, VERSION, Manifest, Shard, encode_record, read_manifest
 from relay_jax.data.storage import file_sha256
-from relay_jax.logs import write_json
+from relay_jax.runtime.logs import write_json
+from relay_jax.sampling.folder import cannot_write
 from relay_jax.sampling.seeds import runs_of
-from relay_jax.sampling.writer import cannot_write
 
-WRITER_OPTIONS = "group_size:1,zstd:3"      # as in tools/prepare.py: read at any position
+WRITER_OPTIONS = "group_size:1,zstd:3"  # as in data/prepare.py: read at any position
 
 
 def shard_size(resolution: int) -> int:
@@ -37,7 +38,8 @@ def shard_size(resolution: int) -> int:
 
 
 class ShardFolder:
-    """The files of one format in a folder. Memory: the images of the files that are not yet whole."""
+    """The files of one format in a folder. Memory: the images of the files that are not yet
+    whole."""
 
     def __init__(self, out: Path, kind: str, resolution: int, num_classes: int) -> None:
         """kind: npz or arrayrecord. num_classes: 0 if the images have no classes."""
@@ -46,20 +48,25 @@ class ShardFolder:
         self._files = out / str(resolution) if kind == "arrayrecord" else out
         self._suffix = {"npz": ".npz", "arrayrecord": ".array_record"}[kind]
         self._lock = threading.Lock()
-        self._owned: dict[int, tuple[int, int]] = {}                # seed -> first and last seed of its file
+        self._owned: dict[int, tuple[int, int]] = {}  # seed -> first and last seed of its file
         self._open: dict[tuple[int, int], dict[int, tuple[np.ndarray, int]]] = {}
 
     def shards(self) -> list[tuple[int, int]]:
         """First and last seed of every finished file, rising."""
         names = os.listdir(self._files) if self._files.is_dir() else []
         found = [re.fullmatch(rf"(\d+)-(\d+){re.escape(self._suffix)}", name) for name in names]
-        return sorted((int(match[1]), int(match[2])) for match in found if match and self._is_whole(self._files / match[0]))
+        return sorted(
+            (int(match[1]), int(match[2]))
+            for match in found
+            if match and self._is_whole(self._files / match[0])
+        )
 
     def path(self, run: tuple[int, int]) -> Path:
         return self._files / f"{run[0]:06d}-{run[1]:06d}{self._suffix}"
 
     def _is_whole(self, path: Path) -> bool:
-        """A look at the size, for copies that were cut short; our own files are whole by their names."""
+        """A look at the size, for copies that were cut short; our own files are whole by their
+        names."""
         first, last = (int(number) for number in path.stem.split("-"))
         least = (last - first + 1) * (self.resolution**2 * 3 if self.kind == "npz" else 1)
         if path.stat().st_size >= least:
@@ -74,12 +81,13 @@ class ShardFolder:
         return there.intersection(seeds)
 
     def plan(self, seeds: Iterable[int]) -> None:
-        """Consecutive seeds, cut at the multiples of `shard_images`, become a file each; processes take turns."""
+        """Consecutive seeds, cut at the multiples of `shard_images`, become a file each;
+        processes take turns."""
         files = []
         for first, last in runs_of(seeds):
             cuts = range(first - first % self.shard_images, last + 1, self.shard_images)
             files += [(max(first, cut), min(last, cut + self.shard_images - 1)) for cut in cuts]
-        for run in files[jax.process_index()::jax.process_count()]:
+        for run in files[jax.process_index() :: jax.process_count()]:
             self._owned.update(dict.fromkeys(range(run[0], run[1] + 1), run))
 
     def owns(self, seed: int) -> bool:
@@ -114,14 +122,14 @@ class ShardFolder:
                 if self.num_classes:
                     arrays.append(np.asarray([label for _, label in chosen], np.int64))
                 with temporary.open("wb") as file:
-                    np.savez(file, *arrays)     # named arr_0, arr_1
+                    np.savez(file, *arrays)  # named arr_0, arr_1
             else:
                 writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
                 for pixels, label in chosen:
                     writer.write(encode_record(pixels, label))
                 writer.close()
             _name(temporary, path)
-        except (OSError, RuntimeError) as error:    # ArrayRecord's own are RuntimeErrors
+        except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors
             raise cannot_write(path, error) from error
 
 
@@ -133,7 +141,8 @@ def _name(temporary: Path, path: Path) -> None:
 
 
 def _parts(folder: ShardFolder, seeds: Iterable[int]) -> list[tuple[tuple[int, int], slice]] | None:
-    """Files, and which of their images, that hold each of the seeds once in rising order; None if one is missing."""
+    """Files, and which of their images, that hold each of the seeds once in rising order; None
+    if one is missing."""
     parts: list[tuple[tuple[int, int], slice]] = []
     files = folder.shards()
     for first, last in runs_of(seeds):
@@ -148,7 +157,8 @@ def _parts(folder: ShardFolder, seeds: Iterable[int]) -> list[tuple[tuple[int, i
 
 
 def merge_npz(folder: ShardFolder, seeds: Iterable[int]) -> Path | None:
-    """One npz with the images of all seeds, in rising order, in ADM's layout; None if a seed is missing.
+    """One npz with the images of all seeds, in rising order, in ADM's layout; None if a seed is
+    missing.
 
     Memory: the images of one file. What is there already is left alone.
     """
@@ -164,7 +174,9 @@ def merge_npz(folder: ShardFolder, seeds: Iterable[int]) -> Path | None:
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                npy.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                npy.write_array_header_1_0(
+                    member, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
                 for run, part in parts:
                     with np.load(folder.path(run)) as shard:
                         member.write(np.ascontiguousarray(shard["arr_0"][part]).data)
@@ -180,20 +192,31 @@ def merge_npz(folder: ShardFolder, seeds: Iterable[int]) -> Path | None:
 
 
 def write_manifest(folder: ShardFolder, source: Mapping[str, Any]) -> Path:
-    """dataset.json: all finished ArrayRecord files as one packed data set, at one resolution. source: for people."""
+    """dataset.json: all finished ArrayRecord files as one packed data set, at one resolution.
+    source: for people."""
     path = folder.out / MANIFEST
-    before = read_manifest(folder.out)["shards"].get(str(folder.resolution), []) if path.exists() else []
+    before = (
+        read_manifest(folder.out)["shards"].get(str(folder.resolution), []) if path.exists() else []
+    )
     known = {shard["file"]: shard for shard in before}
     shards: list[Shard] = []
     for run in folder.shards():
         name = str(folder.path(run).relative_to(folder.out))
         size, there = folder.path(run).stat().st_size, known.get(name)
-        digest = there["sha256"] if there and there["bytes"] == size else file_sha256(folder.path(run))
+        digest = (
+            there["sha256"] if there and there["bytes"] == size else file_sha256(folder.path(run))
+        )
         shards.append(Shard(file=name, images=run[1] - run[0] + 1, bytes=size, sha256=digest))
     manifest = Manifest(
-        version=VERSION, complete=True, source=dict(source), images=sum(shard["images"] for shard in shards),
-        class_names=[str(label) for label in range(folder.num_classes)], resolutions=[folder.resolution],
-        shard_images=folder.shard_images, shards={str(folder.resolution): shards})
+        version=VERSION,
+        complete=True,
+        source=dict(source),
+        images=sum(shard["images"] for shard in shards),
+        class_names=[str(label) for label in range(folder.num_classes)],
+        resolutions=[folder.resolution],
+        shard_images=folder.shard_images,
+        shards={str(folder.resolution): shards},
+    )
     try:
         write_json(path, dict(manifest))
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Profiler traces of a few training steps: planned ones, and those asked for while the training runs."""
+"""Profiler traces of a few training steps: planned ones, and those asked for while the training
+runs."""
 
 import socket
 from pathlib import Path
@@ -7,10 +8,10 @@ from typing import Any
 import jax
 from absl import logging
 
-from relay_jax import distributed
-from relay_jax.logs import is_writer
+from relay_jax.runtime import distributed
+from relay_jax.runtime.logs import is_writer
 
-REQUEST = "profile.request"     # created in a stage's folder by the user
+REQUEST = "profile.request"  # created in a stage's folder by the user
 
 
 class Profiler:
@@ -21,7 +22,7 @@ class Profiler:
 
     def __init__(self, folder: Path, first: int, steps: int) -> None:
         self._folder, self._first, self._steps = folder, first, steps
-        self._end: int | None = None    # the running trace ends before this step
+        self._end: int | None = None  # the running trace ends before this step
 
     def __enter__(self) -> "Profiler":
         return self
@@ -58,7 +59,8 @@ class Profiler:
                 self._end = step + self._steps
 
     def _session(self, step: int) -> str:
-        """Folder of a trace. One for all hosts, whose files bear their names; further processes of a host have others."""
+        """Folder of a trace. One for all hosts, whose files bear their names; further processes
+        of a host have others."""
         hosts, own = distributed.tell(socket.gethostname()), jax.process_index()
         return f"step_{step}" if hosts[own] not in hosts[:own] else f"step_{step}_process_{own}"
 
@@ -69,5 +71,8 @@ class Profiler:
         except RuntimeError as error:
             logging.warning("no profiler trace: %s", error)
         else:
-            logging.info("profiler trace of %d steps in %s; open it with xprof or ui.perfetto.dev", self._steps,
-                         self._folder / "profile")
+            logging.info(
+                "profiler trace of %d steps in %s; open it with xprof or ui.perfetto.dev",
+                self._steps,
+                self._folder / "profile",
+            )

@@ -13,8 +13,8 @@ from benchmarks import compare, throughput
 from benchmarks.programs import Program, markdown, trace_train, with_settings
 from benchmarks.timing import in_turns, ratio
 from relay_jax.config import ConfigError, Stage, build
-from relay_jax.cost import matmul_flops
-from relay_jax.tools.plan import train_flops
+from relay_jax.planning.plan import train_flops
+from relay_jax.runtime.flops import matmul_flops
 
 
 def relay(config: ConfigDict) -> Stage:
@@ -24,13 +24,17 @@ def relay(config: ConfigDict) -> Stage:
 
 def test_turns_alternate_in_both_orders_and_leave_the_first_call_of_each_out() -> None:
     calls: list[str] = []
-    seconds = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, calls=2)
+    seconds = in_turns(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, calls=2
+    )
     assert "".join(calls) == "ab" + "aaabbb" + "bbbaaa"
     assert {name: times.shape for name, times in seconds.items()} == {"a": (2,), "b": (2,)}
 
 
 def test_a_ratio_is_that_of_the_time_slept() -> None:
-    seconds = in_turns({"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.005)}, rounds=3, calls=1)
+    seconds = in_turns(
+        {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.005)}, rounds=3, calls=1
+    )
     middle, low, high = ratio(seconds["slow"], seconds["fast"])
     assert 2 < low <= middle <= high < 5
 
@@ -43,7 +47,10 @@ def test_a_ratio_is_taken_pair_by_pair() -> None:
 def test_throughput_measures_training_and_sampling(config: ConfigDict) -> None:
     stage = relay(config)
     rows = throughput.measure(stage, ("train", "sample"), rounds=1)
-    assert [(row["stage"], row["what"], row["batch"]) for row in rows] == [("relay", "train", 8), ("relay", "sample", 8)]
+    assert [(row["stage"], row["what"], row["batch"]) for row in rows] == [
+        ("relay", "train", 8),
+        ("relay", "sample", 8),
+    ]
     for row in rows:
         assert float(row["images/s"]) == pytest.approx(8 / (float(row["ms"]) / 1e3), rel=0.01)
         assert row["utilisation"] == "peak unknown" and float(row["compile s"]) > 0
@@ -51,24 +58,34 @@ def test_throughput_measures_training_and_sampling(config: ConfigDict) -> None:
 
 
 def test_the_flops_are_those_of_the_plan_and_the_utilisation_follows(
-        config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = relay(config)
     flops = train_flops(with_settings(stage, 1)) * 8
-    program = Program(run=lambda: None, images=8, flops=flops, trace_seconds=0, compile_seconds=0, memory=1)
+    program = Program(
+        run=lambda: None, images=8, flops=flops, trace_seconds=0, compile_seconds=0, memory=1
+    )
     monkeypatch.setattr(throughput, "peak_flops", lambda kind: flops / jax.device_count())
     assert throughput.row(stage, "train", program, np.array([2.0]))["utilisation"] == "50.0%"
     assert matmul_flops(trace_train(stage).jaxpr.jaxpr) == pytest.approx(flops, rel=0.01)
 
 
 def test_two_settings_are_compared_per_image(config: ConfigDict) -> None:
-    a, b = (with_settings(build(compare.changed(config, "relay", text))[1], 8) for text in ("", "model.remat=True"))
+    a, b = (
+        with_settings(build(compare.changed(config, "relay", text))[1], 8)
+        for text in ("", "model.remat=True")
+    )
     assert (a.network.remat, b.network.remat) == (False, True)
-    row, = compare.compare(a, b, ["forward"], rounds=2)
+    (row,) = compare.compare(a, b, ["forward"], rounds=2)
     assert float(row["a / b"]) > 0 and row["stage"] == "relay"
 
 
-@pytest.mark.parametrize("text", ["model.nothing=1", "nothing.remat=True", "model.remat.x=1", "model.channels=wide"])
-def test_settings_that_are_not_there_or_of_another_type_are_refused(config: ConfigDict, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["model.nothing=1", "nothing.remat=True", "model.remat.x=1", "model.channels=wide"]
+)
+def test_settings_that_are_not_there_or_of_another_type_are_refused(
+    config: ConfigDict, text: str
+) -> None:
     with pytest.raises(ConfigError, match=text.split("=")[0]):
         compare.changed(config, "relay", text)
 
@@ -77,7 +94,8 @@ def test_the_networks_of_the_baseline_are_the_same_function(config: ConfigDict) 
     pytest.importorskip("torch")
     from benchmarks.programs import random_params
     from benchmarks.pytorch import differences
-    from relay_jax.sharding import make_mesh
+    from relay_jax.runtime.sharding import make_mesh
+
     config.stages.relay.model.update(multipliers=(1, 2), attention=(8,))
     stage = relay(config)
     assert max(differences(stage, random_params(stage, make_mesh()))) < 1e-4
@@ -85,6 +103,10 @@ def test_the_networks_of_the_baseline_are_the_same_function(config: ConfigDict) 
 
 def test_results_are_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import settings
+
     settings.finish({"device": "cpu"}, [{"stage": "base", "ms": "1"}], tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text()) == {"device": "cpu", "rows": [{"stage": "base", "ms": "1"}]}
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        "device": "cpu",
+        "rows": [{"stage": "base", "ms": "1"}],
+    }
     assert "| base | 1 |" in capsys.readouterr().out

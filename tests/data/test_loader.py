@@ -1,4 +1,5 @@
-"""A batch depends on the seed and its number alone: not on threads, processes, hosts or interruptions."""
+"""A batch depends on the seed and its number alone: not on threads, processes, hosts or
+interruptions."""
 
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from absl import flags
 from PIL import Image
 
 from relay_jax.data.loader import Batch, Loader, read
-from relay_jax.data.sources import DataError, ImageFolder, SyntheticShapes
+from relay_jax.data.source import DataError, ImageFolder, SyntheticShapes
 from relay_jax.data.transforms import center_crop_resize
 from tests.conftest import error_of
 
@@ -18,7 +19,9 @@ SET = SyntheticShapes(16, 22, 1)
 
 
 def batches(count: int, **options: object) -> list[Batch]:
-    with Loader(SET, **({"resolution": RESOLUTION, "batch_size": 6, "seed": 4, "x_flip": True} | options)) as loader:
+    with Loader(
+        SET, **({"resolution": RESOLUTION, "batch_size": 6, "seed": 4, "x_flip": True} | options)
+    ) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -68,9 +71,12 @@ def test_worker_processes_give_the_same_batches_and_the_same_errors(tmp_path: Pa
     assert_same(batches(3, start=4, workers=1, threads=1, rows=range(6)), batches(7)[4:])
     (tmp_path / "bad.png").write_bytes(b"junk")
     with (
-        Loader(ImageFolder(tmp_path), resolution=8, batch_size=2, seed=0, x_flip=True, workers=1) as loader,
+        Loader(
+            ImageFolder(tmp_path), resolution=8, batch_size=2, seed=0, x_flip=True, workers=1
+        ) as loader,
         pytest.raises(
-            DataError, match=r"^\S*bad\.png: cannot decode this image \(not an image\); replace or remove it$"
+            DataError,
+            match=r"^\S*bad\.png: cannot decode this image \(not an image\); replace or remove it$",
         ),
     ):
         next(loader)
@@ -93,18 +99,24 @@ def test_a_host_reads_no_image_of_another(tmp_path: Path) -> None:
     for row, position in enumerate(first):
         if row % 2:
             (tmp_path / f"{position}.png").write_bytes(b"junk")
-    assert [position for position, _ in positions(batches_of(tmp_path, rows=[0, 2, 4])["image"])] == first[::2]
+    assert [
+        position for position, _ in positions(batches_of(tmp_path, rows=[0, 2, 4])["image"])
+    ] == first[::2]
     assert "cannot decode" in error_of(lambda: batches_of(tmp_path, rows=[0, 1]))
 
 
 def batches_of(folder: Path, **options: object) -> Batch:
     """The first batch of six images in a folder."""
-    with Loader(ImageFolder(folder), resolution=RESOLUTION, batch_size=6, seed=4, x_flip=True, **options) as loader:
+    with Loader(
+        ImageFolder(folder), resolution=RESOLUTION, batch_size=6, seed=4, x_flip=True, **options
+    ) as loader:
         return next(loader)
 
 
 def test_each_epoch_covers_every_position_once_in_a_new_order() -> None:
-    order = [position for position, _ in positions(images_of(batches(11)))]  # 66 images: three epochs of 22
+    order = [
+        position for position, _ in positions(images_of(batches(11)))
+    ]  # 66 images: three epochs of 22
     epochs = [order[n : n + 22] for n in (0, 22, 44)]
     assert all(sorted(epoch) == list(range(22)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -135,18 +147,25 @@ def test_a_batch_may_be_larger_than_the_set() -> None:
 
 
 def test_a_set_of_one_image_is_enough() -> None:
-    with Loader(SyntheticShapes(8, 1, 0), resolution=8, batch_size=3, seed=0, x_flip=False) as loader:
+    with Loader(
+        SyntheticShapes(8, 1, 0), resolution=8, batch_size=3, seed=0, x_flip=False
+    ) as loader:
         assert next(loader)["image"].shape == (3, 8, 8, 3)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_a_damaged_image_comes_out_of_next_as_one_line_and_closes_the_loader(tmp_path: Path, threads: int) -> None:
+def test_a_damaged_image_comes_out_of_next_as_one_line_and_closes_the_loader(
+    tmp_path: Path, threads: int
+) -> None:
     for n in range(5):
         Image.fromarray(SET[n][0]).save(tmp_path / f"{n}.png")
     (tmp_path / "3.png").write_bytes(b"junk")
-    loader = Loader(ImageFolder(tmp_path), resolution=8, batch_size=5, seed=0, x_flip=True, threads=threads)
+    loader = Loader(
+        ImageFolder(tmp_path), resolution=8, batch_size=5, seed=0, x_flip=True, threads=threads
+    )
     with pytest.raises(
-        DataError, match=r"^\S*3\.png: cannot decode this image \(not an image\); replace or remove it$"
+        DataError,
+        match=r"^\S*3\.png: cannot decode this image \(not an image\); replace or remove it$",
     ):
         next(loader)
     assert loader.state["next_batch"] == 0

@@ -1,4 +1,5 @@
-"""A packed set hands out the very pixels that the loader makes of the originals, and every defect is one line."""
+"""A packed set hands out the very pixels that the loader makes of the originals, and every
+defect is one line."""
 
 import io
 import json
@@ -13,8 +14,8 @@ from PIL import Image
 
 from relay_jax.data.loader import Loader, read
 from relay_jax.data.packed import PackedDataset, decode_record, encode_record
-from relay_jax.data.sources import ImageFolder, SyntheticShapes, at_resolution, make_source
-from relay_jax.tools.prepare import prepare
+from relay_jax.data.prepare import prepare
+from relay_jax.data.source import ImageFolder, SyntheticShapes, at_resolution, make_source
 from tests.conftest import error_of
 
 COUNT = 23
@@ -28,7 +29,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
     for n in range(COUNT):
         size = tuple(rng.integers(20, 90, 2))
         pixels = rng.integers(0, 256, (9, 9, 3), np.uint8)
-        image = Image.fromarray(pixels).resize((int(size[0]), int(size[1])), Image.Resampling.BICUBIC)
+        image = Image.fromarray(pixels).resize(
+            (int(size[0]), int(size[1])), Image.Resampling.BICUBIC
+        )
         folder = root / ("cat" if n < 9 else "dog")
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{n:02d}.{'png' if n % 2 else 'jpg'}")
@@ -38,7 +41,14 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
 @pytest.fixture
 def packed(photographs: ImageFolder, tmp_path: Path) -> Path:
     """Packed at 8 and 32 px in shards of 5: the last one holds 3."""
-    prepare(photographs, [8, 32], tmp_path / "packed", description={"source": "test"}, shard_images=5, threads=2)
+    prepare(
+        photographs,
+        [8, 32],
+        tmp_path / "packed",
+        description={"source": "test"},
+        shard_images=5,
+        threads=2,
+    )
     return tmp_path / "packed"
 
 
@@ -84,7 +94,13 @@ def test_the_loader_gives_every_stage_the_batches_of_the_originals(
         batches = []
         for source in (photographs, opened):
             with Loader(
-                source, resolution=resolution, batch_size=6, seed=3, x_flip=True, start=2, workers=workers
+                source,
+                resolution=resolution,
+                batch_size=6,
+                seed=3,
+                x_flip=True,
+                start=2,
+                workers=workers,
             ) as loader:
                 batches.append([next(loader) for _ in range(4)])
                 assert loader.state["length"] == COUNT
@@ -100,7 +116,9 @@ def test_a_set_without_classes_has_no_labels(tmp_path: Path) -> None:
     assert (len(source), source.num_classes, source.class_names, source[0][1]) == (1, 0, (), 0)
 
 
-def test_it_can_be_read_by_many_threads_and_after_pickling(photographs: ImageFolder, packed: Path) -> None:
+def test_it_can_be_read_by_many_threads_and_after_pickling(
+    photographs: ImageFolder, packed: Path
+) -> None:
     source = PackedDataset(packed, 8)
     expected, labels = read(photographs, range(COUNT), 8)
     copy = pickle.loads(pickle.dumps(source))
@@ -148,10 +166,14 @@ def test_a_missing_or_truncated_file_is_named_when_the_set_is_opened(packed: Pat
     file = packed / "8" / "00002-of-00005.array_record"
     raw = file.read_bytes()
     file.write_bytes(raw[: len(raw) // 2])
-    assert f"{file}: has {len(raw) // 2} bytes instead of {len(raw)}" in error_of(lambda: PackedDataset(packed, 8))
+    assert f"{file}: has {len(raw) // 2} bytes instead of {len(raw)}" in error_of(
+        lambda: PackedDataset(packed, 8)
+    )
     assert "start the preparation again" in error_of(lambda: PackedDataset(packed, 32).at(8))
     file.unlink()
-    assert f"{file}: cannot be read (No such file or directory)" in error_of(lambda: PackedDataset(packed, 8))
+    assert f"{file}: cannot be read (No such file or directory)" in error_of(
+        lambda: PackedDataset(packed, 8)
+    )
     assert len(PackedDataset(packed, 32)) == COUNT
 
 
@@ -204,7 +226,9 @@ def test_what_is_no_packed_set_is_one_line_that_names_it(packed: Path, tmp_path:
 def test_packing_photographs_is_worth_it(packed: Path) -> None:
     """The format's reason to be: lossless, about as small as PNG."""
     x = np.linspace(0, 250, 256)
-    smooth = np.broadcast_to((x[:, None, None] * 0.5 + x[None, :, None] * 0.5).astype(np.uint8), (256, 256, 3))
+    smooth = np.broadcast_to(
+        (x[:, None, None] * 0.5 + x[None, :, None] * 0.5).astype(np.uint8), (256, 256, 3)
+    )
     noisy = smooth + np.random.default_rng(0).integers(0, 6, smooth.shape, np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noisy).save(buffer, "png")
@@ -220,5 +244,7 @@ def test_packing_photographs_is_worth_it(packed: Path) -> None:
             return image[position], 0
 
     prepare(Repeated(), [256], packed.parent / "large", description={}, threads=1)
-    size = sum(file.stat().st_size for file in (packed.parent / "large" / "256").glob("*.array_record")) / len(image)
+    size = sum(
+        file.stat().st_size for file in (packed.parent / "large" / "256").glob("*.array_record")
+    ) / len(image)
     assert size < 1.2 * len(buffer.getvalue()) < 0.8 * noisy.size

@@ -1,4 +1,5 @@
-"""A packed set in a bucket is read and made as in a folder: shown against a server that speaks as much as needed."""
+"""A packed set in a bucket is read and made as in a folder: shown against a server that speaks
+as much as needed."""
 
 import hashlib
 import json
@@ -15,8 +16,8 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pytest
 
 from relay_jax.data.loader import read
-from relay_jax.data.sources import SyntheticShapes
-from relay_jax.tools.prepare import prepare
+from relay_jax.data.prepare import prepare
+from relay_jax.data.source import SyntheticShapes
 from tests.conftest import content
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ SET = SyntheticShapes(16, 22, 1)
 SCRIPT = """
 import hashlib, json, sys
 from relay_jax.data.loader import read
-from relay_jax.data.sources import DataError, make_source
+from relay_jax.data.source import DataError, make_source
 try:
     source = make_source("packed", path=sys.argv[1], resolution=16, size=1, seed=0)
     if sys.argv[2] == "verify":
@@ -37,8 +38,9 @@ except DataError as error:
 
 
 class Bucket(BaseHTTPRequestHandler):
-    """Files below `folder` as objects: GET .../o/NAME?alt=media with or without a range; GET .../o lists names by prefix;
-    POST .../o?name=NAME writes; DELETE. What was written is noted in `written`."""
+    """Files below `folder` as objects: GET .../o/NAME?alt=media with or without a range; GET
+    .../o lists names by prefix; POST .../o?name=NAME writes; DELETE. What was written is noted
+    in `written`."""
 
     folder: Path
     written: list[str]
@@ -73,15 +75,25 @@ class Bucket(BaseHTTPRequestHandler):
         asked = urlparse(self.path)
         if asked.path.endswith("/o"):
             prefix = parse_qs(asked.query).get("prefix", [""])[0]
-            names = sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file())
-            self._answer(200, {"items": [{"name": name} for name in names if name.startswith(prefix)]})
+            names = sorted(
+                str(file.relative_to(self.folder))
+                for file in self.folder.rglob("*")
+                if file.is_file()
+            )
+            self._answer(
+                200, {"items": [{"name": name} for name in names if name.startswith(prefix)]}
+            )
             return
         file = self.folder / unquote(urlparse(self.path).path).rpartition("/o/")[2]
         body = file.read_bytes() if file.is_file() else b""
         code, wanted, size = (200 if body else 404), self.headers.get("Range"), len(body)
         if body and wanted:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start, stop = (int(first), int(last or size - 1) + 1) if first else (max(0, size - int(last)), size)
+            start, stop = (
+                (int(first), int(last or size - 1) + 1)
+                if first
+                else (max(0, size - int(last)), size)
+            )
             code, body = 206, body[start:stop]
         self.send_response(code)
         if code == 206:
@@ -110,7 +122,8 @@ def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """The folder behind gs://bucket, which holds a packed set named `set`, and the address of its server."""
+    """The folder behind gs://bucket, which holds a packed set named `set`, and the address of
+    its server."""
     prepare(SET, [8, 16], tmp_path / "set", description={}, shard_images=5)
     with serve(tmp_path) as (address, _):
         yield tmp_path, address
@@ -124,7 +137,9 @@ def run_there(address: str, script: str, *arguments: str) -> str:
         "TENSORSTORE_GCS_HTTP_URL": address,
     }
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400).stdout.strip()
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=400
+    ).stdout.strip()
 
 
 def read_there(address: str, path: str, action: str = "read") -> str:
@@ -133,8 +148,8 @@ def read_there(address: str, path: str, action: str = "read") -> str:
 
 PREPARE = """
 import sys
-from relay_jax.data.decode import DataError
-from tests.tools.test_prepare import SET, Recorded, prepare
+from relay_jax.data.images import DataError
+from tests.data.test_prepare import SET, Recorded, prepare
 source = Recorded(broken=int(sys.argv[2]))
 try:
     prepare(source, [8, 16], sys.argv[1], description={}, shard_images=int(sys.argv[3]))
@@ -158,13 +173,15 @@ def test_a_set_is_prepared_into_a_bucket_as_into_a_folder_and_resumed_there(tmp_
         damaged.write_bytes(damaged.read_bytes()[:-1])
         written.clear()
         said = run_there(address, PREPARE, "gs://bucket/sets/one/", "-1", "5")
-        assert said == "17", said     # all but the one file that was there and whole
+        assert said == "17", said  # all but the one file that was there and whole
         assert "sets/one/8/00001-of-00005.array_record" not in written
         assert content(there / "sets/one") == expected
         written.clear()
         assert run_there(address, PREPARE, "gs://bucket/sets/one", "-1", "5") == "0"
         assert written == ["sets/one/dataset.json"]
-        assert "belongs to another" in run_there(address, PREPARE, "gs://bucket/sets/one", "-1", "6")
+        assert "belongs to another" in run_there(
+            address, PREPARE, "gs://bucket/sets/one", "-1", "6"
+        )
         assert "holds something else" in run_there(address, PREPARE, "gs://bucket/sets", "-1", "5")
 
 
@@ -174,11 +191,15 @@ def test_a_set_in_a_bucket_reads_as_in_a_folder(bucket: tuple[Path, str]) -> Non
     expected = [hashlib.sha256(images.tobytes()).hexdigest(), labels.tolist()]
     for path in ("gs://bucket/set", "gs://bucket/set/"):
         assert json.loads(read_there(address, path, "verify")) == expected
-    assert "error: gs://bucket/other: no packed data set" in read_there(address, "gs://bucket/other")
+    assert "error: gs://bucket/other: no packed data set" in read_there(
+        address, "gs://bucket/other"
+    )
 
 
 @pytest.mark.parametrize("defect", ["gone", "damaged"])
-def test_defects_in_a_bucket_are_one_line_that_names_the_object(bucket: tuple[Path, str], defect: str) -> None:
+def test_defects_in_a_bucket_are_one_line_that_names_the_object(
+    bucket: tuple[Path, str], defect: str
+) -> None:
     folder, address = bucket
     for resolution in (8, 16):
         file = folder / "set" / str(resolution) / "00002-of-00005.array_record"
@@ -188,5 +209,7 @@ def test_defects_in_a_bucket_are_one_line_that_names_the_object(bucket: tuple[Pa
             file.write_bytes(bytes(len(raw)))
     for action, resolution in (("read", 8), ("verify", 16)):
         message = read_there(address, "gs://bucket/set", action)
-        assert message.startswith(f"error: gs://bucket/set/{resolution}/00002-of-00005.array_record"), message
+        assert message.startswith(
+            f"error: gs://bucket/set/{resolution}/00002-of-00005.array_record"
+        ), message
         assert "\n" not in message

@@ -1,4 +1,5 @@
-"""Augmentation: flips and shifts with exact answers, the map of positions in closed form, labels, and independence."""
+"""Augmentation: flips and shifts with exact answers, the map of positions in closed form,
+labels, and independence."""
 
 import dataclasses
 
@@ -17,8 +18,11 @@ WIDTH = 24
 
 
 def some_draws(batch: int = 2, **values: object) -> Draws:
-    """Draws under which nothing is active; the values given replace them, and a value opens its transform's gate."""
-    neutral = dict.fromkeys(Draws._fields, 0.0) | {f: 1.0 for f in Draws._fields if f.endswith("gate")}
+    """Draws under which nothing is active; the values given replace them, and a value opens its
+    transform's gate."""
+    neutral = dict.fromkeys(Draws._fields, 0.0) | {
+        f: 1.0 for f in Draws._fields if f.endswith("gate")
+    }
     neutral |= {"rotate_frac_uniform": 0.5, "aniso_angle_uniform": 0.5}
     for name in values:
         neutral[name.rsplit("_", 1)[0].removesuffix("_angle") + "_gate"] = 0.0
@@ -26,7 +30,9 @@ def some_draws(batch: int = 2, **values: object) -> Draws:
     shapes = {name: (2, batch) if name == "translate_frac_normal" else (batch,) for name in drawn}
     drawn["translate_frac_normal"] = drawn["translate_frac_normal"].reshape(-1, 1)
     drawn = {name: np.broadcast_to(value, shapes[name]) for name, value in drawn.items()}
-    return Draws(**{name: v.astype(np.int32) if name.endswith("choice") else v for name, v in drawn.items()})
+    return Draws(
+        **{name: v.astype(np.int32) if name.endswith("choice") else v for name, v in drawn.items()}
+    )
 
 
 def noise(width: int = WIDTH, batch: int = 2) -> np.ndarray:
@@ -59,7 +65,9 @@ def test_probability_zero_changes_nothing_and_any_other_flips_half():
     got, labels = apply_draws(images, draws, Augmentation(probability=1e-7))
     flipped = np.asarray(labels[:, 0]) == 1
     assert 16 < flipped.sum() < 48
-    np.testing.assert_array_equal(got, np.where(flipped[:, None, None, None], images[:, :, ::-1], images))
+    np.testing.assert_array_equal(
+        got, np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+    )
     np.testing.assert_array_equal(labels[:, 1:], 0)
 
 
@@ -71,7 +79,9 @@ def test_inactive_and_switched_off_transforms_leave_pixels_and_labels_alone():
     np.testing.assert_array_equal(got, images)
     np.testing.assert_array_equal(labels, 0)
 
-    flips_only = Augmentation(probability=1.0, scale=0.0, rotate_frac=0.0, aniso=0.0, translate_frac=0.0)
+    flips_only = Augmentation(
+        probability=1.0, scale=0.0, rotate_frac=0.0, aniso=0.0, translate_frac=0.0
+    )
     got, labels = apply_draws(images, draws, flips_only)
     np.testing.assert_array_equal(np.sort(got, axis=None), np.sort(images, axis=None))
     np.testing.assert_array_equal(labels[:, 2:], 0)
@@ -103,7 +113,9 @@ def test_whole_pixel_shift_moves_the_reflected_image():
     want = padded[:, margin - down :, margin - right :][:, :WIDTH, :WIDTH]
     np.testing.assert_allclose(got, want, atol=2e-5)
     inside = np.s_[:, :down, right:]
-    np.testing.assert_allclose(got[inside], np.roll(images, (down, right), (1, 2))[inside], atol=2e-5)
+    np.testing.assert_allclose(
+        got[inside], np.roll(images, (down, right), (1, 2))[inside], atol=2e-5
+    )
     np.testing.assert_allclose(labels, [[0] * 7 + [1, -2]] * 2, atol=1e-6)
 
 
@@ -112,14 +124,16 @@ def test_quarter_turns(uniform, turns):
     image = smooth()
     got, labels = apply_draws(image, some_draws(1, rotate_frac_uniform=uniform), ALL)
     inside = np.s_[:, 4:-4, 4:-4]
-    # The filters' centre of mass is a twentieth of a pixel beside the pixel (see below), which a half turn doubles.
+    # The filters' centre of mass is a twentieth of a pixel beside the pixel (see below), which
+    # a half turn doubles.
     np.testing.assert_allclose(got[inside], np.rot90(image, turns, (1, 2))[inside], atol=0.04)
     angle = turns * np.pi / 2
     np.testing.assert_allclose(labels[0, 3:5], [np.cos(angle) - 1, np.sin(angle)], atol=1e-6)
 
 
 def test_positions_and_labels_follow_the_definition():
-    """The two channels hold each pixel's own position, so the result shows where every pixel came from."""
+    """The two channels hold each pixel's own position, so the result shows where every pixel
+    came from."""
     batch, width = 6, 48
     q = np.arange(width) - (width - 1) / 2
     positions = np.stack(np.meshgrid(q, q), -1)  # [h, w, (x, y)]
@@ -131,24 +145,32 @@ def test_positions_and_labels_follow_the_definition():
     settings = Augmentation(probability=1.0, scale_std=0.3, rotate_frac_max=0.9, aniso_std=0.25)
     got, labels = apply_draws(images, draws, settings)
 
-    # The filters and the bilinear reading are exact for linear functions, but for the filters' centre of mass: it lies
-    # this many pixels beside the pixel (0.05), which cancels for shifts only.
+    # The filters and the bilinear reading are exact for linear functions, but for the filters'
+    # centre of mass: it lies this many pixels beside the pixel (0.05), which cancels for shifts
+    # only.
     beside = (np.dot(augment.SYM6, np.arange(12)) - augment.REACH) / 2
 
     def rotation(angle):
         return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     for i in range(batch):
-        n, m, shift = draws.scale_normal[i], draws.aniso_normal[i], draws.translate_frac_normal[:, i]
+        n, m, shift = (
+            draws.scale_normal[i],
+            draws.aniso_normal[i],
+            draws.translate_frac_normal[:, i],
+        )
         theta = np.pi * (2 * draws.rotate_frac_uniform[i] - 1) * 0.9
         phi = np.pi * (2 * draws.aniso_angle_uniform[i] - 1)
         want = [0, 0, n, np.cos(theta) - 1, np.sin(theta), m * np.cos(phi), m * np.sin(phi), *shift]
         np.testing.assert_allclose(labels[i], want, atol=1e-6)
 
-        # Forward: scale, turn, stretch along a turned axis, shift. y points down, so -theta is anticlockwise.
+        # Forward: scale, turn, stretch along a turned axis, shift. y points down, so -theta is
+        # anticlockwise.
         stretch = rotation(-phi) @ np.diag([2 ** (0.25 * m), 2 ** (-0.25 * m)]) @ rotation(phi)
         forward = stretch @ rotation(-theta) * 2 ** (0.3 * n)
-        source = (positions + beside - 0.125 * width * np.asarray(shift)) @ np.linalg.inv(forward).T - beside
+        source = (positions + beside - 0.125 * width * np.asarray(shift)) @ np.linalg.inv(
+            forward
+        ).T - beside
         inside = (np.abs(source) < width / 2 - 8).all(-1)
         assert inside.sum() > 100
         np.testing.assert_allclose(got[i][inside] * width, source[inside], atol=1e-3)
@@ -165,17 +187,23 @@ def test_only_the_frame_of_the_stretch_turns_half_of_the_time():
 def test_each_gate_opens_its_own_labels():
     columns = {"xflip": [0], "yflip": [1], "scale": [2], "rotate_frac": [3, 4]}
     columns |= {"aniso": [5, 6], "translate_frac": [7, 8]}
-    draws = draw(jax.random.key(3), 1)._replace(xflip_choice=jnp.ones(1, int), yflip_choice=jnp.ones(1, int))
+    draws = draw(jax.random.key(3), 1)._replace(
+        xflip_choice=jnp.ones(1, int), yflip_choice=jnp.ones(1, int)
+    )
     draws = draws._replace(**{f: jnp.full(1, 0.3) for f in Draws._fields if f.endswith("gate")})
     for name, active in columns.items():
         closed = {other: 0.5 for other in columns if other != name}  # 0.3 is not below 0.5 * 0.5
-        _, labels = apply_draws(smooth(), draws, Augmentation(probability=0.5, **{name: 1.0}, **closed))
+        _, labels = apply_draws(
+            smooth(), draws, Augmentation(probability=0.5, **{name: 1.0}, **closed)
+        )
         assert np.flatnonzero(np.asarray(labels[0])).tolist() == active, name
 
 
 def test_beyond_the_reflected_margin_is_zero():
     images = np.ones((1, WIDTH, WIDTH, 1), np.float32)
-    got, _ = apply_draws(images, some_draws(1, scale_normal=-15.0), ALL)  # to an eighth; the margins make it 3/8
+    got, _ = apply_draws(
+        images, some_draws(1, scale_normal=-15.0), ALL
+    )  # to an eighth; the margins make it 3/8
     got = np.asarray(got)[0, :, :, 0]
     np.testing.assert_allclose(got[10:13, 10:13], 1, atol=1e-5)
     np.testing.assert_array_equal(got[:3], 0)

@@ -1,4 +1,5 @@
-"""Block noise: the double sum, its exact covariance from unit impulses, unit variance, the noise of a relay stage."""
+"""Block noise: the double sum, its exact covariance from unit impulses, unit variance, the
+noise of a relay stage."""
 
 import jax
 import numpy as np
@@ -20,13 +21,16 @@ def impulses(height: int, width: int) -> np.ndarray:
 
 
 def triangle(size: int, patch: int) -> np.ndarray:
-    """Triangles over the offsets of a circle of `size` pixels, summed over all windings: [size, size]."""
+    """Triangles over the offsets of a circle of `size` pixels, summed over all windings: [size,
+    size]."""
     offset = np.arange(size)[:, None] - np.arange(size)[None, :]
     return sum(np.maximum(0, patch - np.abs(offset + k * size)) / patch for k in range(-2, 3))
 
 
 @pytest.mark.parametrize("patch, height, width", [(2, 4, 6), (3, 6, 3), (4, 8, 12), (4, 2, 1)])
-def test_every_pixel_is_the_sum_over_the_patch_above_and_left_of_it(patch: int, height: int, width: int) -> None:
+def test_every_pixel_is_the_sum_over_the_patch_above_and_left_of_it(
+    patch: int, height: int, width: int
+) -> None:
     g = white(2, height, width, 2)
     want = np.zeros(g.shape)
     for y in range(height):
@@ -38,11 +42,17 @@ def test_every_pixel_is_the_sum_over_the_patch_above_and_left_of_it(patch: int, 
 
 
 @pytest.mark.parametrize("patch, height, width", [(2, 4, 6), (4, 8, 12), (4, 4, 8)])
-def test_variance_is_one_and_covariance_a_product_of_triangles(patch: int, height: int, width: int) -> None:
-    response = np.asarray(make(impulses(height, width), patch), np.float64).reshape(height * width, -1)
+def test_variance_is_one_and_covariance_a_product_of_triangles(
+    patch: int, height: int, width: int
+) -> None:
+    response = np.asarray(make(impulses(height, width), patch), np.float64).reshape(
+        height * width, -1
+    )
     covariance = response.T @ response
     np.testing.assert_allclose(np.diag(covariance), 1, atol=1e-6)
-    np.testing.assert_allclose(covariance, np.kron(triangle(height, patch), triangle(width, patch)), atol=1e-6)
+    np.testing.assert_allclose(
+        covariance, np.kron(triangle(height, patch), triangle(width, patch)), atol=1e-6
+    )
 
 
 def test_sampled_fields_have_the_covariance_too() -> None:
@@ -62,7 +72,9 @@ def test_relay_noise_adds_the_scaled_field_without_renormalising() -> None:
     height, width, patch, scale = 4, 8, 4, 0.3
     pulse = impulses(height, width)
     nothing = np.zeros_like(pulse)
-    response = np.concatenate([make_relay(pulse, nothing, patch, scale), make_relay(nothing, pulse, patch, scale)])
+    response = np.concatenate(
+        [make_relay(pulse, nothing, patch, scale), make_relay(nothing, pulse, patch, scale)]
+    )
     response = response.astype(np.float64).reshape(2 * height * width, -1)
     covariance = response.T @ response
     np.testing.assert_allclose(np.diag(covariance), 1 + scale**2, atol=1e-6)

@@ -1,4 +1,5 @@
-"""Blur: equal to attenuated DCT coefficients, means kept, patches apart, symmetric, identity at both ends."""
+"""Blur: equal to attenuated DCT coefficients, means kept, patches apart, symmetric, identity at
+both ends."""
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +20,32 @@ def images(height: int = 8, width: int = 12, seed: int = 0) -> np.ndarray:
 def factors(sigma: float, patch: int, min_scale: float) -> np.ndarray:
     """The attenuation of every frequency pair, from its definition, float64 [p, p]."""
     squares = np.square(np.pi * np.arange(patch) / patch)
-    return (1 - min_scale) * np.exp(-(squares[:, None] + squares[None, :]) * sigma**2 / 2) + min_scale
+    return (1 - min_scale) * np.exp(
+        -(squares[:, None] + squares[None, :]) * sigma**2 / 2
+    ) + min_scale
 
 
 def reference(x: np.ndarray, sigmas: np.ndarray, patch: int, min_scale: float) -> np.ndarray:
     """DCT per patch, attenuation, inverse DCT, in float64."""
     b, h, w, c = x.shape
-    u = scipy.fft.dctn(x.astype(np.float64).reshape(b, h // patch, patch, w // patch, patch, c), axes=(2, 4),
-                       norm="ortho")
+    u = scipy.fft.dctn(
+        x.astype(np.float64).reshape(b, h // patch, patch, w // patch, patch, c),
+        axes=(2, 4),
+        norm="ortho",
+    )
     a = np.stack([factors(float(s), patch, min_scale) for s in sigmas])
-    return scipy.fft.idctn(u * a[:, None, :, None, :, None], axes=(2, 4), norm="ortho").reshape(x.shape)
+    return scipy.fft.idctn(u * a[:, None, :, None, :, None], axes=(2, 4), norm="ortho").reshape(
+        x.shape
+    )
 
 
-@pytest.mark.parametrize("patch, height, width, min_scale", [(2, 4, 6, 0.1), (3, 9, 3, 0.0), (4, 8, 12, MIN_SCALE),
-                                                             (8, 8, 16, 0.001)])
-def test_separable_form_equals_dct_attenuation_inverse_dct(patch: int, height: int, width: int,
-                                                           min_scale: float) -> None:
+@pytest.mark.parametrize(
+    "patch, height, width, min_scale",
+    [(2, 4, 6, 0.1), (3, 9, 3, 0.0), (4, 8, 12, MIN_SCALE), (8, 8, 16, 0.001)],
+)
+def test_separable_form_equals_dct_attenuation_inverse_dct(
+    patch: int, height: int, width: int, min_scale: float
+) -> None:
     x = images(height, width)
     got = fast_blur(x, SIGMAS, patch=patch, min_scale=min_scale)
     np.testing.assert_allclose(got, reference(x, SIGMAS, patch, min_scale), atol=5e-6)
@@ -42,14 +53,18 @@ def test_separable_form_equals_dct_attenuation_inverse_dct(patch: int, height: i
 
 def test_default_floor_is_a_thousandth() -> None:
     x = images()
-    np.testing.assert_allclose(fast_blur(x, SIGMAS, patch=4), reference(x, SIGMAS, 4, 0.001), atol=5e-6)
+    np.testing.assert_allclose(
+        fast_blur(x, SIGMAS, patch=4), reference(x, SIGMAS, 4, 0.001), atol=5e-6
+    )
 
 
 def test_attenuation_is_the_formula_and_keeps_the_shape_of_sigma() -> None:
     sigmas = np.array([[0.0, 0.5], [1.0, 3.0]], np.float32)
     got = attenuation(sigmas, 4, 0.05)
     assert got.shape == (2, 2, 4, 4)
-    np.testing.assert_allclose(got, [[factors(float(s), 4, 0.05) for s in row] for row in sigmas], rtol=1e-5)
+    np.testing.assert_allclose(
+        got, [[factors(float(s), 4, 0.05) for s in row] for row in sigmas], rtol=1e-5
+    )
     matrix = blur_matrix(sigmas, 4)
     assert matrix.shape == (2, 2, 4, 4)
     np.testing.assert_allclose(matrix, np.swapaxes(matrix, -1, -2), atol=1e-7)
@@ -96,7 +111,9 @@ def test_one_sigma_per_image_and_one_for_all() -> None:
 def test_one_sigma_repeated_for_many_images_inside_a_compiled_program() -> None:
     """XLA for CPU computes a sum over an axis wrongly here, from 64 repetitions on."""
     repeated = jax.jit(lambda sigma: blur_matrix(jnp.full(64, sigma), 4))(np.float32(0.7))
-    np.testing.assert_allclose(repeated, np.repeat(blur_matrix(np.float32([0.7]), 4), 64, axis=0), atol=1e-6)
+    np.testing.assert_allclose(
+        repeated, np.repeat(blur_matrix(np.float32([0.7]), 4), 64, axis=0), atol=1e-6
+    )
 
 
 def test_the_blur_is_symmetric_and_is_its_own_gradient() -> None:

@@ -23,10 +23,14 @@ def patches(x: np.ndarray, patch: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("patch, height, width", [(1, 2, 3), (3, 6, 9), (4, 8, 4), (8, 8, 16)])
-def test_patch_dct_equals_scipy_and_is_undone_by_its_inverse(patch: int, height: int, width: int) -> None:
+def test_patch_dct_equals_scipy_and_is_undone_by_its_inverse(
+    patch: int, height: int, width: int
+) -> None:
     x = images(height, width)
     got = np.asarray(forward(x, patch))
-    want = scipy.fft.dctn(patches(x.astype(np.float64), patch), axes=(2, 4), norm="ortho").reshape(x.shape)
+    want = scipy.fft.dctn(patches(x.astype(np.float64), patch), axes=(2, 4), norm="ortho").reshape(
+        x.shape
+    )
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(inverse(got, patch), x, atol=1e-5)
     energy_per_patch = [np.square(patches(v, patch)).sum(axis=(2, 4)) for v in (x, got)]
@@ -57,7 +61,9 @@ def test_one_matrix_per_image_acts_on_rows_then_columns() -> None:
 
 @pytest.mark.parametrize("transform", [patch_dct, patch_idct])
 @pytest.mark.parametrize("height, width", [(6, 8), (8, 6)])
-def test_images_of_broken_patches_are_refused_with_their_size(transform: Callable, height: int, width: int) -> None:
+def test_images_of_broken_patches_are_refused_with_their_size(
+    transform: Callable, height: int, width: int
+) -> None:
     with pytest.raises(ValueError, match=rf"{height} x {width} pixels .* 4 x 4"):
         transform(images(height, width), 4)
 

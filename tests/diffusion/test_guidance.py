@@ -1,4 +1,5 @@
-"""Guidance: the linear combination by hand, the interval inside jit, one batch of both branches, refusals."""
+"""Guidance: the linear combination by hand, the interval inside jit, one batch of both
+branches, refusals."""
 
 import math
 
@@ -27,7 +28,9 @@ def expected(weight: float, sigma: float) -> np.ndarray:
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_weights_up_to_one_are_the_plain_conditional_denoiser(weight: float) -> None:
-    np.testing.assert_array_equal(classifier_free(denoise, LABELS, weight)(X, 0.7), denoise(X, 0.7, LABELS))
+    np.testing.assert_array_equal(
+        classifier_free(denoise, LABELS, weight)(X, 0.7), denoise(X, 0.7, LABELS)
+    )
 
 
 @pytest.mark.parametrize("weight", [1.5, 3.5])
@@ -39,16 +42,24 @@ def test_weights_above_one_extrapolate_away_from_the_empty_label(weight: float) 
 def test_the_interval_is_closed_and_acts_inside_a_compiled_loop() -> None:
     guided = classifier_free(denoise, LABELS, 3.0, (0.25, 2.0))
     sigmas = [0.0, 0.249, 0.25, 1.0, 2.0, 2.001, 80.0]
-    got = jax.jit(lambda sigmas: jax.lax.map(lambda sigma: guided(X, sigma), sigmas))(jnp.array(sigmas))
+    got = jax.jit(lambda sigmas: jax.lax.map(lambda sigma: guided(X, sigma), sigmas))(
+        jnp.array(sigmas)
+    )
     want = [expected(3.0 if 0.25 <= sigma <= 2.0 else 1.0, sigma) for sigma in sigmas]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("interval, acts", [((0.0, 1.0), [True, True, False]), ((0.5, math.inf), [False, True, True])])
-def test_the_interval_may_be_open_at_one_end(interval: tuple[float, float], acts: list[bool]) -> None:
+@pytest.mark.parametrize(
+    "interval, acts", [((0.0, 1.0), [True, True, False]), ((0.5, math.inf), [False, True, True])]
+)
+def test_the_interval_may_be_open_at_one_end(
+    interval: tuple[float, float], acts: list[bool]
+) -> None:
     guided = jax.jit(classifier_free(denoise, LABELS, 2.0, interval))
     for sigma, active in zip([0.1, 0.7, 5.0], acts, strict=True):
-        np.testing.assert_allclose(guided(X, sigma), expected(2.0 if active else 1.0, sigma), atol=1e-5)
+        np.testing.assert_allclose(
+            guided(X, sigma), expected(2.0 if active else 1.0, sigma), atol=1e-5
+        )
 
 
 def test_both_branches_share_one_call_and_outside_only_the_conditional_one_runs() -> None:
@@ -67,7 +78,9 @@ def test_both_branches_share_one_call_and_outside_only_the_conditional_one_runs(
 
 
 def test_an_unconditional_network_cannot_be_guided_but_runs_unguided() -> None:
-    np.testing.assert_array_equal(classifier_free(denoise, None, 1.0)(X, 0.7), denoise(X, 0.7, None))
+    np.testing.assert_array_equal(
+        classifier_free(denoise, None, 1.0)(X, 0.7), denoise(X, 0.7, None)
+    )
     with pytest.raises(ValueError, match=r"guidance 1\.5 needs a class-conditional network"):
         classifier_free(denoise, None, 1.5)
 

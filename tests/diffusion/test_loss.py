@@ -1,4 +1,5 @@
-"""Losses: both forward processes by hand, the sharp target, known losses of known denoisers, the draws."""
+"""Losses: both forward processes by hand, the sharp target, known losses of known denoisers,
+the draws."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from scipy.special import ndtri
 
 from relay_jax.diffusion.loss import Draws, corrupt, draw, loss, loss_map
 from relay_jax.diffusion.precondition import precondition
-from relay_jax.diffusion.schedule import EdmProcess, RelayProcess
+from relay_jax.diffusion.process import EdmProcess, RelayProcess
 
 EDM, RELAY = EdmProcess(), RelayProcess(patch=4, block_noise_scale=0.5)
 SHAPE = (4, 8, 12, 3)
@@ -42,10 +43,14 @@ def by_hand(process: EdmProcess, x: np.ndarray, draws: Draws) -> tuple[np.ndarra
     u = np.maximum(level, process.u_min)
     sigma, blur_sigma = np.exp(-1.2 + 1.2 * ndtri(0.93 * u)), 3 * np.sin(np.pi * u / 2) ** 2
     b, h, w, c = x.shape
-    coefficients = scipy.fft.dctn(x.astype(np.float64).reshape(b, h // 4, 4, w // 4, 4, c), axes=(2, 4), norm="ortho")
+    coefficients = scipy.fft.dctn(
+        x.astype(np.float64).reshape(b, h // 4, 4, w // 4, 4, c), axes=(2, 4), norm="ortho"
+    )
     coefficients *= factors(blur_sigma)[:, None, :, None, :, None]
     blurred = scipy.fft.idctn(coefficients, axes=(2, 4), norm="ortho").reshape(x.shape)
-    block = sum(np.roll(draws.block_gaussian, (i, j), (1, 2)) for i in range(4) for j in range(4)) / 4
+    block = (
+        sum(np.roll(draws.block_gaussian, (i, j), (1, 2)) for i in range(4) for j in range(4)) / 4
+    )
     return blurred + column(sigma) * (gaussian + 0.5 * block), sigma, blurred
 
 
@@ -61,7 +66,9 @@ def test_corruption_loss_map_and_loss_by_hand(process: EdmProcess) -> None:
     np.testing.assert_allclose(got.noisy, noisy, atol=2e-5)
     np.testing.assert_allclose(got.sigma, sigma, rtol=1e-5)
     np.testing.assert_allclose(got.blurred, blurred, atol=1e-5)
-    want = column((sigma**2 + 0.25) / (0.5 * sigma) ** 2) * np.square(np.tanh(noisy) / (1 + column(sigma)) - x)
+    want = column((sigma**2 + 0.25) / (0.5 * sigma) ** 2) * np.square(
+        np.tanh(noisy) / (1 + column(sigma)) - x
+    )
     np.testing.assert_allclose(loss_map(denoise, x, got), want, rtol=1e-3, atol=1e-4)
     each = jax.jit(lambda x, key: loss(process, denoise, x, key))(x, key)
     assert each.shape == SHAPE[:1]
@@ -79,7 +86,9 @@ def test_draws_at_or_below_the_floor_give_the_smallest_sigma() -> None:
 def test_the_denoiser_of_a_single_image_has_no_loss(process: EdmProcess) -> None:
     point = images()[:1]
     x = np.repeat(point, SHAPE[0], axis=0)
-    np.testing.assert_array_equal(loss(process, lambda noisy, sigma: point, x, jax.random.key(0)), 0)
+    np.testing.assert_array_equal(
+        loss(process, lambda noisy, sigma: point, x, jax.random.key(0)), 0
+    )
 
 
 def test_the_target_is_the_sharp_image_not_the_blurred_one() -> None:
@@ -94,7 +103,8 @@ def test_the_target_is_the_sharp_image_not_the_blurred_one() -> None:
 
 @BOTH
 def test_a_silent_network_on_gaussian_data_has_the_expected_loss(process: EdmProcess) -> None:
-    """White gaussian images of variance sd^2: per coefficient the error is (c_skip a - 1) x0 + c_skip sigma n."""
+    """White gaussian images of variance sd^2: per coefficient the error is (c_skip a - 1) x0 +
+    c_skip sigma n."""
     shape = (32, 64, 64, 1)
     x = 0.5 * np.random.default_rng(1).normal(size=shape).astype(np.float32)
     draws = fast_draw(process, jax.random.key(5), shape)
@@ -104,15 +114,18 @@ def test_a_silent_network_on_gaussian_data_has_the_expected_loss(process: EdmPro
 
     sigma = np.asarray(corrupted.sigma, np.float64)
     c_skip = 0.25 / (sigma**2 + 0.25)
-    want = np.ones(shape[0])    # EDM: the weight is 1 / c_out^2
+    want = np.ones(shape[0])  # EDM: the weight is 1 / c_out^2
     block = 0.0
     if isinstance(process, RelayProcess):
         block = process.block_noise_scale**2
         a = factors(np.asarray(corrupted.blur_sigma))
-        error = 0.25 * np.square(column(c_skip)[..., 0] * a - 1).mean(axis=(1, 2)) + (c_skip * sigma) ** 2 * (1 + block)
+        error = 0.25 * np.square(column(c_skip)[..., 0] * a - 1).mean(axis=(1, 2)) + (
+            c_skip * sigma
+        ) ** 2 * (1 + block)
         want = (sigma**2 + 0.25) / (0.5 * sigma) ** 2 * error
-    # 4096 pixels per image: relative standard error sqrt(2 / 4096) = 0.022 for white noise, 5 of them per image.
-    # Correlated noise (here at most a fifth of the variance) has a sixteenth of the independent pixels.
+    # 4096 pixels per image: relative standard error sqrt(2 / 4096) = 0.022 for white noise, 5
+    # of them per image. Correlated noise (here at most a fifth of the variance) has a sixteenth
+    # of the independent pixels.
     np.testing.assert_allclose(got, want, rtol=0.11)
     np.testing.assert_allclose(np.mean(got / want), 1, atol=0.02)
 
@@ -124,7 +137,9 @@ def test_the_weight_is_capped_in_the_loss_of_the_relay() -> None:
     sigma = np.asarray(corrupted.sigma)
     want = np.minimum(4 + 1 / sigma**2, 10)
     assert want[0] == 10 and want[-1] < 10
-    np.testing.assert_allclose(loss_map(lambda x, _: x + 1, zeros, corrupted)[:, 0, 0, 0], want, rtol=1e-5)
+    np.testing.assert_allclose(
+        loss_map(lambda x, _: x + 1, zeros, corrupted)[:, 0, 0, 0], want, rtol=1e-5
+    )
 
 
 def test_draws_are_uniform_or_normal_levels_and_unit_fields_of_their_own() -> None:
@@ -137,11 +152,15 @@ def test_draws_are_uniform_or_normal_levels_and_unit_fields_of_their_own() -> No
     assert np.asarray(edm.level).min() < 0 and np.abs(np.mean(edm.level)) < 4 / 16
     for field in (relay.gaussian, relay.block_gaussian):
         assert field.shape == shape
-        assert abs(float(jnp.mean(field))) < 0.02 and abs(float(jnp.var(field)) - 1) < 0.03    # 4 standard errors
+        assert (
+            abs(float(jnp.mean(field))) < 0.02 and abs(float(jnp.var(field)) - 1) < 0.03
+        )  # 4 standard errors
     correlation = np.corrcoef(np.ravel(relay.gaussian), np.ravel(relay.block_gaussian))[0, 1]
     assert abs(correlation) < 0.02
     per_image = np.asarray(relay.gaussian).reshape(256, -1)
-    assert np.abs(np.corrcoef(per_image[:16]) - np.eye(16)).max() < 0.4    # 192 numbers each: 5 standard errors
+    assert (
+        np.abs(np.corrcoef(per_image[:16]) - np.eye(16)).max() < 0.4
+    )  # 192 numbers each: 5 standard errors
 
 
 def test_the_block_field_is_drawn_only_where_it_counts() -> None:

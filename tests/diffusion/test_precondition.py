@@ -1,4 +1,5 @@
-"""Preconditioning: unit variance in and out, the ideal denoiser of gaussian data, what the network is handed."""
+"""Preconditioning: unit variance in and out, the ideal denoiser of gaussian data, what the
+network is handed."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from relay_jax.diffusion.precondition import coefficients, per_image, precondition
-from relay_jax.diffusion.schedule import EdmProcess
+from relay_jax.diffusion.process import EdmProcess
 
 SIGMAS = np.array([0.002, 0.1, 0.5, 3.0, 80.0])
 
@@ -15,21 +16,30 @@ def images(batch: int = 2) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(batch, 2, 3, 3)).astype(np.float32)
 
 
-def zero(x: jax.Array, c_noise: jax.Array, class_labels: jax.Array | None,
-         augment_labels: jax.Array | None) -> jax.Array:
+def zero(
+    x: jax.Array,
+    c_noise: jax.Array,
+    class_labels: jax.Array | None,
+    augment_labels: jax.Array | None,
+) -> jax.Array:
     return jnp.zeros_like(x)
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
-def test_input_and_target_of_the_network_have_unit_variance_and_are_uncorrelated(sigma_data: float) -> None:
+def test_input_and_target_of_the_network_have_unit_variance_and_are_uncorrelated(
+    sigma_data: float,
+) -> None:
     c = coefficients(jnp.asarray(SIGMAS, jnp.float32), sigma_data)
-    # noisy = x0 + sigma n with x0 ~ N(0, sigma_data^2); the network's target is (x0 - c_skip noisy) / c_out.
+    # noisy = x0 + sigma n with x0 ~ N(0, sigma_data^2); the network's target is (x0 - c_skip
+    # noisy) / c_out.
     np.testing.assert_allclose(np.square(c.c_in) * (sigma_data**2 + SIGMAS**2), 1, rtol=1e-5)
     x0_share, noise_share = (1 - np.asarray(c.c_skip, np.float64)) / c.c_out, c.c_skip / c.c_out
-    inside = SIGMAS > 0.01    # 1 - c_skip keeps too few digits of float32 below
+    inside = SIGMAS > 0.01  # 1 - c_skip keeps too few digits of float32 below
     variance = x0_share**2 * sigma_data**2 + noise_share**2 * SIGMAS**2
     np.testing.assert_allclose(variance[inside], 1, rtol=1e-4)
-    np.testing.assert_allclose((x0_share * sigma_data**2)[inside], (noise_share * SIGMAS**2)[inside], rtol=1e-4)
+    np.testing.assert_allclose(
+        (x0_share * sigma_data**2)[inside], (noise_share * SIGMAS**2)[inside], rtol=1e-4
+    )
     np.testing.assert_allclose(c.c_noise, np.log(SIGMAS) / 4, rtol=1e-6)
 
 
@@ -49,7 +59,9 @@ def test_a_silent_network_is_the_ideal_denoiser_of_gaussian_data() -> None:
 def test_the_network_sees_scaled_images_log_sigma_and_the_labels() -> None:
     x, sigma, seen = images(), np.array([0.2, 5.0]), {}
 
-    def network(x: jax.Array, c_noise: jax.Array, class_labels: jax.Array, augment_labels: jax.Array) -> jax.Array:
+    def network(
+        x: jax.Array, c_noise: jax.Array, class_labels: jax.Array, augment_labels: jax.Array
+    ) -> jax.Array:
         seen.update(x=x, c_noise=c_noise, class_labels=class_labels, augment_labels=augment_labels)
         return jnp.ones_like(x, jnp.bfloat16)
 
@@ -71,7 +83,9 @@ def test_one_sigma_for_all_equals_one_per_image() -> None:
     denoise, x = jax.jit(precondition(network)), images(3)
     want = denoise(x, jnp.full(3, 0.3))
     np.testing.assert_array_equal(denoise(x, jnp.float32(0.3)), want)
-    np.testing.assert_array_equal(precondition(network)(x.astype(jnp.bfloat16), 0.3).dtype, jnp.float32)
+    np.testing.assert_array_equal(
+        precondition(network)(x.astype(jnp.bfloat16), 0.3).dtype, jnp.float32
+    )
 
 
 def test_per_image_makes_a_column_of_either() -> None:

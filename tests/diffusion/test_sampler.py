@@ -1,4 +1,5 @@
-"""Samplers: known distributions of known data, the published updates in float64, noise by image, hand-off, calls."""
+"""Samplers: known distributions of known data, the published updates in float64, noise by
+image, hand-off, calls."""
 
 import itertools
 import math
@@ -12,6 +13,7 @@ from scipy.special import ndtr
 
 from relay_jax.diffusion.blur import attenuation
 from relay_jax.diffusion.dct import patch_dct, patch_idct
+from relay_jax.diffusion.process import EdmProcess, RelayProcess, edm_sigmas, relay_sigmas
 from relay_jax.diffusion.sampler import (
     NOISE_PURPOSES,
     EdmSampler,
@@ -23,7 +25,6 @@ from relay_jax.diffusion.sampler import (
     sample_edm,
     sample_relay,
 )
-from relay_jax.diffusion.schedule import EdmProcess, RelayProcess, edm_sigmas, relay_sigmas
 
 IMAGENET_EDM = EdmSampler(num_steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)
 CELEBA_EDM = EdmSampler(num_steps=120, sde_scale=0.05)
@@ -42,23 +43,31 @@ def silence(step: jax.Array | int, purpose: str) -> jax.Array:
     return jnp.zeros((1, 1, 1, 1))
 
 
-def fixed_noise(steps: int, shape: tuple[int, ...], seed: int = 0) -> tuple[NoiseFn, dict[str, np.ndarray]]:
+def fixed_noise(
+    steps: int, shape: tuple[int, ...], seed: int = 0
+) -> tuple[NoiseFn, dict[str, np.ndarray]]:
     """A noise_fn that reads from given fields, and the fields: purpose to [steps, b, h, w, c]."""
-    fields = {purpose: normal(steps, *shape, seed=seed + i) for i, purpose in enumerate(NOISE_PURPOSES)}
+    fields = {
+        purpose: normal(steps, *shape, seed=seed + i) for i, purpose in enumerate(NOISE_PURPOSES)
+    }
     return lambda step, purpose: jnp.asarray(fields[purpose])[step], fields
 
 
 def impulse_noise(purposes: list[str], steps: int, unit: np.ndarray) -> tuple[NoiseFn, int]:
-    """Noise that is `unit` [h, w, c] in exactly one draw of each row but the first two, and the number of rows.
+    """Noise that is `unit` [h, w, c] in exactly one draw of each row but the first two, and the
+    number of rows.
 
-    A sampler whose denoiser is affine turns noise into images by an affine map. Row 0 gets no noise, row 1 is left
-    for the starting noise, each further row one draw. The squares of the differences to row 0 then sum to the exact
-    variance of every state and of the result: a test without sampling error.
+    A sampler whose denoiser is affine turns noise into images by an affine map. Row 0 gets no
+    noise, row 1 is left
+    for the starting noise, each further row one draw. The squares of the differences to row 0
+    then sum to the exact variance of every state and of the result: a test without sampling error.
     """
     rows = 2 + len(purposes) * steps
 
     def noise_fn(step: jax.Array | int, purpose: str) -> jax.Array:
-        return (jnp.arange(rows) == 2 + purposes.index(purpose) * steps + step)[:, None, None, None] * unit
+        return (jnp.arange(rows) == 2 + purposes.index(purpose) * steps + step)[
+            :, None, None, None
+        ] * unit
 
     return noise_fn, rows
 
@@ -69,7 +78,9 @@ def first_noise(rows: int, unit: np.ndarray) -> np.ndarray:
 
 def variance(images: np.ndarray) -> np.ndarray:
     """Sum of squared responses to the impulses, over the batch axis."""
-    return np.square(np.asarray(images, np.float64)[..., 1:, :, :, :] - images[..., :1, :, :, :]).sum(axis=-4)
+    return np.square(
+        np.asarray(images, np.float64)[..., 1:, :, :, :] - images[..., :1, :, :, :]
+    ).sum(axis=-4)
 
 
 # Data that is a single image: whatever the noise and the options, the end is that image.
@@ -77,31 +88,59 @@ def variance(images: np.ndarray) -> np.ndarray:
 POINT = normal(1, 8, 4, 3, seed=9)
 
 
-@pytest.mark.parametrize("options", [{}, {"s_churn": 5.0, "s_min": 0.05, "s_max": 50, "s_noise": 1.003},
-                                     {"sde_scale": 0.3}, {"s_churn": 2.0, "sde_scale": 0.9}, {"num_steps": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"s_churn": 5.0, "s_min": 0.05, "s_max": 50, "s_noise": 1.003},
+        {"sde_scale": 0.3},
+        {"s_churn": 2.0, "sde_scale": 0.9},
+        {"num_steps": 1},
+    ],
+)
 def test_edm_of_a_single_image_ends_at_it(options: dict[str, float]) -> None:
     sampler = EdmSampler(**{"num_steps": 6} | options)
     noise_fn, _ = fixed_noise(6, (2, 8, 4, 3))
-    got = jax.jit(lambda z: sample_edm(lambda x, sigma: jnp.broadcast_to(POINT, x.shape), z, noise_fn, sampler).final)
+    got = jax.jit(
+        lambda z: (
+            sample_edm(
+                lambda x, sigma: jnp.broadcast_to(POINT, x.shape), z, noise_fn, sampler
+            ).final
+        )
+    )
     np.testing.assert_array_equal(got(normal(2, 8, 4, 3, seed=5)), np.repeat(POINT, 2, 0))
 
 
-@pytest.mark.parametrize("options", [{"fresh_noise": 0.0}, {}, {"fresh_noise": 1.0}, {"rho": 100.0}])
+@pytest.mark.parametrize(
+    "options", [{"fresh_noise": 0.0}, {}, {"fresh_noise": 1.0}, {"rho": 100.0}]
+)
 def test_relay_of_a_single_image_ends_at_it(options: dict[str, float]) -> None:
     sampler = RelaySampler(**{"num_steps": 14, "handoff_sigma": 0.9} | options)
     noise_fn, _ = fixed_noise(14, (2, 8, 4, 3))
-    got = jax.jit(lambda low: sample_relay(lambda x, sigma: jnp.broadcast_to(POINT, x.shape), low, noise_fn, RELAY,
-                                           sampler).final)
+    got = jax.jit(
+        lambda low: (
+            sample_relay(
+                lambda x, sigma: jnp.broadcast_to(POINT, x.shape), low, noise_fn, RELAY, sampler
+            ).final
+        )
+    )
     np.testing.assert_allclose(got(normal(2, 2, 1, 3)), np.repeat(POINT, 2, 0), atol=2e-6)
 
 
 def test_edm_states_of_a_single_image_have_the_variance_of_their_level_also_under_churn() -> None:
-    sampler, point = EdmSampler(num_steps=12, sigma_max=20.0, s_churn=4.0, s_min=0.05, s_max=10.0), 0.3
+    sampler, point = (
+        EdmSampler(num_steps=12, sigma_max=20.0, s_churn=4.0, s_min=0.05, s_max=10.0),
+        0.3,
+    )
     assert 0 < np.count_nonzero(sampler.churn()) < 12
     sigmas, unit = sampler.sigmas(), np.ones((1, 1, 1), np.float32)
     noise_fn, rows = impulse_noise(["churn_gauss"], 12, unit)
     latents = point / sigmas[0] + first_noise(rows, unit)
-    states = jax.jit(lambda z: sample_edm(lambda x, _: jnp.full(x.shape, point), z, noise_fn, sampler, True).states)
+    states = jax.jit(
+        lambda z: (
+            sample_edm(lambda x, _: jnp.full(x.shape, point), z, noise_fn, sampler, True).states
+        )
+    )
     states = np.asarray(states(latents))
     np.testing.assert_allclose(states[:, 0], point, atol=1e-5)
     np.testing.assert_allclose(variance(states)[:, 0, 0, 0], sigmas[:-1] ** 2, rtol=1e-4)
@@ -109,7 +148,7 @@ def test_edm_states_of_a_single_image_have_the_variance_of_their_level_also_unde
 
 # Gaussian data, whose ideal denoiser is known.
 
-MEAN, SPREAD = np.array([0.4, -0.3, 0.1]), np.array([0.04, 0.25, 1.0])    # per channel
+MEAN, SPREAD = np.array([0.4, -0.3, 0.1]), np.array([0.04, 0.25, 1.0])  # per channel
 
 
 def gaussian_denoiser(x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -123,37 +162,49 @@ def test_edm_ode_carries_gaussian_data_along_the_exact_flow_to_second_order() ->
     errors = []
     for num_steps in (24, 48):
         sampler = EdmSampler(num_steps=num_steps)
-        got = jax.jit(lambda z, s=sampler: sample_edm(gaussian_denoiser, z, silence, s).final)(latents)
+        got = jax.jit(lambda z, s=sampler: sample_edm(gaussian_denoiser, z, silence, s).final)(
+            latents
+        )
         want = MEAN + (80 * latents - MEAN) * np.sqrt(SPREAD / (SPREAD + 80**2))
         errors.append(np.abs(got - want).max())
     assert errors[1] < 5e-3
-    assert errors[0] > 3 * errors[1]    # 4 for a method of second order, 2 for Euler's
+    assert errors[0] > 3 * errors[1]  # 4 for a method of second order, 2 for Euler's
 
 
-@pytest.mark.parametrize("options, purposes", [
-    ({"s_churn": 20.0, "s_min": 0.05, "s_max": 50.0}, ["churn_gauss"]),
-    ({"sde_scale": 0.05}, ["euler_gauss", "heun_gauss"])], ids=["churn", "sde"])
-def test_stochastic_edm_keeps_mean_and_variance_of_gaussian_data(options: dict[str, float],
-                                                                 purposes: list[str]) -> None:
+@pytest.mark.parametrize(
+    "options, purposes",
+    [
+        ({"s_churn": 20.0, "s_min": 0.05, "s_max": 50.0}, ["churn_gauss"]),
+        ({"sde_scale": 0.05}, ["euler_gauss", "heun_gauss"]),
+    ],
+    ids=["churn", "sde"],
+)
+def test_stochastic_edm_keeps_mean_and_variance_of_gaussian_data(
+    options: dict[str, float], purposes: list[str]
+) -> None:
     sampler, unit = EdmSampler(num_steps=200, **options), np.ones((1, 1, 3), np.float32)
     noise_fn, rows = impulse_noise(purposes, 200, unit)
     final = jax.jit(lambda z: sample_edm(gaussian_denoiser, z, noise_fn, sampler).final)
     final = np.asarray(final(first_noise(rows, unit)))
     shares = np.square(final[1:] - final[:1]).sum(axis=(1, 2, 3))
-    assert shares[1:].sum() > 0.1 * shares.sum()    # the added noise matters, not the start alone
-    # No sampling error: what is left is discretisation (with churn it falls to a quarter per doubling of the steps),
-    # and in the mean that the sampler starts at 0 and not at MEAN, which weighs at most 0.4 / 80.
+    assert shares[1:].sum() > 0.1 * shares.sum()  # the added noise matters, not the start alone
+    # No sampling error: what is left is discretisation (with churn it falls to a quarter per
+    # doubling of the steps), and in the mean that the sampler starts at 0 and not at MEAN,
+    # which weighs at most 0.4 / 80.
     np.testing.assert_allclose(variance(final)[0, 0], SPREAD, rtol=0.01)
     np.testing.assert_allclose(final[0, 0, 0], MEAN, atol=0.005)
 
 
 FREQUENCY = np.add.outer(np.arange(4.0) ** 2, np.arange(4.0) ** 2)
-PATCH_SPREAD = np.tile(0.4 / (1 + FREQUENCY), (1, 2))[None, :, :, None]    # of every DCT coefficient, 4 x 8 pixels
+PATCH_SPREAD = np.tile(0.4 / (1 + FREQUENCY), (1, 2))[
+    None, :, :, None
+]  # of every DCT coefficient, 4 x 8 pixels
 PATCH_MEAN = 0.3 * normal(1, 4, 8, 1, seed=3).astype(np.float64)
 
 
 def blur_at(sigma: np.ndarray, process: RelayProcess) -> np.ndarray:
-    """Attenuation of every coefficient of a 4 x 8 image at a noise level, from the definitions, [1, 4, 8, 1]."""
+    """Attenuation of every coefficient of a 4 x 8 image at a noise level, from the definitions,
+    [1, 4, 8, 1]."""
     u = ndtr((math.log(sigma) + 1.2) / 1.2) / process.cdf_max
     blur_sigma = process.blur_sigma_max * math.sin(math.pi * u / 2) ** 2
     decay = np.exp(-FREQUENCY * (math.pi / 4 * blur_sigma) ** 2 / 2)
@@ -169,15 +220,22 @@ def relay_gaussian_denoiser(x: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def relay_heun(num_steps: int, kappa: float, start: np.ndarray, noise_fn: NoiseFn) -> np.ndarray:
-    """DCT coefficients of the relay's result from a start in DCT coefficients, over the real hand-off."""
+    """DCT coefficients of the relay's result from a start in DCT coefficients, over the real
+    hand-off."""
     table = levels(PLAIN_RELAY, relay_sigmas(num_steps, 0.008, 80, 7, 0.9), kappa)
-    run = jax.jit(lambda u: patch_dct(
-        heun(relay_gaussian_denoiser, patch_idct(u, 4), PLAIN_RELAY, table, noise_fn).final, 4))
+    run = jax.jit(
+        lambda u: patch_dct(
+            heun(relay_gaussian_denoiser, patch_idct(u, 4), PLAIN_RELAY, table, noise_fn).final, 4
+        )
+    )
     return np.asarray(run(start.astype(np.float32)), np.float64)
 
 
-def test_deterministic_relay_carries_gaussian_data_along_the_exact_flow_in_every_coefficient() -> None:
-    """x - a mean stays proportional to the deviation sqrt(a^2 S + sigma^2) of its marginal, down to sqrt(S)."""
+def test_deterministic_relay_carries_gaussian_data_along_the_exact_flow_in_every_coefficient() -> (
+    None
+):
+    """x - a mean stays proportional to the deviation sqrt(a^2 S + sigma^2) of its marginal,
+    down to sqrt(S)."""
     errors = []
     for num_steps in (500, 1000):
         sigma = float(relay_sigmas(num_steps, 0.008, 80, 7, 0.9)[0])
@@ -186,28 +244,39 @@ def test_deterministic_relay_carries_gaussian_data_along_the_exact_flow_in_every
         got = relay_heun(num_steps, 0.0, a * PATCH_MEAN + deviation * z, silence)
         errors.append(np.abs((got - PATCH_MEAN) / np.sqrt(PATCH_SPREAD) - z).max())
     assert errors[1] < 0.025
-    # The published correction averages slopes of the unblurred estimate: first order where the blur acts.
+    # The published correction averages slopes of the unblurred estimate: first order where the
+    # blur acts.
     assert errors[0] > 1.7 * errors[1]
 
 
-def test_relay_with_fresh_noise_keeps_mean_and_variance_of_gaussian_data_in_every_coefficient() -> None:
+def test_relay_with_fresh_noise_keeps_mean_and_variance_of_gaussian_data_in_every_coefficient() -> (
+    None
+):
     num_steps = 800
     sigmas = relay_sigmas(num_steps, 0.008, 80, 7, 0.9)
     a, ones = blur_at(float(sigmas[0]), PLAIN_RELAY), np.ones((4, 8, 1), np.float32)
-    unit = np.asarray(patch_idct(ones[None], 4))[0]    # white noise in pixels is white noise in coefficients
+    unit = np.asarray(patch_idct(ones[None], 4))[
+        0
+    ]  # white noise in pixels is white noise in coefficients
     noise_fn, rows = impulse_noise(["euler_gauss", "heun_gauss"], len(sigmas) - 1, unit)
     deviation = np.sqrt(a**2 * PATCH_SPREAD + sigmas[0] ** 2)
-    final = relay_heun(num_steps, 0.2, a * PATCH_MEAN + deviation * first_noise(rows, ones), noise_fn)
+    final = relay_heun(
+        num_steps, 0.2, a * PATCH_MEAN + deviation * first_noise(rows, ones), noise_fn
+    )
     np.testing.assert_allclose(final[:1], PATCH_MEAN, atol=0.01)
-    # Fresh noise of share kappa is a Langevin step of relative size kappa^2 / 2 = 0.02: errors of that order may stay.
+    # Fresh noise of share kappa is a Langevin step of relative size kappa^2 / 2 = 0.02: errors
+    # of that order may stay.
     np.testing.assert_allclose(variance(final), PATCH_SPREAD[0], rtol=0.025)
 
 
 # The published updates, word for word, in float64.
 
+
 def bumpy(x: np.ndarray, sigma: float, xp: object = np) -> np.ndarray:
     """A nonlinear denoiser that mixes pixels and colours and depends on sigma."""
-    return xp.tanh(1.5 * x + 0.4 * xp.roll(x, 1, 1) - 0.3 * xp.roll(x, 1, 3)) / (1 + sigma**2) + 0.1 * xp.sin(3 * sigma)
+    return xp.tanh(1.5 * x + 0.4 * xp.roll(x, 1, 1) - 0.3 * xp.roll(x, 1, 3)) / (
+        1 + sigma**2
+    ) + 0.1 * xp.sin(3 * sigma)
 
 
 def device_bumpy(x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -215,7 +284,8 @@ def device_bumpy(x: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def edm_reference(x: np.ndarray, sampler: EdmSampler, fields: dict[str, np.ndarray]) -> np.ndarray:
-    """Algorithm 2 of EDM, with the SDE step of the official first stage in place of Euler's where asked for."""
+    """Algorithm 2 of EDM, with the SDE step of the official first stage in place of Euler's
+    where asked for."""
     sigmas = edm_sigmas(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
     x = sigmas[0] * x.astype(np.float64)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
@@ -235,8 +305,15 @@ def edm_reference(x: np.ndarray, sampler: EdmSampler, fields: dict[str, np.ndarr
     return x
 
 
-@pytest.mark.parametrize("options", [{"s_churn": 4.0, "s_min": 0.1, "s_max": 5.0, "s_noise": 1.1}, {"sde_scale": 0.4},
-                                     {"s_churn": 100.0}], ids=["churn", "sde", "most churn"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"s_churn": 4.0, "s_min": 0.1, "s_max": 5.0, "s_noise": 1.1},
+        {"sde_scale": 0.4},
+        {"s_churn": 100.0},
+    ],
+    ids=["churn", "sde", "most churn"],
+)
 def test_edm_equals_algorithm_2(options: dict[str, float]) -> None:
     sampler = EdmSampler(num_steps=7, sigma_min=0.02, sigma_max=8.0, rho=5.0, **options)
     latents = normal(2, 3, 4, 3, seed=20)
@@ -253,9 +330,12 @@ def dct(x: np.ndarray, inverse: bool = False) -> np.ndarray:
     return transform(patches, axes=(2, 4), norm="ortho").reshape(x.shape)
 
 
-def relay_reference(low: np.ndarray, process: RelayProcess, sampler: RelaySampler,
-                    fields: dict[str, np.ndarray]) -> np.ndarray:
-    """The official relay sampler: updates of DCT coefficients with the slope of the unblurred estimate."""
+def relay_reference(
+    low: np.ndarray, process: RelayProcess, sampler: RelaySampler, fields: dict[str, np.ndarray]
+) -> np.ndarray:
+    """The official relay sampler: updates of DCT coefficients with the slope of the unblurred
+    estimate."""
+
     def noise(moment: str, i: int) -> np.ndarray:
         block = fields[f"{moment}_block"][i].astype(np.float64)
         block = sum(np.roll(block, (y, x), (1, 2)) for y in range(4) for x in range(4)) / 4
@@ -272,7 +352,9 @@ def relay_reference(low: np.ndarray, process: RelayProcess, sampler: RelaySample
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         fresh = sampler.fresh_noise * sigma_next
         slope = dct(x - bumpy(x, sigma)) / sigma
-        x_next = dct(step(dct(x), slope, sigma, sigma_next), inverse=True) + fresh * noise("euler", i)
+        x_next = dct(step(dct(x), slope, sigma, sigma_next), inverse=True) + fresh * noise(
+            "euler", i
+        )
         if sigma_next > 0:
             slope_next = dct(x_next - bumpy(x_next, sigma_next)) / sigma_next
             x_next = dct(step(dct(x), (slope + slope_next) / 2, sigma, sigma_next), inverse=True)
@@ -281,38 +363,60 @@ def relay_reference(low: np.ndarray, process: RelayProcess, sampler: RelaySample
     return x
 
 
-@pytest.mark.parametrize("process, options", [
-    (RelayProcess(block_noise_scale=0.4), {"handoff_sigma": 0.9, "rho": 100.0}),
-    (RelayProcess(cdf_max=1.05, blur_sigma_max=2.0, min_scale=0.05), {"handoff_sigma": 5.0, "fresh_noise": 0.5})],
-    ids=["imagenet", "celeba"])
-def test_relay_equals_the_official_update_of_dct_coefficients(process: RelayProcess, options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "process, options",
+    [
+        (RelayProcess(block_noise_scale=0.4), {"handoff_sigma": 0.9, "rho": 100.0}),
+        (
+            RelayProcess(cdf_max=1.05, blur_sigma_max=2.0, min_scale=0.05),
+            {"handoff_sigma": 5.0, "fresh_noise": 0.5},
+        ),
+    ],
+    ids=["imagenet", "celeba"],
+)
+def test_relay_equals_the_official_update_of_dct_coefficients(
+    process: RelayProcess, options: dict[str, float]
+) -> None:
     sampler, low = RelaySampler(num_steps=14, **options), normal(2, 1, 2, 3, seed=21)
     noise_fn, fields = fixed_noise(14, (2, 4, 8, 3))
-    got = jax.jit(lambda low: sample_relay(device_bumpy, low, noise_fn, process, sampler).final)(low)
+    got = jax.jit(lambda low: sample_relay(device_bumpy, low, noise_fn, process, sampler).final)(
+        low
+    )
     np.testing.assert_allclose(got, relay_reference(low, process, sampler, fields), atol=1e-5)
 
 
 @pytest.mark.parametrize("patch", [1, 4])
-def test_a_relay_without_blur_and_blocks_is_the_edm_sampler_with_the_same_fresh_noise(patch: int) -> None:
+def test_a_relay_without_blur_and_blocks_is_the_edm_sampler_with_the_same_fresh_noise(
+    patch: int,
+) -> None:
     process = RelayProcess(patch=patch, blur_sigma_max=0.0, block_noise_scale=0.0)
     sigmas, x = relay_sigmas(14, 0.008, 80, 7, 0.9), normal(2, 4, 8, 3)
     noise_fn, _ = fixed_noise(len(sigmas), x.shape)
-    relay, edm = (jax.jit(lambda x, p=p: heun(device_bumpy, x, p, levels(p, sigmas, 0.2), noise_fn).final)(x)
-                  for p in (process, EdmProcess()))
+    relay, edm = (
+        jax.jit(lambda x, p=p: heun(device_bumpy, x, p, levels(p, sigmas, 0.2), noise_fn).final)(x)
+        for p in (process, EdmProcess())
+    )
     np.testing.assert_allclose(relay, edm, atol=5e-6)
 
 
 # Hand-off.
 
+
 def test_handoff_is_the_repeated_image_plus_white_and_block_noise_of_the_first_level() -> None:
     process, pixels = RelayProcess(block_noise_scale=0.5), 8 * 12
     sigma = 0.9219127
     low = np.broadcast_to(normal(1, 2, 3, 1), (1 + 2 * pixels, 2, 3, 1))
-    pulses = np.zeros((2, 1 + 2 * pixels, 8, 12, 1), np.float32)    # row 0: no noise; then one pixel of one field
+    pulses = np.zeros(
+        (2, 1 + 2 * pixels, 8, 12, 1), np.float32
+    )  # row 0: no noise; then one pixel of one field
     pulses[0, 1 : 1 + pixels] = pulses[1, 1 + pixels :] = np.eye(pixels).reshape(-1, 8, 12, 1)
     fields = dict(zip(["initial_gauss", "initial_block"], pulses, strict=True))
-    got = np.asarray(handoff(low, lambda step, purpose: fields[purpose], process, CELEBA_RELAY), np.float64)
-    np.testing.assert_array_equal(got[0].reshape(2, 4, 3, 4, 1), low[0][:, None, :, None] * np.ones((1, 4, 1, 4, 1)))
+    got = np.asarray(
+        handoff(low, lambda step, purpose: fields[purpose], process, CELEBA_RELAY), np.float64
+    )
+    np.testing.assert_array_equal(
+        got[0].reshape(2, 4, 3, 4, 1), low[0][:, None, :, None] * np.ones((1, 4, 1, 4, 1))
+    )
 
     response = (got[1:] - got[:1]).reshape(2 * pixels, pixels)
     offsets = [np.subtract.outer(np.arange(n), np.arange(n)) for n in (8, 12)]
@@ -323,29 +427,45 @@ def test_handoff_is_the_repeated_image_plus_white_and_block_noise_of_the_first_l
     np.testing.assert_allclose(response.T @ response, want, atol=1e-5)
 
 
-def test_relay_starts_from_the_handoff_and_edm_from_scaled_latents_and_states_hold_every_step() -> None:
-    sampler, low = RelaySampler(num_steps=14, handoff_sigma=0.9), 3 * normal(2, 1, 2, 3)    # outside [-1, 1]: no clip
+def test_relay_starts_from_the_handoff_and_edm_from_scaled_latents_and_states_hold_every_step() -> (
+    None
+):
+    sampler, low = (
+        RelaySampler(num_steps=14, handoff_sigma=0.9),
+        3 * normal(2, 1, 2, 3),
+    )  # outside [-1, 1]: no clip
     noise_fn, _ = fixed_noise(14, (2, 4, 8, 3))
-    relay = jax.jit(lambda low: sample_relay(device_bumpy, low, noise_fn, RELAY, sampler, True))(low)
+    relay = jax.jit(lambda low: sample_relay(device_bumpy, low, noise_fn, RELAY, sampler, True))(
+        low
+    )
     assert relay.states.shape == (len(sampler.sigmas()) - 1, 2, 4, 8, 3)
     np.testing.assert_allclose(relay.states[0], handoff(low, noise_fn, RELAY, sampler), atol=1e-6)
     last_sigma = sampler.sigmas()[-2]
-    np.testing.assert_allclose(relay.final, bumpy(np.asarray(relay.states[-1]), last_sigma), atol=1e-5)
+    np.testing.assert_allclose(
+        relay.final, bumpy(np.asarray(relay.states[-1]), last_sigma), atol=1e-5
+    )
 
     sampler = EdmSampler(num_steps=5, s_churn=2.0)
     latents = normal(2, 4, 8, 3)
     edm = jax.jit(lambda z: sample_edm(device_bumpy, z, noise_fn, sampler, True))(latents)
     assert edm.states.shape == (5, 2, 4, 8, 3)
-    np.testing.assert_allclose(edm.states[0], 80 * latents, rtol=1e-6)    # before churn
-    assert jax.eval_shape(lambda z: sample_edm(device_bumpy, z, noise_fn, sampler), latents).states is None
+    np.testing.assert_allclose(edm.states[0], 80 * latents, rtol=1e-6)  # before churn
+    assert (
+        jax.eval_shape(lambda z: sample_edm(device_bumpy, z, noise_fn, sampler), latents).states
+        is None
+    )
 
 
 # Calls and levels.
 
-@pytest.mark.parametrize("sampler, calls", [(IMAGENET_EDM, 511), (CELEBA_EDM, 239), (IMAGENET_RELAY, 199),
-                                            (CELEBA_RELAY, 107)])
+
+@pytest.mark.parametrize(
+    "sampler, calls",
+    [(IMAGENET_EDM, 511), (CELEBA_EDM, 239), (IMAGENET_RELAY, 199), (CELEBA_RELAY, 107)],
+)
 def test_published_samplers_call_the_denoiser_twice_a_step_but_once_in_the_last(
-        sampler: EdmSampler | RelaySampler, calls: int) -> None:
+    sampler: EdmSampler | RelaySampler, calls: int
+) -> None:
     seen: list[float] = []
 
     def watched(x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -360,7 +480,9 @@ def test_published_samplers_call_the_denoiser_twice_a_step_but_once_in_the_last(
         final = sample_edm(watched, jnp.zeros((1, 1, 1, 1)), silence, sampler).final
     jax.block_until_ready(final)
     jax.effects_barrier()
-    want = np.ravel(np.column_stack([hat, sigmas[1:]]))[:-1]    # each level after churn, then the next; never 0
+    want = np.ravel(np.column_stack([hat, sigmas[1:]]))[
+        :-1
+    ]  # each level after churn, then the next; never 0
     assert len(seen) == calls == 2 * (len(sigmas) - 1) - 1
     np.testing.assert_allclose(seen, want, rtol=1e-6)
 

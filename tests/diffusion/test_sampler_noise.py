@@ -1,4 +1,5 @@
-"""Samplers: noise belongs to its image, nothing is drawn in vain, impossible settings are refused."""
+"""Samplers: noise belongs to its image, nothing is drawn in vain, impossible settings are
+refused."""
 
 from functools import partial
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from relay_jax.diffusion.process import RelayProcess
 from relay_jax.diffusion.sampler import (
     NOISE_PURPOSES,
     EdmSampler,
@@ -16,7 +18,6 @@ from relay_jax.diffusion.sampler import (
     sample_relay,
     seeded_noise,
 )
-from relay_jax.diffusion.schedule import RelayProcess
 from tests.diffusion.test_sampler import PLAIN_RELAY, RELAY, device_bumpy, normal, silence
 
 SHAPE = (4, 8, 3)
@@ -26,7 +27,9 @@ SHAPE = (4, 8, 3)
 def all_noise(keys: jax.Array, purposes: tuple[str, ...] = ("latents", "heun_block")) -> jax.Array:
     """[purposes, steps, b, h, w, c] of seeded noise, with traced steps as in a sampler."""
     noise_fn = seeded_noise(keys, SHAPE)
-    return jnp.stack([jax.lax.map(lambda step, p=p: noise_fn(step, p), jnp.arange(3)) for p in purposes])
+    return jnp.stack(
+        [jax.lax.map(lambda step, p=p: noise_fn(step, p), jnp.arange(3)) for p in purposes]
+    )
 
 
 def seeds(count: int) -> jax.Array:
@@ -42,9 +45,10 @@ def test_noise_of_an_image_depends_on_its_key_alone() -> None:
 
 def test_noise_is_unit_white_and_new_for_every_key_step_and_purpose() -> None:
     fields = np.asarray(all_noise(seeds(8), NOISE_PURPOSES)).reshape(8 * 3 * 8, -1)
-    # 192 fields of 96 numbers: each correlation has standard error 0.1, and 18,336 pairs reach 4 or 5 of them.
+    # 192 fields of 96 numbers: each correlation has standard error 0.1, and 18,336 pairs reach
+    # 4 or 5 of them.
     assert np.abs(np.corrcoef(fields) - np.eye(192)).max() < 0.55
-    assert abs(fields.mean()) < 0.03 and abs(fields.var() - 1) < 0.05    # 4 and 5 standard errors
+    assert abs(fields.mean()) < 0.03 and abs(fields.var() - 1) < 0.05  # 4 and 5 standard errors
 
 
 def test_noise_takes_steps_as_numbers_too() -> None:
@@ -71,12 +75,28 @@ def test_a_whole_relay_run_gives_the_same_image_alone_and_in_a_batch() -> None:
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("options, process, purposes", [
-    ({"fresh_noise": 0.0}, RELAY, {"initial_gauss", "initial_block"}),
-    ({}, RELAY, {"initial_gauss", "initial_block", "euler_gauss", "euler_block", "heun_gauss", "heun_block"}),
-    ({}, PLAIN_RELAY, {"initial_gauss", "euler_gauss", "heun_gauss"})])
-def test_relay_draws_no_noise_without_effect(options: dict[str, float], process: RelayProcess,
-                                             purposes: set[str]) -> None:
+@pytest.mark.parametrize(
+    "options, process, purposes",
+    [
+        ({"fresh_noise": 0.0}, RELAY, {"initial_gauss", "initial_block"}),
+        (
+            {},
+            RELAY,
+            {
+                "initial_gauss",
+                "initial_block",
+                "euler_gauss",
+                "euler_block",
+                "heun_gauss",
+                "heun_block",
+            },
+        ),
+        ({}, PLAIN_RELAY, {"initial_gauss", "euler_gauss", "heun_gauss"}),
+    ],
+)
+def test_relay_draws_no_noise_without_effect(
+    options: dict[str, float], process: RelayProcess, purposes: set[str]
+) -> None:
     drawn = set()
 
     def noise_fn(step: jax.Array | int, purpose: str) -> jax.Array:
@@ -84,12 +104,21 @@ def test_relay_draws_no_noise_without_effect(options: dict[str, float], process:
         return jnp.zeros((1, 4, 4, 1))
 
     sampler = RelaySampler(num_steps=14, handoff_sigma=0.9, **options)
-    jax.eval_shape(lambda low: sample_relay(device_bumpy, low, noise_fn, process, sampler), jnp.zeros((1, 1, 1, 1)))
+    jax.eval_shape(
+        lambda low: sample_relay(device_bumpy, low, noise_fn, process, sampler),
+        jnp.zeros((1, 1, 1, 1)),
+    )
     assert drawn == purposes
 
 
-@pytest.mark.parametrize("options, purposes", [
-    ({}, set()), ({"s_churn": 1.0}, {"churn_gauss"}), ({"sde_scale": 0.1}, {"euler_gauss", "heun_gauss"})])
+@pytest.mark.parametrize(
+    "options, purposes",
+    [
+        ({}, set()),
+        ({"s_churn": 1.0}, {"churn_gauss"}),
+        ({"sde_scale": 0.1}, {"euler_gauss", "heun_gauss"}),
+    ],
+)
 def test_edm_draws_no_noise_without_effect(options: dict[str, float], purposes: set[str]) -> None:
     drawn = set()
 
@@ -98,25 +127,46 @@ def test_edm_draws_no_noise_without_effect(options: dict[str, float], purposes: 
         return jnp.zeros((1, 4, 4, 1))
 
     sampler = EdmSampler(num_steps=3, **options)
-    jax.eval_shape(lambda z: sample_edm(device_bumpy, z, noise_fn, sampler), jnp.zeros((1, 4, 4, 1)))
+    jax.eval_shape(
+        lambda z: sample_edm(device_bumpy, z, noise_fn, sampler), jnp.zeros((1, 4, 4, 1))
+    )
     assert drawn == purposes
 
 
 # Refusals.
 
-@pytest.mark.parametrize("setting, message", [
-    ({"s_churn": -1.0}, "s_churn"), ({"s_noise": -1.0}, "s_noise"), ({"sde_scale": 1.0}, "sde_scale"),
-    ({"sde_scale": -0.1}, "sde_scale"), ({"num_steps": 0}, "num_steps"), ({"sigma_min": 90.0}, "sigma_min"),
-    ({"rho": 0.0}, "rho")])
-def test_impossible_edm_samplers_are_refused_by_name(setting: dict[str, float], message: str) -> None:
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"s_churn": -1.0}, "s_churn"),
+        ({"s_noise": -1.0}, "s_noise"),
+        ({"sde_scale": 1.0}, "sde_scale"),
+        ({"sde_scale": -0.1}, "sde_scale"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"sigma_min": 90.0}, "sigma_min"),
+        ({"rho": 0.0}, "rho"),
+    ],
+)
+def test_impossible_edm_samplers_are_refused_by_name(
+    setting: dict[str, float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         EdmSampler(**{"num_steps": 10} | setting)
 
 
-@pytest.mark.parametrize("setting, message", [
-    ({"fresh_noise": -0.1}, "fresh_noise"), ({"fresh_noise": 1.1}, "fresh_noise"), ({"num_steps": 0}, "num_steps"),
-    ({"handoff_sigma": 0.001}, "handoff_sigma")])
-def test_impossible_relay_samplers_are_refused_by_name(setting: dict[str, float], message: str) -> None:
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"fresh_noise": -0.1}, "fresh_noise"),
+        ({"fresh_noise": 1.1}, "fresh_noise"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"handoff_sigma": 0.001}, "handoff_sigma"),
+    ],
+)
+def test_impossible_relay_samplers_are_refused_by_name(
+    setting: dict[str, float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         RelaySampler(**{"num_steps": 10, "handoff_sigma": 0.9} | setting)
 
@@ -124,4 +174,6 @@ def test_impossible_relay_samplers_are_refused_by_name(setting: dict[str, float]
 def test_a_handoff_above_full_blur_is_refused_before_anything_runs() -> None:
     sampler = RelaySampler(num_steps=14, handoff_sigma=1.5)
     with pytest.raises(ValueError, match=r"handoff_sigma 1\.5 lies above 1\.31"):
-        sample_relay(device_bumpy, jnp.zeros((1, 1, 1, 1)), silence, RelayProcess(cdf_max=0.89), sampler)
+        sample_relay(
+            device_bumpy, jnp.zeros((1, 1, 1, 1)), silence, RelayProcess(cdf_max=0.89), sampler
+        )

@@ -1,7 +1,9 @@
-"""Float32 samplers over whole runs of the published length, against the official updates in float64 numpy.
+"""Float32 samplers over whole runs of the published length, against the official updates in
+float64 numpy.
 
-The same noise, the same grid, an analytic denoiser that is evaluated in the precision of its input: what differs is
-rounding alone. The official samplers keep their state in float64 (docs/differences.md).
+The same noise, the same grid, an analytic denoiser that is evaluated in the precision of its
+input: what differs is rounding alone. The official samplers keep their state in float64
+(docs/differences.md).
 """
 
 from collections.abc import Callable
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 
 from relay_jax.diffusion.guidance import classifier_free
+from relay_jax.diffusion.process import RelayProcess
 from relay_jax.diffusion.sampler import EdmSampler, RelaySampler, sample_edm, sample_relay
-from relay_jax.diffusion.schedule import RelayProcess
 from tests.diffusion import test_sampler as reference
 from tests.diffusion.test_sampler import (
     CELEBA_EDM,
@@ -30,7 +32,7 @@ from tests.diffusion.test_sampler import (
 SHAPE = (2, 16, 16, 3)
 IMAGENET, CELEBA = RelayProcess(), RelayProcess(cdf_max=1.05, blur_sigma_max=2.0)
 LABELS = np.eye(2, dtype=np.float32)
-TOLERANCE = 1e-4        # measured 7e-6; what the project promises is 2e-3, a quarter of a grey level
+TOLERANCE = 1e-4  # measured 7e-6; what the project promises is 2e-3, a quarter of a grey level
 
 
 def smooth(seed: int) -> np.ndarray:
@@ -43,13 +45,15 @@ MEANS, NO_LABEL_MEANS = smooth(1), smooth(2)
 
 
 def analytic(x: np.ndarray, sigma: float, means: np.ndarray) -> np.ndarray:
-    """A denoiser that is ideal for gaussian data of deviation 1/2 around an image, plus a nonlinear term."""
+    """A denoiser that is ideal for gaussian data of deviation 1/2 around an image, plus a
+    nonlinear term."""
     tanh = jnp.tanh if isinstance(x, jax.Array) else np.tanh
     return means + (x - means) * 0.25 / (0.25 + sigma**2) + 0.05 * sigma / (1 + sigma) * tanh(x)
 
 
 def device_denoiser(guidance: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """For samplers; guided as a network would be, by labels in one batch."""
+
     def denoise(x: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
         some = labels.sum(axis=1)[:, None, None, None]
         means = jnp.tensordot(labels, MEANS, 1) + (1 - some) * jnp.resize(NO_LABEL_MEANS, x.shape)
@@ -60,22 +64,29 @@ def device_denoiser(guidance: float) -> Callable[[jax.Array, jax.Array], jax.Arr
 
 def use_in_reference(monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
     """Puts the float64 denoiser, and the attenuation of a 16 x 16 image, into the references."""
+
     def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
         assert x.dtype == np.float64
-        return guidance * analytic(x, sigma, MEANS) - (guidance - 1) * analytic(x, sigma, NO_LABEL_MEANS)
+        return guidance * analytic(x, sigma, MEANS) - (guidance - 1) * analytic(
+            x, sigma, NO_LABEL_MEANS
+        )
 
     monkeypatch.setattr(reference, "bumpy", denoise)
-    monkeypatch.setattr(reference, "blur_at", lambda *at: np.tile(blur_at(*at)[:, :, :4], (1, 4, 4, 1)))
+    monkeypatch.setattr(
+        reference, "blur_at", lambda *at: np.tile(blur_at(*at)[:, :, :4], (1, 4, 4, 1))
+    )
 
 
 def check(got: jax.Array, want: np.ndarray) -> None:
     assert got.dtype == np.float32 and want.dtype == np.float64 and got.shape == want.shape == SHAPE
-    assert 0.2 < want.std() < 2                 # images, not noise and not nothing
+    assert 0.2 < want.std() < 2  # images, not noise and not nothing
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("sampler", [IMAGENET_EDM, CELEBA_EDM], ids=["imagenet", "celebahq"])
-def test_published_first_stages_in_float32(sampler: EdmSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_first_stages_in_float32(
+    sampler: EdmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_in_reference(monkeypatch, 1.0)
     noise_fn, fields = fixed_noise(sampler.num_steps, SHAPE)
     latents, denoise = normal(*SHAPE, seed=20), device_denoiser(1.0)
@@ -83,11 +94,14 @@ def test_published_first_stages_in_float32(sampler: EdmSampler, monkeypatch: pyt
     check(got, edm_reference(latents, sampler, fields))
 
 
-@pytest.mark.parametrize("sampler, process, guidance", [
-    (IMAGENET_RELAY, IMAGENET, 1.0), (IMAGENET_RELAY, IMAGENET, 3.5), (CELEBA_RELAY, CELEBA, 1.0)],
-    ids=["imagenet", "imagenet guided", "celebahq"])
-def test_published_relays_in_float32(sampler: RelaySampler, process: RelayProcess, guidance: float,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "sampler, process, guidance",
+    [(IMAGENET_RELAY, IMAGENET, 1.0), (IMAGENET_RELAY, IMAGENET, 3.5), (CELEBA_RELAY, CELEBA, 1.0)],
+    ids=["imagenet", "imagenet guided", "celebahq"],
+)
+def test_published_relays_in_float32(
+    sampler: RelaySampler, process: RelayProcess, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_in_reference(monkeypatch, guidance)
     noise_fn, fields = fixed_noise(len(sampler.sigmas()) - 1, SHAPE)
     low, denoise = smooth(3)[:, ::4, ::4], device_denoiser(guidance)

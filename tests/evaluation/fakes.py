@@ -1,4 +1,5 @@
-"""An extractor whose features are known by hand: six pixels of an image, and class probabilities from two of them."""
+"""An extractor whose features are known by hand: six pixels of an image, and class
+probabilities from two of them."""
 
 import numpy as np
 
@@ -11,17 +12,26 @@ def known(pixels: np.ndarray) -> dict[str, np.ndarray]:
     """uint8 [n, h, w, 3] -> pool [n, 6], spatial [n, 3], probabilities [n, 2]."""
     flat = pixels.reshape(len(pixels), -1).astype(np.float64) / 255
     first = 0.1 + 0.8 * flat[:, :1]
-    return {"pool": flat[:, :DIMS].astype(np.float32), "spatial": flat[:, -3:].astype(np.float32),
-            "probabilities": np.concatenate([first, 1 - first], axis=1).astype(np.float32)}
+    return {
+        "pool": flat[:, :DIMS].astype(np.float32),
+        "spatial": flat[:, -3:].astype(np.float32),
+        "probabilities": np.concatenate([first, 1 - first], axis=1).astype(np.float32),
+    }
 
 
 class Calls(list[int]):
     """Sizes of the batches that were computed."""
 
 
-def extractor(name: str = "inception", batch: int = 4, calls: Calls | None = None, version: int = 1,
-              bad: int = 0) -> FeatureExtractor:
+def extractor(
+    name: str = "inception",
+    batch: int = 4,
+    calls: Calls | None = None,
+    version: int = 1,
+    bad: int = 0,
+) -> FeatureExtractor:
     """bad: so many images of each batch get features that are not finite."""
+
     def compute(full: np.ndarray) -> dict[str, np.ndarray]:
         if calls is not None:
             calls.append(len(full))
@@ -29,5 +39,10 @@ def extractor(name: str = "inception", batch: int = 4, calls: Calls | None = Non
         found["pool"][:bad] = np.nan
         return found
 
-    return FeatureExtractor(name=name, identity={"name": name, "version": version}, batch=batch,
-                            outputs=("pool", "spatial", "probabilities"), compute=compute)
+    return FeatureExtractor(
+        name=name,
+        identity={"name": name, "version": version},
+        batch=batch,
+        outputs=("pool", "spatial", "probabilities"),
+        compute=compute,
+    )

@@ -17,7 +17,7 @@ def coloured(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_classes_that_are_easy_to_tell_apart_are_learned() -> None:
     images, labels = coloured(192, 0)
     classify = train_classifier(images, labels, 3, epochs=10, batch=32)
-    unseen, wanted = coloured(300, 1)       # more than one batch of predictions
+    unseen, wanted = coloured(300, 1)  # more than one batch of predictions
     got = classify(unseen)
     assert got.shape == (300,)
     assert np.mean(got == wanted) > 0.98

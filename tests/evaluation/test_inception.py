@@ -1,4 +1,5 @@
-"""The Inception network, its resize and the reading of its weights, against a second implementation in numpy."""
+"""The Inception network, its resize and the reading of its weights, against a second
+implementation in numpy."""
 
 import hashlib
 import math
@@ -12,16 +13,17 @@ import pytest
 
 from relay_jax.evaluation import inception
 from relay_jax.evaluation.features import FeatureError, FeatureExtractor, make_extractor
-from relay_jax.tools.restricted_pickle import FileError
+from relay_jax.official.pickle import FileError
 from tests.conftest import mesh_of
 from tests.evaluation.reference_inception import Reference, tensorflow_resize
-from tests.tools import torch_writer as tw
+from tests.official import torch_writer as tw
 
 POOL_SIZE = 2048 * 1008
 
 
 class RandomState:
-    """Random weights by the port's names: convolutions are windows of one pool of numbers, to keep files small."""
+    """Random weights by the port's names: convolutions are windows of one pool of numbers, to
+    keep files small."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
@@ -40,8 +42,8 @@ class RandomState:
             return self.rng.normal(0, 0.02, shape).astype(np.float32)
         if len(shape) > 2:
             self.offsets[name] = int(self.rng.integers(0, POOL_SIZE - count + 1))
-            return self.pool[self.offsets[name]:self.offsets[name] + count].reshape(shape)
-        if name.endswith("running_var"):        # of a sum over so many inputs
+            return self.pool[self.offsets[name] : self.offsets[name] + count].reshape(shape)
+        if name.endswith("running_var"):  # of a sum over so many inputs
             inputs = self.arrays[name.replace("bn.running_var", "conv.weight")][0].size
             return self.rng.uniform(0.3, 0.7, shape).astype(np.float32) * np.float32(inputs)
         centre = 1.0 if name.endswith("weight") else 0.0
@@ -51,12 +53,17 @@ class RandomState:
         """As torch.save writes a state dict, with what the network does not use."""
         storages = tw.Storages(True, legacy=legacy)
         shared = storages.storage(self.pool.tobytes(), "<f4")
-        tensors = {"fc.bias": storages.tensor(np.ones(1008)),
-                   "Conv2d_1a_3x3.bn.num_batches_tracked": storages.tensor(np.ones(()), "<i8")}
+        tensors = {
+            "fc.bias": storages.tensor(np.ones(1008)),
+            "Conv2d_1a_3x3.bn.num_batches_tracked": storages.tensor(np.ones(()), "<i8"),
+        }
         for name, array in self.arrays.items():
-            strides = tuple(math.prod(array.shape[i + 1:]) for i in range(array.ndim))
-            tensors[name] = (storages.window(shared, self.offsets[name], array.shape, strides) if name in self.offsets
-                             else storages.tensor(array))
+            strides = tuple(math.prod(array.shape[i + 1 :]) for i in range(array.ndim))
+            tensors[name] = (
+                storages.window(shared, self.offsets[name], array.shape, strides)
+                if name in self.offsets
+                else storages.tensor(array)
+            )
         return (tw.write_legacy if legacy else tw.write_zip)(path, tw.state_dict(tensors), storages)
 
 
@@ -74,7 +81,11 @@ def run(image: np.ndarray) -> tuple[RandomState, dict[str, np.ndarray]]:
     pool, logits = reference(((resized - 128) / 128).transpose(2, 0, 1).astype(np.float32))
     exponentials = np.exp(logits - logits.max())
     spatial = reference.seen["Mixed_6d.branch1x1"][:7].transpose(1, 2, 0).reshape(-1)
-    return state, {"pool": pool, "spatial": spatial, "probabilities": exponentials / exponentials.sum()}
+    return state, {
+        "pool": pool,
+        "spatial": spatial,
+        "probabilities": exponentials / exponentials.sum(),
+    }
 
 
 @pytest.fixture
@@ -83,8 +94,11 @@ def state(run: tuple[RandomState, dict[str, np.ndarray]]) -> RandomState:
 
 
 @pytest.fixture
-def file(tmp_path: Path, state: RandomState, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Path]:
+def file(
+    tmp_path: Path, state: RandomState, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[bool], Path]:
     """Writes the weights as the file whose hash is asked for."""
+
     def write(legacy: bool) -> Path:
         path = state.write(tmp_path / "weights.pth", legacy)
         monkeypatch.setattr(inception, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
@@ -93,39 +107,49 @@ def file(tmp_path: Path, state: RandomState, monkeypatch: pytest.MonkeyPatch) ->
     return write
 
 
-def test_from_pixels_and_a_file_to_all_outputs(file: Callable[[bool], Path], image: np.ndarray,
-                                               run: tuple[RandomState, dict[str, np.ndarray]]) -> None:
+def test_from_pixels_and_a_file_to_all_outputs(
+    file: Callable[[bool], Path], image: np.ndarray, run: tuple[RandomState, dict[str, np.ndarray]]
+) -> None:
     extractor = make_extractor("inception", weights=file(True), mesh=mesh_of(1), batch=2)
     found, alone = extractor(np.stack([255 - image, image[::-1], image])), extractor(image[None])
     for name, wanted in run[1].items():
         assert found[name].shape == (3, len(wanted)) and found[name].dtype == np.float32
         error = np.abs(found[name][2] - wanted).max()
         assert error < 2e-5 * wanted.max(), name
-        assert 300 * error < min(np.abs(found[name][i] - wanted).max() for i in (0, 1)), name   # another image
+        assert 300 * error < min(np.abs(found[name][i] - wanted).max() for i in (0, 1)), (
+            name
+        )  # another image
         assert np.abs(alone[name][0] - found[name][2]).max() < 2e-6 * wanted.max(), name
     assert [len(run[1][name]) for name in extractor.outputs] == [2048, 2023, 1008]
     assert extractor.identity["sha256"] == inception.SHA256
 
 
 def test_the_port_has_as_many_numbers(state: RandomState) -> None:
-    """23,850,960 trained parameters (torchvision: 23,834,568 for 1000 classes), 472 arrays with the statistics."""
+    """23,850,960 trained parameters (torchvision: 23,834,568 for 1000 classes), 472 arrays with
+    the statistics."""
     statistics = sum(a.size for name, a in state.arrays.items() if "running" in name)
-    total = sum(a.size for a in state.arrays.values()) + 1008     # fc.bias
+    total = sum(a.size for a in state.arrays.values()) + 1008  # fc.bias
     assert len(state.arrays) + 1 == 472 and statistics == 34432
     assert total - statistics == 23_834_568 + 8 * 2049
-    folded = jax.tree.leaves(inception.convert(state.arrays))       # of four numbers of each channel one remains
+    folded = jax.tree.leaves(
+        inception.convert(state.arrays)
+    )  # of four numbers of each channel one remains
     assert sum(x.size for x in folded) == total - 1008 - 3 * statistics // 2
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_both_formats_of_the_file(file: Callable[[bool], Path], state: RandomState, legacy: bool) -> None:
+def test_both_formats_of_the_file(
+    file: Callable[[bool], Path], state: RandomState, legacy: bool
+) -> None:
     path = file(legacy)
     params, sha256 = inception.read_weights(path)
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     jax.tree.map(np.testing.assert_array_equal, params, inception.convert(state.arrays))
     conv = params["Mixed_7b"]["branch3x3dbl_3a"]["conv"]
-    kernel, mean, var, gain, offset = (state.arrays[f"Mixed_7b.branch3x3dbl_3a.{name}"] for name in (
-        "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
+    kernel, mean, var, gain, offset = (
+        state.arrays[f"Mixed_7b.branch3x3dbl_3a.{name}"]
+        for name in ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias")
+    )
     scale = gain / np.sqrt(var + 1e-3)
     np.testing.assert_allclose(conv["kernel"][0, 2], kernel[:, :, 0, 2].T * scale, rtol=1e-6)
     np.testing.assert_allclose(conv["bias"], offset - mean * scale, rtol=1e-5, atol=1e-6)
@@ -143,13 +167,15 @@ def test_other_weights_are_refused(state: RandomState) -> None:
     without = {name: a for name, a in arrays.items() if name != "Mixed_6c.branch_pool.bn.bias"}
     assert "Mixed_6c.branch_pool.bn.bias is missing" in one_line(lambda: inception.convert(without))
     assert "AuxLogits.fc.weight has no place" in one_line(
-        lambda: inception.convert(arrays | {"AuxLogits.fc.weight": np.ones(1)}))
+        lambda: inception.convert(arrays | {"AuxLogits.fc.weight": np.ones(1)})
+    )
     thousand = arrays | {"fc.weight": np.ones((1000, 2048))}
     assert "[1000, 2048], not [1008, 2048]" in one_line(lambda: inception.convert(thousand))
 
 
 def test_another_file_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / inception.FILE).write_bytes(b"not the weights")
+
     def make(path: Path | None) -> FeatureExtractor:
         return make_extractor("inception", weights=path, mesh=mesh_of(1))
 
@@ -166,7 +192,10 @@ def test_the_hash_is_the_one_in_the_name() -> None:
 
 # Resize
 
-@pytest.mark.parametrize(("h", "w", "side"), [(7, 5, 11), (11, 13, 6), (4, 6, 9), (5, 5, 5), (1, 1, 3), (3, 8, 40)])
+
+@pytest.mark.parametrize(
+    ("h", "w", "side"), [(7, 5, 11), (11, 13, 6), (4, 6, 9), (5, 5, 5), (1, 1, 3), (3, 8, 40)]
+)
 def test_resize_is_the_definition(h: int, w: int, side: int) -> None:
     image = np.random.default_rng(h).integers(0, 256, (h, w, 3)).astype(np.uint8)
     found = inception.resize(image[None], side)[0]
@@ -177,10 +206,26 @@ def test_resize_as_tensorflow_does_it() -> None:
     """Rows 0, 1 and 8 of tf.compat.v1.image.resize_bilinear(image, (9, 9)), TensorFlow 2.21."""
     image = (np.arange(24) * 37 % 256).astype(np.uint8).reshape(1, 4, 6, 1)
     found = np.asarray(inception.resize(image, 9))[0, :, :, 0]
-    np.testing.assert_allclose(found[[0, 1, 8]], [
-        [0, 24.666668, 49.333336, 74, 98.66667, 123.33334, 148, 172.66669, 185],
-        [98.666664, 47.481483, 34.222225, 58.88889, 83.55556, 108.22223, 132.88889, 157.55557, 169.88889],
-        [154, 178.66667, 203.33333, 228, 81.999985, 21.33334, 46, 70.66668, 83]], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        found[[0, 1, 8]],
+        [
+            [0, 24.666668, 49.333336, 74, 98.66667, 123.33334, 148, 172.66669, 185],
+            [
+                98.666664,
+                47.481483,
+                34.222225,
+                58.88889,
+                83.55556,
+                108.22223,
+                132.88889,
+                157.55557,
+                169.88889,
+            ],
+            [154, 178.66667, 203.33333, 228, 81.999985, 21.33334, 46, 70.66668, 83],
+        ],
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 def test_an_image_of_the_right_size_is_not_changed() -> None:

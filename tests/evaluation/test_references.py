@@ -1,4 +1,5 @@
-"""References: what is taken from which file, what the cache keeps and when it is not believed, what does not fit."""
+"""References: what is taken from which file, what the cache keeps and when it is not believed,
+what does not fit."""
 
 import os
 import threading
@@ -9,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax import distributed
-from relay_jax.data.sources import DataError, Source, SyntheticShapes
+from relay_jax.data.source import DataError, Source, SyntheticShapes
 from relay_jax.data.transforms import center_crop_resize
-from relay_jax.evaluation import collect as collect_module
 from relay_jax.evaluation import references
-from relay_jax.evaluation.collect import FeatureSet, collect
+from relay_jax.evaluation import statistics as collect_module
 from relay_jax.evaluation.features import FeatureExtractor
-from relay_jax.evaluation.image_sets import ArrayImages, Part, chosen
+from relay_jax.evaluation.images import ArrayImages, Part, chosen
 from relay_jax.evaluation.metrics import feature_stats, inception_score, precision_recall
 from relay_jax.evaluation.references import Reference, open_reference, reference_features
 from relay_jax.evaluation.scores import notes, score
+from relay_jax.evaluation.statistics import FeatureSet, collect
+from relay_jax.runtime import distributed
 from tests.conftest import error_of
 from tests.evaluation.fakes import DIMS, Calls, extractor, known
 
@@ -36,7 +37,9 @@ def opened(text: str, resolution: int = 4, limit: int = 0) -> Reference:
     return open_reference(text, resolution, data_set=shapes, threads=1, limit=limit)
 
 
-def features_of(text: str, cache: Path, network: FeatureExtractor | None = None, **more: int) -> FeatureSet:
+def features_of(
+    text: str, cache: Path, network: FeatureExtractor | None = None, **more: int
+) -> FeatureSet:
     found = reference_features(opened(text, **more), network or extractor(), cache=cache)
     assert found is not None
     return found
@@ -53,11 +56,16 @@ def same(found: FeatureSet, images: np.ndarray) -> None:
 
 # Collecting.
 
+
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_features_are_collected_whole_and_in_order(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect_module, "BLOCK", 5)         # moments from several parts
+def test_features_are_collected_whole_and_in_order(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect_module, "BLOCK", 5)  # moments from several parts
     images = pixels(23)
-    found = collect(ArrayImages(images, {}), extractor(batch=batch), what="samples", rows=23, probabilities=True)
+    found = collect(
+        ArrayImages(images, {}), extractor(batch=batch), what="samples", rows=23, probabilities=True
+    )
     same(found, images)
     np.testing.assert_array_equal(found.probabilities, known(images)["probabilities"])
 
@@ -70,8 +78,12 @@ def test_a_part_of_the_rows_is_kept_by_a_rule() -> None:
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
-    message = error_of(lambda: collect(ArrayImages(pixels(9), {}), extractor(bad=2), what="samples"))
-    assert "samples, inception: 5 of 9 images in a batch have features that are not finite" in message
+    message = error_of(
+        lambda: collect(ArrayImages(pixels(9), {}), extractor(bad=2), what="samples")
+    )
+    assert (
+        "samples, inception: 5 of 9 images in a batch have features that are not finite" in message
+    )
 
 
 class Backwards(ArrayImages):
@@ -81,9 +93,12 @@ class Backwards(ArrayImages):
         yield from list(super().share(host, hosts, batch))[::-1]
 
 
-@pytest.mark.parametrize(("hosts", "count", "rows"), [(1, 23, 23), (2, 23, 23), (3, 23, 7), (5, 4, 4)])
-def test_all_hosts_end_with_the_features_of_all_images(monkeypatch: pytest.MonkeyPatch, hosts: int, count: int,
-                                                       rows: int) -> None:
+@pytest.mark.parametrize(
+    ("hosts", "count", "rows"), [(1, 23, 23), (2, 23, 23), (3, 23, 7), (5, 4, 4)]
+)
+def test_all_hosts_end_with_the_features_of_all_images(
+    monkeypatch: pytest.MonkeyPatch, hosts: int, count: int, rows: int
+) -> None:
     """Threads in the place of processes; with five hosts and four images one has none."""
     told, barrier = dict[int, np.ndarray](), threading.Barrier(hosts)
 
@@ -103,7 +118,9 @@ def test_all_hosts_end_with_the_features_of_all_images(monkeypatch: pytest.Monke
     images, found = pixels(count), dict[int, FeatureSet]()
 
     def host() -> None:
-        found[number()] = collect(Backwards(images, {}), extractor(batch=1), what="samples", rows=rows, probabilities=True)
+        found[number()] = collect(
+            Backwards(images, {}), extractor(batch=1), what="samples", rows=rows, probabilities=True
+        )
 
     threads = [threading.Thread(target=host, name=str(index)) for index in range(hosts)]
     for thread in threads:
@@ -129,11 +146,15 @@ def test_sigterm_is_answered_here_or_left_to_the_training(monkeypatch: pytest.Mo
 
 # What is read.
 
+
 def test_a_folder_is_cropped_and_resized_to_the_samples(tmp_path: Path) -> None:
     originals = np.random.default_rng(0).integers(0, 256, (6, 9, 12, 3), dtype=np.uint8)
     for number, image in enumerate(originals):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
-    same(features_of(str(tmp_path), tmp_path / "cache"), np.stack([center_crop_resize(x, 4) for x in originals]))
+    same(
+        features_of(str(tmp_path), tmp_path / "cache"),
+        np.stack([center_crop_resize(x, 4) for x in originals]),
+    )
     assert "resize to 4 px" in opened(str(tmp_path)).identity["preparation"]
 
 
@@ -145,7 +166,8 @@ def test_the_data_set_or_a_choice_of_it(tmp_path: Path) -> None:
 
 
 def adm(folder: Path, images: np.ndarray | None, dims: int = DIMS, spatial: bool = True) -> Path:
-    """ADM's layout: statistics that are those of no image here, so that it shows which ones are used."""
+    """ADM's layout: statistics that are those of no image here, so that it shows which ones are
+    used."""
     arrays = {"mu": np.arange(dims, dtype=np.float64), "sigma": 2 * np.eye(dims)}
     if spatial:
         arrays |= {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}
@@ -161,14 +183,24 @@ def test_adms_reference_gives_statistics_and_images_for_neighbours(tmp_path: Pat
     np.testing.assert_array_equal(found.statistics["pool"][0], np.arange(DIMS))
     np.testing.assert_array_equal(found.statistics["spatial"][1], np.eye(3))
     np.testing.assert_array_equal(found.rows, known(images)["pool"])
-    samples = collect(ArrayImages(pixels(12, seed=1), {}), extractor(), what="samples", rows=12, probabilities=True)
+    samples = collect(
+        ArrayImages(pixels(12, seed=1), {}),
+        extractor(),
+        what="samples",
+        rows=12,
+        probabilities=True,
+    )
     scores = score(found, samples, "inception")
     assert list(scores) == ["FID", "sFID", "IS", "precision", "recall"]
     mean, cov = samples.statistics["spatial"]
     root = np.linalg.eigvalsh(cov)
-    np.testing.assert_allclose(scores["sFID"], mean @ mean + 3 + np.trace(cov) - 2 * np.sqrt(root).sum(), rtol=1e-9)
+    np.testing.assert_allclose(
+        scores["sFID"], mean @ mean + 3 + np.trace(cov) - 2 * np.sqrt(root).sum(), rtol=1e-9
+    )
     assert scores["IS"] == inception_score(known(pixels(12, seed=1))["probabilities"])
-    assert (scores["precision"], scores["recall"]) == precision_recall(known(images)["pool"], samples.rows)
+    assert (scores["precision"], scores["recall"]) == precision_recall(
+        known(images)["pool"], samples.rows
+    )
 
 
 def test_other_features_take_its_images_alone(tmp_path: Path) -> None:
@@ -183,23 +215,62 @@ def test_edms_statistics_give_fid_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize(("make", "action", "says"), [
-    (lambda t: adm(t, pixels(9, side=6)), lambda f, t: opened(str(f)), "images of 6 px, the samples have 4"),
-    (lambda t: adm(t, None, dims=5), lambda f, t: features_of(str(f), t), "statistics of 5 features, inception has 6"),
-    (lambda t: adm(t, None), lambda f, t: features_of(str(f), t, extractor("other")), "use --features=inception"),
-    (lambda t: np.savez(t / "x.npz", arr=np.zeros(3), mu=np.zeros(3)) or t / "x.npz", lambda f, t: opened(str(f)),
-     "wanted arr_0 (images) or mu and sigma (statistics), it holds arr, mu"),
-    (lambda t: np.savez(t / "x.npz", mu=np.zeros(3), sigma=np.eye(4)) or t / "x.npz", lambda f, t: opened(str(f)),
-     "no mean and covariance"),
-    (lambda t: np.savez(t / "x.npz", mu=np.zeros(1), sigma=np.full((1, 1), np.nan)) or t / "x.npz",
-     lambda f, t: opened(str(f)), "no mean and covariance"),
-    (lambda t: (t / "x.npz").write_text("text") and t / "x.npz", lambda f, t: opened(str(f)), "not a readable npz"),
-    (lambda t: np.save(t / "x.npy", np.zeros(3)) or t / "x.npy", lambda f, t: opened(str(f)), "not a readable npz"),
-    (lambda t: t, lambda f, t: opened(str(f)), "no images found"),
-    (lambda t: t / "nowhere", lambda f, t: opened(str(f)), "'dataset' is the data set of the configuration"),
-])
-def test_what_does_not_fit_is_one_line(tmp_path: Path, make: Callable[[Path], Path],
-                                       action: Callable[[Path, Path], object], says: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "action", "says"),
+    [
+        (
+            lambda t: adm(t, pixels(9, side=6)),
+            lambda f, t: opened(str(f)),
+            "images of 6 px, the samples have 4",
+        ),
+        (
+            lambda t: adm(t, None, dims=5),
+            lambda f, t: features_of(str(f), t),
+            "statistics of 5 features, inception has 6",
+        ),
+        (
+            lambda t: adm(t, None),
+            lambda f, t: features_of(str(f), t, extractor("other")),
+            "use --features=inception",
+        ),
+        (
+            lambda t: np.savez(t / "x.npz", arr=np.zeros(3), mu=np.zeros(3)) or t / "x.npz",
+            lambda f, t: opened(str(f)),
+            "wanted arr_0 (images) or mu and sigma (statistics), it holds arr, mu",
+        ),
+        (
+            lambda t: np.savez(t / "x.npz", mu=np.zeros(3), sigma=np.eye(4)) or t / "x.npz",
+            lambda f, t: opened(str(f)),
+            "no mean and covariance",
+        ),
+        (
+            lambda t: (
+                np.savez(t / "x.npz", mu=np.zeros(1), sigma=np.full((1, 1), np.nan)) or t / "x.npz"
+            ),
+            lambda f, t: opened(str(f)),
+            "no mean and covariance",
+        ),
+        (
+            lambda t: (t / "x.npz").write_text("text") and t / "x.npz",
+            lambda f, t: opened(str(f)),
+            "not a readable npz",
+        ),
+        (
+            lambda t: np.save(t / "x.npy", np.zeros(3)) or t / "x.npy",
+            lambda f, t: opened(str(f)),
+            "not a readable npz",
+        ),
+        (lambda t: t, lambda f, t: opened(str(f)), "no images found"),
+        (
+            lambda t: t / "nowhere",
+            lambda f, t: opened(str(f)),
+            "'dataset' is the data set of the configuration",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    tmp_path: Path, make: Callable[[Path], Path], action: Callable[[Path, Path], object], says: str
+) -> None:
     file = make(tmp_path)
     assert says in error_of(lambda: action(file, tmp_path / "cache"))
 
@@ -208,10 +279,13 @@ def test_too_few_images_are_one_line() -> None:
     few = collect(ArrayImages(pixels(3), {}), extractor(), what="samples", rows=3)
     many = collect(ArrayImages(pixels(9), {}), extractor(), what="reference", rows=9)
     assert "9 and 3 images are too few" in error_of(lambda: score(many, few, "inception"))
-    assert "at least 2 images" in error_of(lambda: collect(ArrayImages(pixels(1), {}), extractor(), what="samples"))
+    assert "at least 2 images" in error_of(
+        lambda: collect(ArrayImages(pixels(1), {}), extractor(), what="samples")
+    )
 
 
 # The cache.
+
 
 def test_the_cache_spares_the_network(tmp_path: Path) -> None:
     calls = Calls()
@@ -219,7 +293,11 @@ def test_the_cache_spares_the_network(tmp_path: Path) -> None:
     assert sum(calls) == 20 and len(list(tmp_path.iterdir())) == 1
     again = features_of("dataset", tmp_path, extractor(calls=calls))
     assert sum(calls) == 20
-    for a, b in zip((first.rows, *first.statistics["pool"]), (again.rows, *again.statistics["pool"]), strict=True):
+    for a, b in zip(
+        (first.rows, *first.statistics["pool"]),
+        (again.rows, *again.statistics["pool"]),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
     assert first.count == again.count == 20
 
@@ -245,7 +323,9 @@ def foreign(file: Path) -> None:
     np.savez(file, about=np.asarray("{}"))
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped, altered, foreign, lambda file: file.write_text("")])
+@pytest.mark.parametrize(
+    "damage", [truncated, flipped, altered, foreign, lambda file: file.write_text("")]
+)
 def test_a_damaged_cache_is_computed_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     calls = Calls()
     features_of("dataset", tmp_path, extractor(calls=calls))
@@ -258,8 +338,9 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path, damage: Callable[[Pat
 
 
 @pytest.mark.parametrize("change", ["version", "resolution", "limit", "rows", "touch"])
-def test_features_of_something_else_are_not_taken_from_the_cache(tmp_path: Path, change: str,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_something_else_are_not_taken_from_the_cache(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for number, image in enumerate(pixels(8, side=8)):
@@ -271,7 +352,12 @@ def test_features_of_something_else_are_not_taken_from_the_cache(tmp_path: Path,
     if change == "rows":
         monkeypatch.setattr(references, "NEIGHBOUR_IMAGES", 5)
     more = {"resolution": {"resolution": 8}, "limit": {"limit": 7}}.get(change, {})
-    features_of(str(folder), tmp_path / "cache", extractor(calls=calls, version=2 if change == "version" else 1), **more)
+    features_of(
+        str(folder),
+        tmp_path / "cache",
+        extractor(calls=calls, version=2 if change == "version" else 1),
+        **more,
+    )
     assert len(calls) == 4 and len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -283,7 +369,11 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -
 def test_notes_warn_of_few_images_and_other_features() -> None:
     few = collect(ArrayImages(pixels(5), {}), extractor("other"), what="samples", rows=5)
     told = " ".join(notes(few, few, "other"))
-    assert "FD-other is not FID" in told and "5 samples" in told and "Fewer samples than features (5 and 6)" in told
+    assert (
+        "FD-other is not FID" in told
+        and "5 samples" in told
+        and "Fewer samples than features (5 and 6)" in told
+    )
     assert "not FID" not in " ".join(notes(few, few, "inception"))
     with pytest.raises(DataError):
         score(FeatureSet(count=0, rows=few.rows), FeatureSet(count=2, rows=few.rows[:2]), "other")

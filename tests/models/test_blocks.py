@@ -1,4 +1,5 @@
-"""Blocks: each against a float64 reference from its definition, the initialisation, what is refused."""
+"""Blocks: each against a float64 reference from its definition, the initialisation, what is
+refused."""
 
 import jax
 import jax.numpy as jnp
@@ -56,35 +57,61 @@ def conv_by_hand(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndar
     """Sum over input channels of a correlation that sees zeros outside of the image."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     inputs, outputs = kernel.shape[2:]
-    return bias + np.stack([
-        np.stack([sum(correlate2d(image[..., i], kernel[..., i, o], mode="same") for i in range(inputs))
-                  for o in range(outputs)], axis=-1) for image in x])
+    return bias + np.stack(
+        [
+            np.stack(
+                [
+                    sum(
+                        correlate2d(image[..., i], kernel[..., i, o], mode="same")
+                        for i in range(inputs)
+                    )
+                    for o in range(outputs)
+                ],
+                axis=-1,
+            )
+            for image in x
+        ]
+    )
 
 
 def attention_by_hand(x: np.ndarray, p: dict, heads: int) -> np.ndarray:
-    """One image, one head and one pixel at a time; channels of qkv ordered (q/k/v, head, channel)."""
+    """One image, one head and one pixel at a time; channels of qkv ordered (q/k/v, head,
+    channel)."""
     b, h, w, c = x.shape
     width = c // heads
-    normed = norm_by_hand(x, p["norm2"]["scale"], p["norm2"]["bias"], group_count(c)).reshape(b, h * w, c)
+    normed = norm_by_hand(x, p["norm2"]["scale"], p["norm2"]["bias"], group_count(c)).reshape(
+        b, h * w, c
+    )
     qkv = normed @ p["qkv"]["kernel"][0, 0].astype(np.float64) + p["qkv"]["bias"]
     out = np.zeros((b, h * w, c))
     for head in range(heads):
-        q, k, v = (qkv[..., part * c + head * width:part * c + (head + 1) * width] for part in range(3))
+        q, k, v = (
+            qkv[..., part * c + head * width : part * c + (head + 1) * width] for part in range(3)
+        )
         for image in range(b):
             for pixel in range(h * w):
                 score = np.exp(k[image] @ q[image, pixel] / np.sqrt(width))
-                out[image, pixel, head * width:(head + 1) * width] = score @ v[image] / score.sum()
+                out[image, pixel, head * width : (head + 1) * width] = (
+                    score @ v[image] / score.sum()
+                )
     return x + (out @ p["proj"]["kernel"][0, 0] + p["proj"]["bias"]).reshape(x.shape)
 
 
 def resampled_by_hand(x: np.ndarray, resample: str) -> np.ndarray:
     if resample == "up":
         return x.repeat(2, axis=1).repeat(2, axis=2)
-    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4 if resample else x
+    return (
+        (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+        if resample
+        else x
+    )
 
 
-def block_by_hand(x: np.ndarray, embedding: np.ndarray, p: dict, resample: str = "", heads: int = 0) -> np.ndarray:
-    """norm, silu, resampling, conv; norm scaled and shifted by the embedding, silu, conv; skip path; attention."""
+def block_by_hand(
+    x: np.ndarray, embedding: np.ndarray, p: dict, resample: str = "", heads: int = 0
+) -> np.ndarray:
+    """norm, silu, resampling, conv; norm scaled and shifted by the embedding, silu, conv; skip
+    path; attention."""
     h = silu(norm_by_hand(x, p["norm0"]["scale"], p["norm0"]["bias"], group_count(x.shape[-1])))
     h = conv_by_hand(resampled_by_hand(h, resample), **p["conv0"])
     affine = (embedding @ p["affine"]["kernel"] + p["affine"]["bias"])[:, None, None]
@@ -98,7 +125,10 @@ def block_by_hand(x: np.ndarray, embedding: np.ndarray, p: dict, resample: str =
 
 # Group normalisation
 
-@pytest.mark.parametrize("channels, groups", [(4, 1), (12, 3), (64, 16), (128, 32), (192, 32), (256, 32), (1024, 32)])
+
+@pytest.mark.parametrize(
+    "channels, groups", [(4, 1), (12, 3), (64, 16), (128, 32), (192, 32), (256, 32), (1024, 32)]
+)
 def test_group_count_is_a_quarter_of_the_channels_up_to_32(channels: int, groups: int) -> None:
     assert group_count(channels) == groups
 
@@ -133,18 +163,25 @@ def test_group_norm_of_bfloat16_has_float32_statistics_and_rounds_only_its_resul
     gain, bias = normal(8, seed=2), normal(8, seed=3)
     got = apply(GroupNorm(), {"scale": gain, "bias": bias}, x)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(got, np.float64), norm_by_hand(np.asarray(x, np.float64), gain, bias, 2),
-                               rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64),
+        norm_by_hand(np.asarray(x, np.float64), gain, bias, 2),
+        rtol=2**-8,
+        atol=1e-4,
+    )
 
 
 def test_group_norm_of_bfloat16_is_precise_where_the_mean_is_fifty_times_the_spread() -> None:
-    x = jnp.asarray(50 + normal(2, 32, 32, 8), jnp.bfloat16)       # one pass: E[x^2] - E[x]^2 in float32
+    x = jnp.asarray(50 + normal(2, 32, 32, 8), jnp.bfloat16)  # one pass: E[x^2] - E[x]^2 in float32
     ones, zeros = np.ones(8, np.float32), np.zeros(8, np.float32)
     got = np.asarray(apply(GroupNorm(), {"scale": ones, "bias": zeros}, x), np.float64)
-    np.testing.assert_allclose(got, norm_by_hand(np.asarray(x, np.float64), ones, zeros, 2), rtol=2**-7, atol=0.01)
+    np.testing.assert_allclose(
+        got, norm_by_hand(np.asarray(x, np.float64), ones, zeros, 2), rtol=2**-7, atol=0.01
+    )
 
 
 # Dropout
+
 
 def test_dropout_keeps_its_share_and_the_mean_and_draws_each_number_for_itself() -> None:
     x, rate = jnp.ones((16, 8, 32, 64)), 0.3
@@ -154,19 +191,26 @@ def test_dropout_keeps_its_share_and_the_mean_and_draws_each_number_for_itself()
     np.testing.assert_allclose(got[kept], 1 / (1 - rate), rtol=1e-6)
     spread = np.sqrt(rate * (1 - rate))
     assert abs(kept.mean() - (1 - rate)) < 4 * spread / np.sqrt(kept.size)
-    for axis in range(4):       # the share in each image, row, column and channel, and no two of them alike
+    for axis in range(
+        4
+    ):  # the share in each image, row, column and channel, and no two of them alike
         lines = np.moveaxis(kept, axis, 0).reshape(kept.shape[axis], -1)
         limit = 4.5 / np.sqrt(lines.shape[1])
         np.testing.assert_allclose(lines.mean(axis=1), 1 - rate, atol=limit * spread)
         assert abs(np.corrcoef(lines) - np.eye(len(lines))).max() < limit
     other = np.asarray(draw(jax.random.key(1))) != 0
     assert abs(np.corrcoef(kept.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(kept.size)
-    waves = np.abs(np.fft.rfft(kept.reshape(16, -1) - (1 - rate), axis=1)[:, 1:])**2 / (spread**2 * kept[0].size)
-    assert waves.max() < np.log(waves.size) + 8     # exponentially distributed, so that no frequency stands out
+    waves = np.abs(np.fft.rfft(kept.reshape(16, -1) - (1 - rate), axis=1)[:, 1:]) ** 2 / (
+        spread**2 * kept[0].size
+    )
+    assert (
+        waves.max() < np.log(waves.size) + 8
+    )  # exponentially distributed, so that no frequency stands out
     np.testing.assert_array_equal(Dropout(rate).apply({}, x, False), x)
 
 
 # Resampling
+
 
 def test_downsampling_is_the_mean_of_two_by_two_pixels() -> None:
     x = np.arange(4 * 6, dtype=np.float32).reshape(1, 4, 6, 1)
@@ -190,6 +234,7 @@ def test_upsampling_is_the_transpose_of_the_sum_over_fours() -> None:
 
 # Layers
 
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_conv_equals_its_definition_with_zeros_outside_of_the_image(width: int) -> None:
     x, params = normal(2, 5, 4, 3), filled(Conv(2, width), jnp.zeros((1, 5, 4, 3)))
@@ -207,11 +252,16 @@ def test_fan_in_uniform_has_its_bounds_and_standard_deviation() -> None:
 
 def test_layers_are_initialised_by_their_fan_in_biases_too() -> None:
     for module, shape, fan_in in ((Conv(512, 3), (1, 1, 1, 8), 72), (Linear(4096), (1, 8), 8)):
-        params = jax.jit(lambda key, m=module, s=shape: m.init(key, jnp.zeros(s)))(fast_key())["params"]
+        params = jax.jit(lambda key, m=module, s=shape: m.init(key, jnp.zeros(s)))(fast_key())[
+            "params"
+        ]
         for leaf in (params["kernel"], params["bias"]):
             assert abs(leaf).max() <= fan_in**-0.5
             np.testing.assert_allclose(leaf.std(), np.sqrt(1 / 3) / np.sqrt(fan_in), rtol=0.06)
-    for module, shape in ((Conv(2, zero_init=True), (1, 1, 1, 8)), (Linear(2, zero_init=True), (1, 8))):
+    for module, shape in (
+        (Conv(2, zero_init=True), (1, 1, 1, 8)),
+        (Linear(2, zero_init=True), (1, 8)),
+    ):
         params = module.init(fast_key(), jnp.zeros(shape))["params"]
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(params))
 
@@ -220,10 +270,13 @@ def test_layers_are_initialised_by_their_fan_in_biases_too() -> None:
 def test_attention_equals_its_definition(heads: int) -> None:
     x = normal(2, 3, 5, 8)
     params = filled(Attention(heads), jnp.zeros_like(x))
-    np.testing.assert_allclose(apply(Attention(heads), params, x), attention_by_hand(x, params, heads), atol=2e-5)
+    np.testing.assert_allclose(
+        apply(Attention(heads), params, x), attention_by_hand(x, params, heads), atol=2e-5
+    )
 
 
 # The residual block
+
 
 @pytest.mark.parametrize("resample", ["", "down", "up"])
 def test_block_equals_its_definition(resample: str) -> None:
@@ -231,7 +284,9 @@ def test_block_equals_its_definition(resample: str) -> None:
     block = UNetBlock(12, resample, heads=3)
     params = filled(block, x, embedding, False)
     got = jax.jit(lambda p: block.apply({"params": p}, x, embedding, False))(params)
-    np.testing.assert_allclose(got, block_by_hand(x, embedding, params, resample, heads=3), atol=1e-4)
+    np.testing.assert_allclose(
+        got, block_by_hand(x, embedding, params, resample, heads=3), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("resample, features", [("", 8), ("down", 8), ("up", 8), ("", 12)])

@@ -1,4 +1,5 @@
-"""The class of a seed: rules, independence of the other seeds, and numbers that must never change."""
+"""The class of a seed: rules, independence of the other seeds, and numbers that must never
+change."""
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ SEEDS = np.random.default_rng(0).integers(0, MAX_SEED, 300, endpoint=True)
 def test_a_class_depends_on_its_seed_alone(rule: str) -> None:
     together = classes_for(SEEDS, 10, rule)
     assert together.dtype == np.int32 and together.min() >= 0 and together.max() < 10
-    np.testing.assert_array_equal(np.concatenate([classes_for([seed], 10, rule) for seed in SEEDS]), together)
+    np.testing.assert_array_equal(
+        np.concatenate([classes_for([seed], 10, rule) for seed in SEEDS]), together
+    )
     np.testing.assert_array_equal(classes_for(SEEDS[::-1], 10, rule), together[::-1])
 
 
@@ -28,22 +31,68 @@ def test_balanced_blocks_hold_each_class_once_in_orders_of_their_own(classes: in
     np.testing.assert_array_equal(np.sort(blocks, axis=1), np.tile(np.arange(classes), (20, 1)))
     if classes > 2:
         assert len({tuple(block) for block in blocks}) > 15
-    if classes == 1000:     # no place has a class of its own: the mean over 20 blocks is near the middle
+    if (
+        classes == 1000
+    ):  # no place has a class of its own: the mean over 20 blocks is near the middle
         assert abs(np.corrcoef(blocks.mean(axis=0), np.arange(classes))[0, 1]) < 0.15
 
 
 def test_random_classes_are_uniform_and_not_those_of_the_neighbour() -> None:
     drawn = classes_for(np.arange(80_000), 8, "random")
     counts = np.bincount(drawn, minlength=8)
-    assert np.sum((counts - 10_000.0) ** 2 / 10_000) < 24        # chi squared, 7 degrees: one in a thousand
+    assert (
+        np.sum((counts - 10_000.0) ** 2 / 10_000) < 24
+    )  # chi squared, 7 degrees: one in a thousand
     pairs = np.bincount(drawn[:-1] * 8 + drawn[1:], minlength=64)
-    assert np.sum((pairs - 1250.0) ** 2 / 1250) < 104            # 63 degrees
+    assert np.sum((pairs - 1250.0) ** 2 / 1250) < 104  # 63 degrees
 
 
 def test_finished_samples_keep_their_classes() -> None:
     """Numbers of the first release: changing them would put other images beside finished ones."""
-    assert classes_for(np.arange(20), 8, "balanced").tolist() == [1, 2, 4, 0, 6, 7, 3, 5, 2, 0, 7, 5, 3, 1, 6, 4, 3, 0, 6, 7]
-    assert classes_for(np.arange(20), 8, "random").tolist() == [7, 4, 4, 0, 3, 3, 5, 3, 4, 5, 0, 2, 4, 6, 3, 4, 2, 4, 0, 5]
+    assert classes_for(np.arange(20), 8, "balanced").tolist() == [
+        1,
+        2,
+        4,
+        0,
+        6,
+        7,
+        3,
+        5,
+        2,
+        0,
+        7,
+        5,
+        3,
+        1,
+        6,
+        4,
+        3,
+        0,
+        6,
+        7,
+    ]
+    assert classes_for(np.arange(20), 8, "random").tolist() == [
+        7,
+        4,
+        4,
+        0,
+        3,
+        3,
+        5,
+        3,
+        4,
+        5,
+        0,
+        2,
+        4,
+        6,
+        3,
+        4,
+        2,
+        4,
+        0,
+        5,
+    ]
 
 
 def test_an_unconditional_network_has_no_classes() -> None:
@@ -54,8 +103,17 @@ def test_an_unconditional_network_has_no_classes() -> None:
             parse_class_rule(text, 0)
 
 
-@pytest.mark.parametrize("text, says", [("8", "0 to 7"), ("-1", "neither"), ("cat", "neither"), ("1.5", "neither"),
-                                        ("", "neither"), ("MOD", "neither")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("8", "0 to 7"),
+        ("-1", "neither"),
+        ("cat", "neither"),
+        ("1.5", "neither"),
+        ("", "neither"),
+        ("MOD", "neither"),
+    ],
+)
 def test_unknown_rules_are_one_line(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as error:
         parse_class_rule(text, 8)

@@ -1,4 +1,5 @@
-"""What is asked for: class rules of stages that continue others, and what every batch starts from."""
+"""What is asked for: class rules of stages that continue others, and what every batch starts
+from."""
 
 from pathlib import Path
 
@@ -7,26 +8,41 @@ import pytest
 from PIL import Image
 
 from relay_jax.config import ConfigError, build
-from relay_jax.data.sources import make_source
+from relay_jax.data.source import make_source
+from relay_jax.sampling.folder import PngFolder
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.sampling.record import describe_sampling, write_record
 from relay_jax.sampling.request import OWN, Request, parse_request
-from relay_jax.sampling.writer import PngFolder
 from tests.conftest import tiny_relay
 
 STAGES = build(tiny_relay())
 DATA = {"source": "synthetic", "size": 64}
 
 
-def ask(only: int | None = None, *, seeds: str = "0-3", rule: str = "", edit: str = "none",
-        low_res: Path | None = None) -> Request:
-    return parse_request(STAGES, None if only is None else STAGES[only], seeds=seeds, class_rule=rule, pixel_edit=edit,
-                         low_res=low_res, data=DATA)
+def ask(
+    only: int | None = None,
+    *,
+    seeds: str = "0-3",
+    rule: str = "",
+    edit: str = "none",
+    low_res: Path | None = None,
+) -> Request:
+    return parse_request(
+        STAGES,
+        None if only is None else STAGES[only],
+        seeds=seeds,
+        class_rule=rule,
+        pixel_edit=edit,
+        low_res=low_res,
+        data=DATA,
+    )
 
 
 def low_images(folder: Path, rule: str = "balanced", kind: str = "png") -> Path:
     """What sampling the first stage alone leaves."""
-    write_record(folder, describe_sampling(STAGES[:1], {}, range(4), rule) | {"output": {"format": kind}})
+    write_record(
+        folder, describe_sampling(STAGES[:1], {}, range(4), rule) | {"output": {"format": kind}}
+    )
     for seed in range(4):
         PngFolder(folder).add(seed, np.full((8, 8, 3), 60 * seed, np.uint8), 0)
     return folder
@@ -35,23 +51,39 @@ def low_images(folder: Path, rule: str = "balanced", kind: str = "png") -> Path:
 def test_a_whole_relay_starts_from_classes_alone() -> None:
     request = ask(rule="balanced", edit="imagenet")
     assert (request.class_rule, request.pixel_edit, request.start, request.from_real_images) == (
-        "balanced", "imagenet", {}, False)
+        "balanced",
+        "imagenet",
+        {},
+        False,
+    )
     inputs = request.inputs(np.arange(8), None)
     assert sorted(inputs.classes.tolist()) == list(range(8)) and inputs.low_res is None
     assert ask().class_rule == "mod" and ask().inputs(np.array([9]), None).classes.tolist() == [1]
 
 
 def test_only_final_images_are_edited() -> None:
-    assert [ask(stage, edit="imagenet").pixel_edit for stage in (None, 0, 1)] == ["imagenet", "none", "imagenet"]
+    assert [ask(stage, edit="imagenet").pixel_edit for stage in (None, 0, 1)] == [
+        "imagenet",
+        "none",
+        "imagenet",
+    ]
 
 
 def test_a_relay_alone_starts_from_real_images_and_their_classes() -> None:
-    source = make_source("synthetic", path="", name="", split="", data_dir="", resolution=16, size=64, seed=0)
+    source = make_source(
+        "synthetic", path="", name="", split="", data_dir="", resolution=16, size=64, seed=0
+    )
     request = ask(1)
-    assert request.from_real_images and request.class_rule == OWN and request.record({})["low_res"]["data"] == DATA
-    seeds = np.array([3, 67, 5])        # 67 is image 3 again
+    assert (
+        request.from_real_images
+        and request.class_rule == OWN
+        and request.record({})["low_res"]["data"] == DATA
+    )
+    seeds = np.array([3, 67, 5])  # 67 is image 3 again
     inputs, fixed = request.inputs(seeds, source), ask(1, rule="2").inputs(seeds, source)
-    assert inputs.classes.tolist() == [source[i][1] for i in (3, 3, 5)] and fixed.classes.tolist() == [2, 2, 2]
+    assert inputs.classes.tolist() == [
+        source[i][1] for i in (3, 3, 5)
+    ] and fixed.classes.tolist() == [2, 2, 2]
     assert inputs.low_res is not None and inputs.low_res.shape == (3, 8, 8, 3)
     np.testing.assert_array_equal(inputs.low_res, fixed.low_res)
     np.testing.assert_array_equal(inputs.low_res[0], inputs.low_res[1])
@@ -62,8 +94,12 @@ def test_a_relay_alone_takes_images_written_before_with_their_classes(tmp_path: 
     request = ask(1, low_res=low_images(tmp_path))
     inputs = request.inputs(np.array([2, 0]), None)
     assert request.class_rule == "balanced" and not request.from_real_images
-    np.testing.assert_array_equal(to_uint8(inputs.low_res), np.full((2, 8, 8, 3), [[[[120]]], [[[0]]]], np.uint8))
-    np.testing.assert_array_equal(inputs.classes, ask(rule="balanced").inputs(np.array([2, 0]), None).classes)
+    np.testing.assert_array_equal(
+        to_uint8(inputs.low_res), np.full((2, 8, 8, 3), [[[[120]]], [[[0]]]], np.uint8)
+    )
+    np.testing.assert_array_equal(
+        inputs.classes, ask(rule="balanced").inputs(np.array([2, 0]), None).classes
+    )
     before = request.record({})["low_res"]["made_by"]
     assert before["stages"]["base"]["sampler"]["num_steps"] == 4 and "seeds" not in before
 
@@ -75,9 +111,15 @@ def test_unknown_images_may_be_continued(tmp_path: Path) -> None:
     assert request.class_rule == "mod" and request.start == {"made_by": "unknown"}
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"only": 0}, "starts from noise"), ({}, "starts from noise"),
-    ({"only": 1, "rule": "3"}, "have the classes of rule 'balanced'"), ({"only": 1, "rule": "9"}, "0 to 7")])
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"only": 0}, "starts from noise"),
+        ({}, "starts from noise"),
+        ({"only": 1, "rule": "3"}, "have the classes of rule 'balanced'"),
+        ({"only": 1, "rule": "9"}, "0 to 7"),
+    ],
+)
 def test_impossible_requests_are_one_line(tmp_path: Path, settings: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as error:
         ask(low_res=low_images(tmp_path), **settings)

@@ -1,4 +1,5 @@
-"""Files of many images: whole or absent, named for their seeds, and joined to one npz without holding it."""
+"""Files of many images: whole or absent, named for their seeds, and joined to one npz without
+holding it."""
 
 import tracemalloc
 import zipfile
@@ -46,10 +47,21 @@ def names(out: Path) -> list[str]:
 
 def test_files_hold_the_consecutive_seeds_of_their_names(tmp_path: Path) -> None:
     folder = fill(tmp_path, [*range(8, 23), 1005])
-    assert names(tmp_path) == ["000008-000009.npz", "000010-000019.npz", "000020-000022.npz", "001005-001005.npz"]
+    assert names(tmp_path) == [
+        "000008-000009.npz",
+        "000010-000019.npz",
+        "000020-000022.npz",
+        "001005-001005.npz",
+    ]
     with np.load(tmp_path / "000010-000019.npz") as file:
-        assert sorted(file) == ["arr_0", "arr_1"] and file["arr_0"].dtype == np.uint8 and file["arr_1"].dtype == np.int64
-        np.testing.assert_array_equal(file["arr_0"], np.stack([image(seed) for seed in range(10, 20)]))
+        assert (
+            sorted(file) == ["arr_0", "arr_1"]
+            and file["arr_0"].dtype == np.uint8
+            and file["arr_1"].dtype == np.int64
+        )
+        np.testing.assert_array_equal(
+            file["arr_0"], np.stack([image(seed) for seed in range(10, 20)])
+        )
         assert file["arr_1"].tolist() == [0, 1, 2, 3, 4] * 2
     assert folder.finished(range(5, 30)) == set(range(8, 23))
 
@@ -81,14 +93,16 @@ def test_flushing_keeps_the_images_of_unfinished_files(tmp_path: Path) -> None:
     fill(tmp_path, range(20))
     assert folder.finished(range(20)) == set(range(20)) and len(names(tmp_path)) == 7
     with np.load(merge_npz(folder, range(20))) as merged:
-        np.testing.assert_array_equal(merged["arr_0"], np.stack([image(seed) for seed in range(20)]))
+        np.testing.assert_array_equal(
+            merged["arr_0"], np.stack([image(seed) for seed in range(20)])
+        )
 
 
 def test_half_a_file_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
     folder = fill(tmp_path, range(20))
     whole = (tmp_path / "000010-000019.npz").read_bytes()
-    (tmp_path / "000010-000019.npz").write_bytes(whole[:900])       # a copy that was cut short
-    (tmp_path / "000020-000029.tmp").write_bytes(whole)             # a run that was killed
+    (tmp_path / "000010-000019.npz").write_bytes(whole[:900])  # a copy that was cut short
+    (tmp_path / "000020-000029.tmp").write_bytes(whole)  # a run that was killed
     (tmp_path / "samples_20x6x6x3.npz").write_bytes(b"")
     assert folder.finished(range(30)) == set(range(10))
     fill(tmp_path, range(20))
@@ -103,10 +117,14 @@ def test_processes_take_turns_with_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
         folder = folder_of(tmp_path)
         folder.plan(range(5, 42))
         owned.append({seed for seed in range(5, 42) if folder.owns(seed)})
-    assert owned == [{*range(5, 10), *range(20, 30), *range(40, 42)}, {*range(10, 20), *range(30, 40)}]
+    assert owned == [
+        {*range(5, 10), *range(20, 30), *range(40, 42)},
+        {*range(10, 20), *range(30, 40)},
+    ]
 
 
 # One npz
+
 
 def test_all_files_become_one_npz_in_the_order_of_their_seeds(tmp_path: Path) -> None:
     seeds = [*range(8, 23), 1005]
@@ -120,14 +138,21 @@ def test_all_files_become_one_npz_in_the_order_of_their_seeds(tmp_path: Path) ->
     assert merge_npz(folder, seeds) == path and path.stat().st_mtime_ns == before
     assert merge_npz(folder, [*seeds, 9999]) is None
     with np.load(merge_npz(folder, range(9, 21))) as part:
-        np.testing.assert_array_equal(part["arr_0"], np.stack([image(seed) for seed in range(9, 21)]))
+        np.testing.assert_array_equal(
+            part["arr_0"], np.stack([image(seed) for seed in range(9, 21)])
+        )
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
 
 
 def test_it_is_what_numpy_itself_would_have_written(tmp_path: Path) -> None:
     folder = fill(tmp_path, range(25))
-    np.savez(tmp_path / "numpy.npz", np.stack([image(seed) for seed in range(25)]), np.arange(25) % 5)
-    with zipfile.ZipFile(merge_npz(folder, range(25))) as ours, zipfile.ZipFile(tmp_path / "numpy.npz") as theirs:
+    np.savez(
+        tmp_path / "numpy.npz", np.stack([image(seed) for seed in range(25)]), np.arange(25) % 5
+    )
+    with (
+        zipfile.ZipFile(merge_npz(folder, range(25))) as ours,
+        zipfile.ZipFile(tmp_path / "numpy.npz") as theirs,
+    ):
         assert ours.namelist() == theirs.namelist()
         assert all(ours.read(name) == theirs.read(name) for name in theirs.namelist())
         assert {info.compress_type for info in ours.infolist()} == {zipfile.ZIP_STORED}
@@ -150,12 +175,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards.os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"000009\.npz cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        ConfigError, match=r"000009\.npz cannot be written \(No space left on device\)"
+    ):
         fill(tmp_path, range(10))
     assert [name for name in names(tmp_path) if not name.endswith(".tmp")] == []
 
 
 # A data set
+
 
 def test_arrayrecord_files_are_a_packed_data_set(tmp_path: Path) -> None:
     folder = fill(tmp_path, [*range(8, 23), 1005], "arrayrecord")
@@ -172,8 +200,9 @@ def test_arrayrecord_files_are_a_packed_data_set(tmp_path: Path) -> None:
         packed[16]
 
 
-def test_the_data_set_grows_with_the_files_and_reads_only_new_ones_again(tmp_path: Path,
-                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_set_grows_with_the_files_and_reads_only_new_ones_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_manifest(fill(tmp_path, range(10), "arrayrecord"), {})
     hashed: list[str] = []
     real = shards.file_sha256

@@ -19,7 +19,9 @@ def test_warm_up_is_zero_at_first_linear_in_images_and_then_constant() -> None:
 
 def test_half_the_batch_warms_up_in_twice_the_steps() -> None:
     small, large = (warmup_schedule(1e-4, batch, 10_000) for batch in (32, 64))
-    np.testing.assert_allclose([small(2 * n) for n in (10, 100, 1000)], [large(n) for n in (10, 100, 1000)])
+    np.testing.assert_allclose(
+        [small(2 * n) for n in (10, 100, 1000)], [large(n) for n in (10, 100, 1000)]
+    )
 
 
 @pytest.mark.parametrize("warmup_images", [0, 1])
@@ -31,11 +33,15 @@ def test_without_warm_up_the_second_step_has_the_full_rate(warmup_images: int) -
 
 def test_steps_are_those_of_adam_with_bias_correction() -> None:
     beta1, beta2, epsilon = 0.8, 0.99, 1e-3
-    optimizer = make_optimizer(learning_rate=0.1, batch=10, warmup_images=30, beta1=beta1, beta2=beta2, epsilon=epsilon)
+    optimizer = make_optimizer(
+        learning_rate=0.1, batch=10, warmup_images=30, beta1=beta1, beta2=beta2, epsilon=epsilon
+    )
     gradients = np.random.default_rng(0).normal(size=(5, 6)) * np.array([1, 1e-2, 1e-4, 10, 0, 1])
 
     @jax.jit
-    def step(x: jax.Array, state: optax.OptState, gradient: jax.Array) -> tuple[jax.Array, optax.OptState]:
+    def step(
+        x: jax.Array, state: optax.OptState, gradient: jax.Array
+    ) -> tuple[jax.Array, optax.OptState]:
         updates, state = optimizer.update(gradient, state, x)
         return optax.apply_updates(x, updates), state
 
@@ -47,7 +53,11 @@ def test_steps_are_those_of_adam_with_bias_correction() -> None:
         mean = beta1 * mean + (1 - beta1) * gradient
         square = beta2 * square + (1 - beta2) * gradient**2
         rate = 0.1 * min(10 * n / 30, 1)
-        by_hand -= rate * (mean / (1 - beta1 ** (n + 1))) / (np.sqrt(square / (1 - beta2 ** (n + 1))) + epsilon)
+        by_hand -= (
+            rate
+            * (mean / (1 - beta1 ** (n + 1)))
+            / (np.sqrt(square / (1 - beta2 ** (n + 1))) + epsilon)
+        )
         np.testing.assert_allclose(x, by_hand, rtol=1e-5)
         if n == 0:
-            np.testing.assert_array_equal(x, np.ones(6))        # only the moments have moved
+            np.testing.assert_array_equal(x, np.ones(6))  # only the moments have moved

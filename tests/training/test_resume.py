@@ -1,4 +1,5 @@
-"""Killed at any moment and started again, a run ends bit-identical; SIGTERM saves and asks to be started again.
+"""Killed at any moment and started again, a run ends bit-identical; SIGTERM saves and asks to
+be started again.
 
 The supervisor at the end of this file is a program of its own (tests/supervised.py).
 """
@@ -18,7 +19,7 @@ import pytest
 from tests.supervised import end, start, supervise
 
 STEPS, EVERY, BATCH, KILLS = 800, 2, 4, 24
-RARE = f"--config.checkpoint.every_images={STEPS * BATCH}"      # only at the end
+RARE = f"--config.checkpoint.every_images={STEPS * BATCH}"  # only at the end
 CONFIG = f"""
 from configs import demo
 
@@ -44,12 +45,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_an_interrupted_run_ends_bit_identical(told: dict, run: str) -> None:
     import chex
 
-    from relay_jax.logs import read_jsonl
+    from relay_jax.runtime.logs import read_jsonl
     from tests.training.test_loop import final_state
+
     ours, straight = (final_state(told["folder"] / name / "base") for name in (run, "straight"))
     assert ours["step"] == STEPS
     chex.assert_trees_all_equal(ours, straight)
-    lines = [read_jsonl(told["folder"] / name / "base" / "metrics.jsonl") for name in (run, "straight")]
+    lines = [
+        read_jsonl(told["folder"] / name / "base" / "metrics.jsonl") for name in (run, "straight")
+    ]
     curves = [[(line["images"], line["loss"]) for line in run_lines] for run_lines in lines]
     assert curves[0] == curves[1] and len(curves[0]) == STEPS, "the curve has gaps or repeats"
 
@@ -63,10 +67,13 @@ def test_the_run_was_killed_often_and_in_the_middle_of_saves(told: dict) -> None
 def test_sigterm_saves_at_the_end_of_a_step_and_asks_for_a_new_start(told: dict) -> None:
     assert told["status"] == 75
     assert told["saved"] and told["saved"][0] > 2
-    assert f"saved at {told['saved'][0] * BATCH} images" in (told["folder"] / "asked.log").read_text()
+    assert (
+        f"saved at {told['saved'][0] * BATCH} images" in (told["folder"] / "asked.log").read_text()
+    )
 
 
 # The supervisor.
+
 
 def train(folder: Path, name: str, *arguments: str) -> int:
     return start(folder, name, f"--workdir={folder / name}", "--stage=base", *arguments)
@@ -91,10 +98,13 @@ def kill_often(folder: Path, rng: random.Random) -> dict:
     checkpoints, during_save, steps = folder / "killed" / "base" / "checkpoints", 0, []
     for kill in range(KILLS):
         pid, before = train(folder, "killed"), max(complete(checkpoints), default=0)
-        left_over = set(checkpoints.glob("*tmp*"))      # of the kill before
+        left_over = set(checkpoints.glob("*tmp*"))  # of the kill before
 
-        def moment(begun: Callable[[], bool], low: float, high: float, before: int = before) -> Callable[[], bool]:
-            """Some seconds after something has begun; sooner on a machine so fast that the run would come to its end."""
+        def moment(
+            begun: Callable[[], bool], low: float, high: float, before: int = before
+        ) -> Callable[[], bool]:
+            """Some seconds after something has begun; sooner on a machine so fast that the run
+            would come to its end."""
             until: list[float] = []
 
             def reached() -> bool:
@@ -105,12 +115,12 @@ def kill_often(folder: Path, rng: random.Random) -> dict:
 
             return reached
 
-        if kill % 3 == 0:       # whenever, mostly while it starts
+        if kill % 3 == 0:  # whenever, mostly while it starts
             alive = wait_until(pid, moment(lambda: True, 0.1, 3))
-        elif kill % 3 == 1:     # as soon as a save has begun, and somewhat later
+        elif kill % 3 == 1:  # as soon as a save has begun, and somewhat later
             saving = partial(is_saving, checkpoints, left_over)
             alive = wait_until(pid, moment(saving, 0, rng.choice([0, 0.02, 0.1])))
-        else:                   # after a save
+        else:  # after a save
             alive = wait_until(pid, moment(partial(is_newer, checkpoints, before), 0, 0.2))
         assert alive, "ended by itself: more steps are needed for so many kills"
         os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,139 @@
+"""Images of a TFDS data set that the user has prepared on this machine, read without TensorFlow.
+
+Needs array_record (or parquet) files: TFDS's default, tfrecord, can only be read by TensorFlow.
+The data set is found on disk by its folder, DATA_DIR/NAME[/CONFIG]/VERSION, and not through its
+registered builder: building that may import
+TensorFlow and ask the network, while the folder says all that is needed. Nothing is ever
+downloaded.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from relay_jax.data.images import DataError, EncodedImages, one_line
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The prepared versions in `folder`, oldest first: sub-folders named x.y.z with a
+    dataset_info.json."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+    found = [path for path in named if (path / "dataset_info.json").is_file()]
+    return sorted(found, key=lambda path: tuple(int(number) for number in path.name.split(".")))
+
+
+def _find(name: str, data_dir: str) -> Path:
+    """The newest prepared version of `name`: "set" or "set/config", either with ":1.2.3".
+    DataError without one."""
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    base, _, version = name.partition(":")
+    if not base:
+        raise DataError(
+            "the tfds source needs the name of a data set, such as imagenet2012 or celeb_a_hq/256"
+        )
+    configs = [_versions(root / base)]
+    if not configs[0] and (root / base).is_dir():
+        configs = [
+            found
+            for path in sorted((root / base).iterdir())
+            if path.is_dir() and (found := _versions(path))
+        ]
+    if len(configs) > 1:
+        choices = ", ".join(f"{base}/{found[0].parent.name}" for found in configs)
+        raise DataError(
+            f"{root / base}: several configurations are prepared; name one of {choices}"
+        )
+    prepared = [path for path in (configs[0] if configs else []) if version in ("", path.name)]
+    if not prepared:
+        raise DataError(
+            f'{root / base}: no prepared TFDS data set {name}; run: python -c "import '
+            "tensorflow_datasets as tfds; "
+            f"tfds.builder('{name}', data_dir='{root}', "
+            "file_format='array_record').download_and_prepare()\"; "
+            "preparing may need tensorflow, training does not"
+        )
+    return prepared[-1]
+
+
+class TfdsSource(EncodedImages):
+    """Split `split` (slices such as "train[:90%]" too) of the prepared TFDS data set `name` in
+    `data_dir`.
+
+    The features must hold `image`; a ClassLabel named `label` gives the classes, otherwise
+    there are no labels. An empty `data_dir` means $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str = "") -> None:
+        folder = _find(name, data_dir)
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise DataError(
+                f"the tfds source misses a package ({error}); run: pip install tensorflow_datasets"
+            ) from error
+        try:
+            builder = tfds.builder_from_directory(folder)
+            features = dict(builder.info.features.items())
+            label = features.get("label")
+            splits = ", ".join(builder.info.splits)
+        except Exception as error:  # protobuf's parser, for one, has an exception class of its own
+            raise DataError(
+                f"{folder}: cannot be read as a TFDS data set ({one_line(error)}); prepare it again"
+            ) from error
+        if "image" not in features:
+            raise DataError(
+                f"{folder}: this data set has no feature named image, only {', '.join(features)}"
+            )
+        try:
+            # We decode ourselves: TFDS switches decoders where OpenCV is installed, and leaves
+            # grey and CMYK alone.
+            self._records: Sequence[Mapping[str, object]] = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+            self._length = len(self._records)
+        except NotImplementedError as error:
+            raise DataError(
+                f"{folder}: holds {builder.info.file_format.value} files, which need TensorFlow; "
+                "prepare it again with file_format='array_record'"
+            ) from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DataError(
+                f"{folder}: cannot read split {split!r} ({one_line(error)}); it has {splits}"
+            ) from error
+        if not self._length:
+            raise DataError(f"{folder}: split {split!r} is empty; it has {splits}")
+        self._where = f"{folder}:{split}"
+        classes = label if isinstance(label, tfds.features.ClassLabel) else None
+        self.num_classes: int = (classes.num_classes or 0) if classes else 0
+        self.class_names: tuple[str, ...] = (
+            tuple(classes.names) if classes and self.num_classes else ()
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def encoded(self, position: int) -> tuple[bytes, str, int]:
+        where = f"{self._where}[{position}]"
+        try:
+            record = self._records[position]
+            data, label = record["image"], int(record["label"]) if self.num_classes else 0  # type: ignore[call-overload]
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DataError(
+                f"{where}: cannot be read ({one_line(error)}); prepare the data set again"
+            ) from error
+        if (
+            not 0 <= label < max(self.num_classes, 1)
+        ):  # TFDS writes -1 in unlabelled splits, such as ImageNet's test
+            raise DataError(
+                f"{where}: has the label {label}, which means none; choose a labelled split"
+            )
+        if not isinstance(data, bytes):
+            raise DataError(
+                f"{where}: the image is stored as {type(data).__name__}, not as an encoded file"
+            )
+        return data, where, label

@@ -1,0 +1,164 @@
+"""What a stage tells while it trains, and at its end: console, metrics.jsonl, TensorBoard,
+training.json."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from relay_jax.config import Stage
+from relay_jax.runtime import distributed
+from relay_jax.runtime.flops import peak_flops, si
+from relay_jax.runtime.logs import (
+    Progress,
+    ScalarLog,
+    append_jsonl,
+    curve_summary,
+    duration,
+    is_writer,
+    read_jsonl,
+    write_json,
+    write_png,
+)
+from relay_jax.runtime.sharding import describe
+from relay_jax.training.state import TrainState
+
+
+class StageProgress:
+    """One report for every few steps of a stage; to be used as a context.
+
+    images: those seen before this start; later lines of the curve, of a run that was killed,
+    are dropped.
+    """
+
+    def __init__(self, stage: Stage, mesh: Mesh, folder: Path, images: int) -> None:
+        self.step_flops: int | None = (
+            None  # of a step, on all devices together; to be set when it is traced
+        )
+        self._stage, self._mesh, self._folder = stage, mesh, folder
+        self._peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._log = ScalarLog(folder, images)
+        self._loader_share = self._waited = 0.0
+        self._since = time.monotonic()
+        self._progress = Progress(
+            stage.name, stage.train.steps * stage.train.batch, images, of_rate=self._cost
+        )
+
+    def __enter__(self) -> "StageProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+
+    def begin(self, about: Mapping[str, Any], images: int) -> None:
+        """Keeps what is told `about` this start, such as its configuration: starts.jsonl and
+        TensorBoard's texts."""
+        if is_writer():
+            append_jsonl(
+                self._folder / "starts.jsonl",
+                {"images": images, "time": round(time.time(), 3), **about},
+            )
+        for name, value in about.items():
+            self._log.text(images, name, value)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the loop waits for the loader."""
+        begun = time.monotonic()
+        with jax.profiler.TraceAnnotation("loader"):
+            yield
+        self._waited += time.monotonic() - begun
+
+    def report(self, images: int, state: TrainState, pending: list[dict], asked: bool) -> bool:
+        """One console line and one line of scalars for the steps since the last report. All
+        processes must call it.
+
+        asked: whether this process was asked for something. Returns whether process 0 was.
+        """
+        metrics, skipped = jax.device_get((pending, state.nonfinite_total))
+        now = time.monotonic()
+        own = np.asarray([self._waited / max(now - self._since, 1e-9), asked])
+        everyone = distributed.of_all(own)
+        self._loader_share = float(everyone[:, 0].max())  # the slowest host makes all of them wait
+        self._since, self._waited = now, 0.0
+
+        values = {k: np.asarray([float(m[k]) for m in metrics]) for k in metrics[0]}
+        finite = values.pop("finite") > 0
+        known = {k: float(v[finite].mean()) for k, v in values.items()} if finite.any() else {}
+        loss = f"loss {known['loss']:.4f}" if known else "loss not finite"
+        rate = self._progress.line(images, loss + (f", {skipped} steps skipped" if skipped else ""))
+        scalars = {
+            **known,
+            "images_per_second": round(rate, 3),
+            "steps_skipped": int(skipped),
+            "loader_share": round(self._loader_share, 4),
+            "tflops_per_device": round(self._flops(rate) / 1e12, 6),
+        }
+        if self._peak:
+            scalars["utilisation"] = round(self._flops(rate) / self._peak, 4)
+        self._log.write(images, scalars)
+        return bool(everyone[0, 1])
+
+    def scores(self, images: int, values: dict[str, float]) -> None:
+        """Further scalars, for the same curve."""
+        self._log.write(images, values)
+
+    def picture(self, images: int, pixels: np.ndarray) -> None:
+        """A grid of samples: PNG and TensorBoard."""
+        if is_writer():
+            write_png(self._folder / "grids" / f"{images:012d}.png", pixels)
+        self._log.picture(images, "samples", pixels)
+
+    def finish(self, seconds: float) -> None:
+        """Sums up the whole training of the stage, earlier starts included. seconds: all that
+        it took."""
+        if not is_writer():
+            return
+        train = self._stage.train
+        summary = {
+            "stage": self._stage.name,
+            "images": train.steps * train.batch,
+            "steps": train.steps,
+            "seconds": round(seconds, 1),
+            **curve_summary(read_jsonl(self._folder / "metrics.jsonl")),
+            "starts": len(read_jsonl(self._folder / "starts.jsonl")),
+            "devices": describe(self._mesh),
+            "checkpoint": f"checkpoints/{train.steps}",
+        }
+        write_json(self._folder / "training.json", summary)
+        used = (
+            f"{summary['utilisation']:.1%} of the peak, "
+            if summary["utilisation"] is not None
+            else ""
+        )
+        loss = f"{summary['loss']:.4f}" if summary["loss"] is not None else "not finite"
+        logging.info(
+            "stage %s is trained: %s images in %s, median %.4g img/s, %sFLOP/s per device, "
+            "%sloader %.1f%%, "
+            "%d steps skipped, loss %s, last checkpoint %s",
+            summary["stage"],
+            f"{summary['images']:,}",
+            duration(seconds),
+            summary["images_per_second"],
+            si(summary["tflops_per_device"] * 1e12),
+            used,
+            100 * summary["loader_share"],
+            summary["steps_skipped"],
+            loss,
+            self._folder / summary["checkpoint"],
+        )
+
+    def _flops(self, rate: float) -> float:
+        """FLOP/s of each device at so many images per second."""
+        return rate / self._stage.train.batch * (self.step_flops or 0) / self._mesh.size
+
+    def _cost(self, rate: float) -> str:
+        flops = self._flops(rate)
+        used = f" ({flops / self._peak:.1%} of the peak)" if self._peak else ""
+        return f"{si(flops)}FLOP/s per device{used}, loader {self._loader_share:.1%}"

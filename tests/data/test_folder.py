@@ -1,0 +1,193 @@
+"""A listing from the index is the listing a scan would give now, whatever has been done to the
+folder."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from relay_jax.data import folder as index
+from relay_jax.data.folder import Listing, cache_file, list_images
+from relay_jax.data.source import ImageFolder
+
+
+@pytest.fixture(autouse=True)
+def small_and_hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Folders of any size and age are kept, in a cache folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "CACHED_IMAGES", 1)
+    monkeypatch.setattr(index, "SETTLED_SECONDS", 0)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    for name in (
+        "a/1.jpg",
+        "a/deep/2.PNG",
+        "a/deep/er/3.jpg",
+        "a-b/4.jpg",
+        "b/5.jpg",
+        "b/note.txt",
+        "b/._5.jpg",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "empty").mkdir()
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "6.jpg").touch()
+    settle()
+    return folder
+
+
+def settle() -> None:
+    """Until the clock of the file system has moved on."""
+    time.sleep(0.03)
+
+
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the folders that are read from now on."""
+    seen: list[str] = []
+    scandir = os.scandir
+
+    def counting(path: str) -> object:
+        seen.append(os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(index.os, "scandir", counting)
+    return seen
+
+
+def test_the_listing_is_sorted_by_class_and_path(root: Path) -> None:
+    listing = list_images(str(root))
+    assert listing == Listing(
+        [], {"a": ["1.jpg", "deep/2.PNG", "deep/er/3.jpg"], "a-b": ["4.jpg"], "b": ["5.jpg"]}
+    )
+    assert list(listing.classes) == ["a", "a-b", "b"] and len(listing) == 5
+
+
+def test_a_second_start_reads_no_folder_and_finds_the_same(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ImageFolder(root)
+    seen = scans(monkeypatch)
+    second = ImageFolder(root)
+    assert not seen
+    assert (second.class_names, second._files) == (first.class_names, first._files)
+    assert second._labels.tolist() == first._labels.tolist() == [0, 0, 0, 1, 2]
+    assert list(list_images(str(root)).classes) == ["a", "a-b", "b"]
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "add": lambda root: (root / "a" / "0.jpg").touch(),
+    "add deep": lambda root: (root / "a" / "deep" / "er" / "9.jpg").touch(),
+    "add to an empty folder": lambda root: (root / "empty" / "9.jpg").touch(),
+    "remove": lambda root: (root / "a-b" / "4.jpg").unlink(),
+    "rename": lambda root: (root / "b" / "5.jpg").rename(root / "b" / "0.jpg"),
+    "new class": lambda root: shutil.copytree(root / "b", root / "c"),
+    "remove class": lambda root: shutil.rmtree(root / "b"),
+    "rename class": lambda root: (root / "b").rename(root / "z"),
+    "swap": lambda root: ((root / "b" / "5.jpg").unlink(), (root / "b" / "6.jpg").touch()),
+    "flat": lambda root: (root / "0.jpg").touch(),
+    "link": lambda root: (root / "c").symlink_to(root / "b"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_is_seen(root: Path, change: str) -> None:
+    before = list_images(str(root))
+    assert cache_file(str(root)).exists()
+    CHANGES[change](root)
+    found = list_images(str(root))
+    cache_file(str(root)).unlink(missing_ok=True)
+    assert found == list_images(str(root)) != before
+
+
+def test_a_change_with_its_time_set_back_is_seen(root: Path) -> None:
+    """As tools do that copy folders with their times."""
+    list_images(str(root))
+    times = os.stat(root / "b")
+    (root / "b" / "7.jpg").touch()
+    os.utime(root / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "7.jpg" in list_images(str(root)).classes["b"]
+
+
+def test_a_flat_folder_is_indexed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for name in ("b.jpg", "a.jpg"):
+        (folder / name).touch()
+    settle()
+    assert list_images(str(folder)).flat == ["a.jpg", "b.jpg"]
+    seen = scans(monkeypatch)
+    assert list_images(str(folder)).flat == ["a.jpg", "b.jpg"] and not seen
+    (folder / "c.jpg").touch()
+    assert list_images(str(folder)).flat == ["a.jpg", "b.jpg", "c.jpg"] and seen
+
+
+def test_names_that_are_not_utf8_survive(root: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
+    try:
+        (root / "b" / name).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    settle()
+    assert list_images(str(root)) == list_images(str(root))
+    assert name in list_images(str(root)).classes["b"]
+
+
+def test_a_folder_that_changed_just_now_is_not_kept(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A further file within the same tick of the clock would not show."""
+    monkeypatch.setattr(index, "SETTLED_SECONDS", 60)
+    list_images(str(root))
+    assert not cache_file(str(root)).exists()
+
+
+def test_small_folders_are_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "CACHED_IMAGES", 6)
+    list_images(str(root))
+    assert not cache_file(str(root)).exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"version": 0}', "version", "root", "folders", "listing"]
+)
+def test_a_damaged_index_is_scanned_over(root: Path, text: str) -> None:
+    expected = list_images(str(root))
+    file = cache_file(str(root))
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {text: None}) if text in kept else text)
+    assert list_images(str(root)) == expected
+    assert json.loads(file.read_text()) == kept
+
+
+def test_the_folder_itself_is_not_written_to(root: Path) -> None:
+    before = sorted(root.rglob("*"))
+    list_images(str(root))
+    assert sorted(root.rglob("*")) == before
+
+
+def test_without_a_place_for_the_index_every_start_scans(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert list_images(str(root)) == list_images(str(root))
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_the_cache_is_below_the_home_folder_by_default(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    list_images(str(root))
+    assert cache_file(str(root)).parent == tmp_path / "home" / ".cache" / "relay_jax"
+    assert len(list((tmp_path / "home" / ".cache" / "relay_jax").iterdir())) == 1
+    assert cache_file(str(root)) != cache_file(str(root / "a"))

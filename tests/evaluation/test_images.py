@@ -1,0 +1,189 @@
+"""Sets of images: every image once whatever the hosts and parts, hashes, and what is refused."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relay_jax.data.source import ImageFolder, SyntheticShapes
+from relay_jax.data.transforms import center_crop_resize
+from relay_jax.evaluation.images import (
+    ArrayImages,
+    ImageSet,
+    SourceImages,
+    chosen,
+    folder_sha256,
+    open_images,
+    source_sha256,
+)
+from relay_jax.sampling.shards import ShardFolder, write_manifest
+from tests.conftest import error_of
+
+
+def pixels(count: int, side: int = 4, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def write_folder(folder: Path, images: np.ndarray) -> Path:
+    for number, image in enumerate(images):
+        path = folder / f"{number // 4:06d}" / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def write_shards(folder: Path, images: np.ndarray) -> Path:
+    """As --mode=sample leaves them, with the sum of all beside the shards."""
+    for first, last in ((7, 9), (999_998, 999_999), (1_000_000, 1_000_001)):
+        np.savez(folder / f"{first:06d}-{last:06d}.npz", images[: last - first + 1])
+        images = images[last - first + 1 :]
+    np.savez(folder / "samples_7x4x4x3.npz", pixels(7, seed=9))
+    return folder
+
+
+def write_npz(folder: Path, images: np.ndarray) -> Path:
+    np.savez_compressed(folder / "x.npz", arr_0=images, arr_1=np.arange(len(images)))
+    return folder / "x.npz"
+
+
+def everything(images: ImageSet, hosts: int, batch: int) -> np.ndarray:
+    """What all hosts read, put together by the positions; every image must come once, in as
+    many parts on each host."""
+    shares = [list(images.share(host, hosts, batch)) for host in range(hosts)]
+    assert len({len(share) for share in shares}) == 1
+    assert all(
+        len(part) == len(positions) <= batch for share in shares for positions, part in share
+    )
+    positions = np.concatenate([positions for share in shares for positions, _ in share])
+    assert sorted(positions) == list(range(len(images)))
+    return np.concatenate([part for share in shares for _, part in share])[np.argsort(positions)]
+
+
+@pytest.mark.parametrize(("hosts", "batch"), [(1, 3), (2, 2), (3, 64), (9, 1)])
+@pytest.mark.parametrize("kind", ["folder", "npz", "shards", "memory", "source"])
+def test_every_image_comes_once_whatever_hosts_and_parts(
+    tmp_path: Path, kind: str, hosts: int, batch: int
+) -> None:
+    want = pixels(7)
+    images: ImageSet
+    if kind == "memory":
+        images = ArrayImages(want, {})
+    elif kind == "source":
+        source = SyntheticShapes(16, 7, 0)
+        images = SourceImages(source, 4, {}, exact=False, threads=2)
+        want = np.stack([center_crop_resize(source[i][0], 4) for i in range(7)])
+    else:
+        images = open_images(
+            {"folder": write_folder, "npz": write_npz, "shards": write_shards}[kind](
+                tmp_path, want
+            ),
+            2,
+        )
+    assert images.identity["images"] == len(images) == 7 and images.resolution == 4
+    np.testing.assert_array_equal(everything(images, hosts, batch), want)
+
+
+@pytest.mark.parametrize("kind", ["npz", "arrayrecord"])
+def test_the_formats_of_sampling_are_read(tmp_path: Path, kind: str) -> None:
+    want, folder = pixels(5), ShardFolder(tmp_path, kind, 4, 3)
+    folder.plan(range(5))
+    for seed, image in enumerate(want):
+        folder.add(seed, image, 1)
+    if kind == "arrayrecord":
+        write_manifest(folder, {})
+    np.testing.assert_array_equal(everything(open_images(tmp_path, 1), 1, 64), want)
+
+
+def test_a_choice_is_always_the_same_and_not_the_beginning(tmp_path: Path) -> None:
+    assert chosen(5, 9).tolist() == chosen(5, 5).tolist() == [0, 1, 2, 3, 4]
+    choice = chosen(1000, 10)
+    assert (
+        choice.tolist() == chosen(1000, 10).tolist() == sorted(set(choice.tolist()))
+        and len(choice) == 10
+    )
+    assert choice.max() > 500
+    source = SyntheticShapes(4, 30, 0)
+    images = SourceImages(source, 4, {}, exact=True, threads=1, limit=6)
+    np.testing.assert_array_equal(
+        everything(images, 2, 2), np.stack([source[i][0] for i in chosen(30, 6)])
+    )
+    assert "of 30" in images.identity["choice"] and images.identity["images"] == 6
+
+
+def test_a_hash_changes_with_the_images_alone(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", pixels(5))
+    first = folder_sha256(ImageFolder(folder))
+    (folder / "notes.txt").write_text("no image")
+    assert folder_sha256(ImageFolder(folder)) == open_images(folder, 1).identity["sha256"] == first
+    Image.fromarray(pixels(1, seed=3)[0]).save(folder / "000000" / "000001.png")
+    assert folder_sha256(ImageFolder(folder)) != first
+    a, b = write_npz(tmp_path, pixels(3)), tmp_path / "b.npz"
+    b.write_bytes(a.read_bytes())
+    assert open_images(a, 1).identity["sha256"] == open_images(b, 1).identity["sha256"]
+    describe = {"source": "synthetic", "seed": 0}
+    assert source_sha256(SyntheticShapes(4, 9, 0), describe) != source_sha256(
+        SyntheticShapes(4, 8, 0), describe
+    )
+
+
+def save(**arrays: np.ndarray) -> Callable[[Path], Path]:
+    def action(folder: Path) -> Path:
+        np.savez(folder / "x.npz", **arrays)
+        return folder / "x.npz"
+
+    return action
+
+
+def odd_one(folder: Path) -> Path:
+    Image.fromarray(pixels(1, side=6)[0]).save(
+        write_folder(folder, pixels(4)) / "000000" / "000002.png"
+    )
+    return folder
+
+
+def oblong(folder: Path) -> Path:
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(folder / "0.png")
+    return folder
+
+
+def damaged_npz(folder: Path) -> Path:
+    file = write_npz(folder, pixels(4000))  # beyond what is read with the header
+    with zipfile.ZipFile(file) as archive:
+        start = archive.getinfo("arr_0.npy").header_offset
+    data = bytearray(file.read_bytes())
+    data[start + 150_000 : start + 150_020] = bytes(20)
+    file.write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: folder, "no images found"),
+        (lambda folder: folder / "nowhere", "no such folder or npz"),
+        (odd_one, "000002.png has 6 x 6 pixels, the first one 4 x 4"),
+        (oblong, "4 x 6|6 x 4"),
+        (save(images=pixels(2)), "arr_0 is missing, it holds images"),
+        (save(arr_0=np.zeros((2, 4, 4, 3))), "must be uint8"),
+        (save(arr_0=np.zeros((2, 4, 5, 3), np.uint8)), "must be images [n, side, side, 3]"),
+        (save(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "holds no images"),
+        (damaged_npz, "damaged"),
+        (
+            lambda folder: (folder / "x.npz").write_text("?") and folder / "x.npz",
+            "not a readable npz",
+        ),
+    ],
+)
+def test_bad_images_are_one_line(tmp_path: Path, make: Callable[[Path], Path], says: str) -> None:
+    path = make(tmp_path)
+    message = error_of(lambda: everything(open_images(path, 2), 1, 3))
+    assert any(part in message for part in says.split("|")), message
+
+
+def test_shards_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "000000-000001.npz", pixels(2))
+    np.savez(tmp_path / "000002-000003.npz", pixels(2, side=6))
+    assert "images of different sizes" in error_of(lambda: open_images(tmp_path, 1))

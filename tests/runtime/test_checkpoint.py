@@ -1,0 +1,293 @@
+"""Checkpoints: round trips, falling back from damage, what is kept, another placement."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from relay_jax.models.unet import UNet, init_params
+from relay_jax.runtime.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    SaveError,
+    has_checkpoint,
+    load_ema,
+)
+from tests.conftest import mesh_of
+
+
+class Carried(NamedTuple):
+    params: dict
+    opt_state: optax.OptState
+    count: jax.Array
+
+
+META = {"images": 640, "data": {"next_batch": 10, "x_flip": True}, "seconds": 1.5}
+
+
+def ema_of(step: int) -> dict:
+    return {
+        "block": {
+            "kernel": jnp.arange(12.0).reshape(3, 4) + step,
+            "bias": jnp.full(4, -step, jnp.float32),
+        }
+    }
+
+
+def train_of(step: int) -> dict:
+    params = ema_of(step + 100)
+    return {
+        "state": Carried(params, optax.adam(1e-3).init(params), jnp.int32(step)),
+        "step": jnp.int32(step),
+    }
+
+
+def placed(tree: object) -> object:
+    """Everything on the first device."""
+    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
+
+
+def restore(
+    folder: Path, items: tuple[str, ...] = ("ema", "train"), read_only: bool = False
+) -> tuple[int, dict] | None:
+    trees = {"ema": ema_of(0), "train": train_of(0)}
+    like = {name: jax.eval_shape(lambda tree: tree, trees[name]) for name in items}
+    with Checkpoints(folder, read_only=read_only) as checkpoints:
+        return checkpoints.restore(like, placed(like))
+
+
+def saved(folder: Path, steps: tuple[int, ...] = (10, 20, 30), keep: int = 3) -> Path:
+    with Checkpoints(folder, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(
+                step, ema=ema_of(step), train=train_of(step), meta={**META, "images": 64 * step}
+            )
+    return folder
+
+
+def damage(folder: Path, step: int, item: str = "ema") -> None:
+    (folder / str(step) / item / "manifest.ocdbt").unlink()
+
+
+def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
+    step, items = restore(saved(tmp_path, (10,)))
+    assert step == 10 and items["meta"] == META
+    chex.assert_trees_all_equal(items["ema"], ema_of(10))
+    chex.assert_trees_all_equal(items["train"], train_of(10))
+    chex.assert_trees_all_equal_dtypes(items["train"], train_of(10))
+    assert type(items["train"]["state"]) is Carried
+    assert jax.tree.structure(items["train"]) == jax.tree.structure(train_of(10))
+
+
+def test_the_average_can_be_read_alone_even_where_the_rest_is_damaged(tmp_path: Path) -> None:
+    damage(saved(tmp_path, (10,)), 10, "train")
+    step, items = restore(tmp_path, ("ema",), read_only=True)
+    assert step == 10 and set(items) == {"ema", "meta"}
+    chex.assert_trees_all_equal(items["ema"], ema_of(10))
+
+
+def test_the_newest_is_restored_and_the_oldest_are_dropped(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20, 30, 40), keep=2)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [40, 30]
+    step, items = restore(tmp_path)
+    assert step == 40 and items["meta"]["images"] == 64 * 40
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"30", "40"}
+
+
+def test_chosen_steps_stay_for_ever_beside_the_newest(tmp_path: Path) -> None:
+    for steps in ((10, 20, 30, 40, 50), (60, 70)):  # in two starts of a run
+        with Checkpoints(tmp_path, keep=2, keep_always=lambda step: step % 20 == 0) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, ema=ema_of(step), train=train_of(step), meta=META)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [70, 60, 40, 20]
+
+
+def test_a_step_that_is_there_is_not_saved_again(tmp_path: Path) -> None:
+    saved(tmp_path, (10,))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, ema=ema_of(77), train=train_of(77), meta=META)
+    chex.assert_trees_all_equal(restore(tmp_path)[1]["ema"], ema_of(10))
+
+
+def test_a_damaged_newest_is_passed_over_removed_and_can_be_saved_again(tmp_path: Path) -> None:
+    damage(saved(tmp_path), 30)
+    step, items = restore(tmp_path)
+    assert step == 20
+    chex.assert_trees_all_equal(items["ema"], ema_of(20))
+    assert not (tmp_path / "30").exists()
+    saved(tmp_path, (30,))
+    step, items = restore(tmp_path)
+    assert step == 30
+    chex.assert_trees_all_equal(items["train"], train_of(30))
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_reading_the_average_passes_over_a_damaged_newest_and_leaves_it(
+    read_only: bool, tmp_path: Path
+) -> None:
+    damage(saved(tmp_path), 30)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    assert restore(tmp_path, ("ema",), read_only)[0] == 20
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_other_damage_is_passed_over_too(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "30" / "train" / "_METADATA").write_text('{"tree')
+    (tmp_path / "20" / "meta" / "metadata").write_text("{")
+    assert restore(tmp_path)[0] == 10
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no index": lambda step: (step / "train" / "manifest.ocdbt").unlink(),
+    "half an index": lambda step: cut(step / "ema" / "manifest.ocdbt"),
+    "no list of parts": lambda step: [path.unlink() for path in (step / "ema" / "d").iterdir()],
+    "half the notes": lambda step: cut(step / "meta" / "metadata"),
+    "half the names": lambda step: cut(step / "train" / "_METADATA"),
+    "no item": lambda step: shutil.rmtree(step / "ema"),
+    "nothing": lambda step: [shutil.rmtree(path) for path in step.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_plain_damage_is_seen_without_reading_the_arrays(kind: str, tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20))
+    DAMAGE[kind](tmp_path / "20")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.looks_whole(10) and not checkpoints.looks_whole(20)
+    assert restore(tmp_path)[0] == 10, (
+        "what cannot be read was said to be whole, or the other way round"
+    )
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, UNet]:
+    """A stage's folder with the checkpoints 10 and 20, of which 20 is damaged; do not write
+    into it."""
+    folder = tmp_path_factory.mktemp("stage")
+    network = UNet(resolution=4, channels=8, multipliers=(1,), blocks=1, attention=(), head_width=8)
+    params = jax.jit(lambda key: init_params(network, key))(jax.random.key(0))
+    with Checkpoints(folder / "checkpoints", 3) as checkpoints:
+        for step in (10, 20):
+            ema = jax.tree.map(lambda x, step=step: x + step, params)
+            checkpoints.save(
+                step, ema=ema, train={"step": jnp.int32(step)}, meta={**META, "images": 64 * step}
+            )
+    damage(folder / "checkpoints", 20)
+    return folder, network
+
+
+def test_a_named_checkpoint_is_read_with_its_step(stage: tuple[Path, UNet]) -> None:
+    folder, network = stage
+    for named in (
+        folder,
+        folder / "checkpoints" / "10",
+    ):  # the newest is damaged, so both are the same
+        params, notes = load_ema(named, network, mesh_of(1))
+        assert notes == {**META, "images": 640, "step": 10}
+        np.testing.assert_array_equal(params["out_norm"]["scale"], np.full(8, 11.0))
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("20", "cannot be read; there are [20, 10]"),
+        ("30", "no checkpoint 30 in"),
+        ("30", "there are [20, 10]"),
+    ],
+)
+def test_a_named_checkpoint_has_no_substitute(
+    stage: tuple[Path, UNet], step: str, says: str
+) -> None:
+    folder, network = stage
+    with pytest.raises(CheckpointError) as error:
+        load_ema(folder / "checkpoints" / step, network, mesh_of(1))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_whether_there_is_a_checkpoint_to_read(stage: tuple[Path, UNet], tmp_path: Path) -> None:
+    folder, _ = stage
+    assert has_checkpoint(folder) and has_checkpoint(folder / "checkpoints" / "10")
+    assert not has_checkpoint(folder / "checkpoints" / "30") and not has_checkpoint(tmp_path)
+
+
+def test_what_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise ValueError("Error writing\n" + 300 * "x" + "\nNo space left on device")
+
+    with pytest.raises(SaveError) as error, Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        checkpoints.save(10, ema=ema_of(10), train=train_of(10), meta=META)
+    message = str(error.value)
+    assert message.startswith(f"checkpoints cannot be written in {tmp_path}: Error writing")
+    assert message.endswith("No space left on device") and "\n" not in message
+
+
+def test_when_all_are_damaged_the_folder_is_named_in_one_line_and_kept(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20))
+    for step in (10, 20):
+        damage(tmp_path, step)
+    with pytest.raises(CheckpointError, match=r"\[20, 10\]") as error:
+        restore(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "10").exists() and (tmp_path / "20").exists()
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_without_checkpoints_there_is_nothing_to_restore(read_only: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    assert restore(folder, read_only=read_only) is None
+    assert folder.exists() != read_only
+    assert restore(folder, read_only=read_only) is None
+
+
+def test_a_save_that_was_killed_is_no_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path, (10,))
+    (tmp_path / "20.orbax-checkpoint-tmp" / "ema").mkdir(parents=True)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [10]
+    assert restore(saved(tmp_path, (20,)))[0] == 20
+
+
+def test_the_note_of_a_checkpoint_is_plain_json(tmp_path: Path) -> None:
+    saved(tmp_path, (10,))
+    assert json.loads((tmp_path / "10" / "meta" / "metadata").read_text()) == META
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_on_one_and_the_other_way(tmp_path: Path) -> None:
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    mesh: Mesh = jax.make_mesh(
+        (8,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8]
+    )
+    split, one = (
+        NamedSharding(mesh, PartitionSpec(None, "fsdp")),
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
+    value = np.arange(3 * 16, dtype=np.float32).reshape(3, 16)
+    like = {"ema": {"kernel": jax.ShapeDtypeStruct(value.shape, value.dtype)}}
+    for name, first, second in (("many", split, one), ("single", one, split)):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            ema = {"kernel": jax.device_put(value, first)}
+            checkpoints.save(1, ema=ema, train={"step": jax.device_put(jnp.int32(1), one)}, meta={})
+        with Checkpoints(tmp_path / name, read_only=True) as checkpoints:
+            _, items = checkpoints.restore(like, {"ema": {"kernel": second}})
+        assert items["ema"]["kernel"].sharding.is_equivalent_to(second, 2)
+        np.testing.assert_array_equal(items["ema"]["kernel"], value)
