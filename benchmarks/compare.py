@@ -2,7 +2,7 @@
 
     python -m benchmarks.compare --config=configs/demo.py --stage=relay --b=model.dtype=bfloat16
     python -m benchmarks.compare --config=configs/imagenet256.py --stage=relay --what=train
-        --batch=8 \\ --a=model.remat=True --b=model.remat=False
+        --batch=8 --a=model.remat=True --b=model.remat=False
 
 A and B are keys below the stage with their values, comma-separated; nothing is the
 configuration as it stands.
@@ -28,8 +28,9 @@ from benchmarks.programs import (
     train_program,
 )
 from benchmarks.timing import in_turns, ratio
-from relay_jax.config import ConfigError, Stage
+from relay_jax.errors import UserError
 from relay_jax.runtime.sharding import make_mesh
+from relay_jax.stage import Stage
 
 _A = flags.DEFINE_string(
     "a", "", "Keys of the stage, e.g. model.remat=True,train.accumulate=2.", **settings.HERE
@@ -38,8 +39,10 @@ _B = flags.DEFINE_string("b", "", "As --a, for the second setting.", **settings.
 
 
 def changed(config: ConfigDict, stage: str, text: str) -> ConfigDict:
-    """A copy of the configuration with `text` set in one stage. Raises ConfigError for an
-    unknown key."""
+    """A copy of the configuration with `text` set in one stage.
+
+    Raises UserError for an unknown key.
+    """
     config = config.copy_and_resolve_references()
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
@@ -47,7 +50,7 @@ def changed(config: ConfigDict, stage: str, text: str) -> ConfigDict:
         for name in path[:-1]:
             node = node.get(name)
         if not isinstance(node, ConfigDict) or path[-1] not in node:
-            raise ConfigError(f"no key {key!r} in a stage of the configuration")
+            raise UserError(f"no key {key!r} in a stage of the configuration")
         try:
             parsed = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -55,11 +58,12 @@ def changed(config: ConfigDict, stage: str, text: str) -> ConfigDict:
         try:
             node[path[-1]] = parsed
         except TypeError as error:
-            raise ConfigError(f"{key}: {error}") from error
+            raise UserError(f"{key}: {error}") from error
     return config
 
 
 def make(stage: Stage, kind: str) -> Program:
+    """The program of that kind, on all devices."""
     mesh = make_mesh()
     if kind == "train":
         return train_program(stage, mesh)

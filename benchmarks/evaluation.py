@@ -1,9 +1,10 @@
-"""The metrics at the size of the published protocol, and an evaluation's share of an image
-beside its decoding.
+"""The metrics at the size of the published protocol, and what an image costs beside its decoding.
 
-    python -m benchmarks.evaluation metrics                 # 50,000 samples, 10,000 reference images, 2,048 features
-    python -m benchmarks.evaluation folder --side=256       # random-conv features of PNG files
+    python -m benchmarks.evaluation metrics
+    python -m benchmarks.evaluation folder --side=256
 
+The first takes 50,000 samples and 10,000 reference images of 2,048 features, the second random-conv
+features of PNG files.
 Times are of the processor (all threads); wall times of another moment on a shared machine differ.
 """
 
@@ -21,13 +22,13 @@ from PIL import Image
 from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.evaluation.features import make_extractor
 from relay_jax.evaluation.images import open_images
-from relay_jax.evaluation.metrics import feature_stats
-from relay_jax.evaluation.scores import score
-from relay_jax.evaluation.statistics import FeatureSet, collect
+from relay_jax.evaluation.metrics import score
+from relay_jax.evaluation.statistics import FeatureSet, collect, feature_stats
 from relay_jax.runtime.sharding import make_mesh
 
 
 def timed(name: str, action: Callable[[], object]) -> None:
+    """Does it and prints what it took."""
     wall, used = time.monotonic(), time.process_time()
     action()
     print(
@@ -38,8 +39,7 @@ def timed(name: str, action: Callable[[], object]) -> None:
 
 
 def metrics(samples: int, reference: int, dims: int) -> None:
-    """Every metric on random features, as large as Inception's: half of a normal distribution,
-    two spreads."""
+    """Every metric on random features, as many as Inception's: halves of normal distributions."""
     logging.set_verbosity(logging.INFO)
     rng = np.random.default_rng(0)
 

@@ -1,13 +1,13 @@
-"""The input pipeline per core: JPEG decoders, the loader, and the start on a folder of a
-million images.
+"""The input pipeline per core: JPEG decoders, the loader, the start on a million images.
 
-    python -m benchmarks.input decoders --images=DIR     # the JPEGs of a folder; without it, made ones of 500 x 375
+    python -m benchmarks.input decoders --images=DIR
     python -m benchmarks.input loader --images=DIR
-    python -m benchmarks.input index --files=1000000 --folder=DIR      # makes DIR/images, and removes it afterwards
+    python -m benchmarks.input index --files=1000000 --folder=DIR
 
-Decoders that are not installed are left out: pip install simplejpeg imagecodecs
-opencv-python-headless pyvips-binary
-pyvips. Times are of the processor, medians over rounds in which all take turns.
+The first two read the JPEGs of a folder, or without one made ones of 500 x 375 pixels; the third
+makes DIR/images, and removes it afterwards. Decoders that are not installed are left out (pip
+install simplejpeg imagecodecs opencv-python-headless pyvips-binary pyvips).
+Times are of the processor, medians over rounds in which all take turns.
 """
 
 import argparse
@@ -28,12 +28,12 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from relay_jax.data.images import decode_picture
-from relay_jax.data.loader import Loader
+from relay_jax.data.folder import ImageFolder
+from relay_jax.data.images import center_crop_resize, decode_picture
+from relay_jax.data.loader import Loader, Stream
 from relay_jax.data.packed import PackedDataset
 from relay_jax.data.prepare import prepare
-from relay_jax.data.source import ImageFolder, Source
-from relay_jax.data.transforms import center_crop_resize
+from relay_jax.data.source import Source
 
 RESOLUTIONS = (64, 256)
 SETTLING_SECONDS = 3  # a folder that has just changed is not indexed
@@ -208,10 +208,7 @@ def loader_rates(
     time is not ours)."""
     with Loader(
         source,
-        resolution=resolution,
-        batch_size=32,
-        seed=0,
-        x_flip=True,
+        Stream(resolution=resolution, batch_size=32, seed=0, x_flip=True),
         threads=threads,
         workers=workers,
     ) as loader:
@@ -274,15 +271,17 @@ def measure_loader(data: Sequence[bytes], rounds: int) -> None:
 START = """
 import resource, sys, time
 begin = time.perf_counter()
-from relay_jax.data.loader import Loader
-from relay_jax.data.source import ImageFolder
+from relay_jax.data.loader import Loader, Stream
+from relay_jax.data.folder import ImageFolder
 imported = time.perf_counter()
 source = ImageFolder(sys.argv[1])
 opened = time.perf_counter()
-with Loader(source, resolution=32, batch_size=32, seed=0, x_flip=True) as loader:
+with Loader(source, Stream(resolution=32, batch_size=32, seed=0, x_flip=True)) as loader:
     next(loader)
-print(f"{len(source):,} images in {source.num_classes:,} classes: opened in {opened - imported:.2f} s, first batch "
-      f"{time.perf_counter() - opened:.2f} s later; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(f"{len(source):,} images in {source.num_classes:,} classes: opened in "
+      f"{opened - imported:.2f} s, first batch {time.perf_counter() - opened:.2f} s later; "
+      f"{peak:.0f} MB")
 """
 
 

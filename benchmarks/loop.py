@@ -1,13 +1,11 @@
-"""What the training loop costs beside the training step: the real loop around a step that only
-waits.
+"""What the training loop costs beside the step: the real loop around a step that only waits.
 
     python -m benchmarks.loop --config=configs/demo.py --stage=relay
 
-The device is busy for a known time in each step; whatever else passes between the end of one
-step and the begin of the
-next is what loader, transfers, dispatch, logs and saves cost the training. On a machine that
-others use as well, that is mostly their doing; the loop's own processor time is not: it bounds
-the cost from above, as if no step hid any of it.
+The device is busy for a known time in each step; whatever else passes between the end of one step
+and the begin of the next is what loader, transfers, dispatch, logs and saves cost the training. On
+a machine that others use as well, that is mostly their doing; the loop's own processor time is not:
+it bounds the cost from above, as if no step hid any of it.
 """
 
 import sys
@@ -16,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,12 +25,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from relay_jax.config import Stage, build, open_source, parse_stage
-from relay_jax.data.source import Source
-from relay_jax.planning.tpu_compile import abstract_batch, abstract_state
+from benchmarks.programs import random_batch
+from relay_jax.config import Settings, parse_stage, settings_of
+from relay_jax.data.source import Source, open_source
 from relay_jax.runtime.sharding import make_mesh
+from relay_jax.stage import Stage
 from relay_jax.training import loop
-from relay_jax.training.state import TrainState, make_init
+from relay_jax.training.state import TrainState, init_state
 
 
 @dataclass(frozen=True)
@@ -67,58 +67,31 @@ def waiting_step(
         one = jax.pure_callback(
             busy, jax.ShapeDtypeStruct((), jnp.float32), (state.step, batch["label"][0])
         )
-        state = state._replace(
-            step=state.step + one.astype(jnp.int32)
-        )  # the next step needs this one
+        # The next step needs this one.
+        state = state._replace(step=state.step + one.astype(jnp.int32))
         return state, {"loss": one, "gradient_norm": one, "finite": one}
 
     return lambda *_: train_step
 
 
 def measure(
-    stage: Stage,
-    source: Source,
-    steps: int,
-    step_seconds: float,
-    report_every: int,
-    save_every: int,
-    threads: int = 2,
+    settings: Settings, stage: Stage, source: Source, steps: int, step_seconds: float
 ) -> Idle:
     """Trains `stage` for so many steps that do nothing but last `step_seconds` each."""
     times: list[tuple[float, float, float]] = []
-    batch = stage.train.batch
-    settings = loop.LoopSettings(
-        seed=0,
-        x_flip=True,
-        threads=threads,
-        workers=0,
-        checkpoint_every_images=save_every * batch,
-        keep=2,
-        keep_every_images=0,
-        log_every_steps=report_every,
-        grid_every_images=0,
-        profile_first=0,
-        profile_steps=1,
-    )
-    stage = replace(stage, train=replace(stage.train, images=steps * batch))
+    stage = replace(stage, train=replace(stage.train, images=steps * stage.train.batch))
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(loop, "make_train_step", waiting_step(step_seconds, times)),
     ):
-        loop.train_stage(
-            stage,
-            source,
-            make_mesh(),
-            Path(folder),
-            settings,
-            lambda _: np.zeros((1, 1, 3), np.uint8),
-        )
+        loop.train_stage(stage, source, make_mesh(), Path(folder), settings)
     begun, ended, worked = np.asarray(times).T
     number = np.arange(1, len(times))  # of the step before a gap
+    save_every = settings.checkpoint.every_images // stage.train.batch
     return Idle(
         gaps=begun[1:] - ended[:-1],
         work=np.diff(worked),
-        after_report=number % report_every == 0,
+        after_report=number % settings.log.every_steps == 0,
         after_save=number % save_every == 0,
     )
 
@@ -127,12 +100,8 @@ def bare_calls(stage: Stage, steps: int, step_seconds: float) -> np.ndarray:
     """Processor seconds of one call each of the jitted step with the state of `stage`, in a
     loop without anything else."""
     times: list[tuple[float, float, float]] = []
-    optimizer, _ = abstract_state(stage)
-    state = jax.jit(make_init(stage.network, optimizer))(jax.random.key(0))
-    batch = {
-        name: jnp.zeros(leaf.shape, leaf.dtype)
-        for name, leaf in abstract_batch(stage, stage.train.batch).items()
-    }
+    state = jax.jit(partial(init_state, stage))(jax.random.key(0))
+    batch = random_batch(stage, stage.train.batch)
     step, key = jax.jit(waiting_step(step_seconds, times)(), donate_argnums=0), jax.random.key(0)
     for _ in range(steps):
         state, metrics = step(state, batch, key)
@@ -141,18 +110,16 @@ def bare_calls(stage: Stage, steps: int, step_seconds: float) -> np.ndarray:
 
 
 def main(_: Sequence[str]) -> None:
-    config, given = _CONFIG.value, flags.FLAGS
-    stages = build(config)
-    stage = parse_stage(stages, given.stage) or stages[-1]
-    idle = measure(
-        stage,
-        open_source(config, stages),
-        given.steps,
-        given.step_seconds,
-        given.report_every,
-        given.save_every,
-        config.dataset.threads,
+    settings, given = settings_of(_CONFIG.value), flags.FLAGS
+    stage = parse_stage(settings.stages, given.stage) or settings.stages[-1]
+    # Reports and saves as asked for, and no trace, which would be measured as well.
+    settings = replace(
+        settings,
+        log=replace(settings.log, every_steps=given.report_every, profile_first=0),
+        checkpoint=replace(settings.checkpoint, every_images=given.save_every * stage.train.batch),
     )
+    source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
+    idle = measure(settings, stage, source, given.steps, given.step_seconds)
     bare = 1e3 * np.median(bare_calls(stage, given.steps // 4, given.step_seconds))
     plain = ~(idle.after_report | idle.after_save)
     print(

@@ -1,9 +1,12 @@
-"""The programs that are measured: training step, forward pass and sampler of a stage, compiled,
-with their inputs."""
+"""The programs that are measured: training step, forward pass and sampler of a stage, compiled.
+
+Each is the program that the package itself runs, with the same shardings and compiler options.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,26 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from relay_jax.config import Stage
-from relay_jax.diffusion.process import RelayProcess
-from relay_jax.models.unet import init_params
-from relay_jax.runtime.devices import compiler_options
+from relay_jax.planning.cost import abstract_key, abstract_state
+from relay_jax.runtime.devices import jit
 from relay_jax.runtime.flops import matmul_flops
 from relay_jax.runtime.sharding import batch_sharding, replicated, state_shardings
 from relay_jax.sampling.chain import sample_stage
-from relay_jax.training.optimizer import optimizer_of
-from relay_jax.training.state import make_init
+from relay_jax.stage import Stage
+from relay_jax.training.state import TrainState, init_state
 from relay_jax.training.step import make_train_step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled program. run: does it once and waits. flops: multiply-adds times two of
-    products and convolutions,
-    all devices together. memory: bytes on one device of inputs, outputs and temporaries, as the
-    compiler plans them."""
+    """A compiled program.
 
-    run: Callable[[], Any]
+    run: does it once and waits. flops: multiply-adds times two of products and convolutions, all
+    devices together. memory: bytes on one device of inputs, outputs and temporaries, as the
+    compiler plans them.
+    """
+
+    run: Any
     images: int
     flops: int
     trace_seconds: float
@@ -38,27 +41,24 @@ class Program:
     memory: int
 
 
-def compile_program(
-    function: Callable,
-    run: Callable[[Callable], Callable[[], Any]],
-    images: int,
-    *inputs: Any,
-    **options: Any,
-) -> Program:
-    """Traces and compiles function(*inputs), timing both. run: compiled function -> Program.run."""
+def compile_program(function: Any, inputs: Sequence[Any], images: int) -> Program:
+    """Traces and compiles a jitted function for these inputs, timing both.
+
+    `run` calls it with them and waits.
+    """
     start = time.perf_counter()
-    traced = jax.jit(function, **options).trace(*inputs)
+    traced = function.trace(*inputs)
     lowered = traced.lower()
     middle = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
     plan = compiled.memory_analysis()
-    memory = sum(
-        getattr(plan, f"{kind}_size_in_bytes", 0) for kind in ("argument", "output", "temp")
-    )
+    kinds = ("argument", "output", "temp")
+    memory = sum(getattr(plan, f"{kind}_size_in_bytes", 0) for kind in kinds)
+    # A donated input is counted with the output that takes its place.
     memory -= getattr(plan, "alias_size_in_bytes", 0)
     return Program(
-        run=run(compiled),
+        run=partial(call_and_wait, compiled, inputs),
         images=images,
         flops=matmul_flops(traced.jaxpr.jaxpr),
         memory=memory,
@@ -67,19 +67,24 @@ def compile_program(
     )
 
 
+def call_and_wait(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """The finished result of a compiled function."""
+    return jax.block_until_ready(compiled(*inputs))
+
+
 def with_settings(
     stage: Stage, batch: int, dtype: str = "", remat: bool | None = None, steps: int = 0
 ) -> Stage:
-    """The stage with another batch (over all devices), precision, recomputation or number of
-    sampling steps; '', None and 0 keep its own."""
-    network = stage.network.clone(
-        **{
-            k: v
-            for k, v in {"remat": remat, "dtype": dtype and jnp.dtype(dtype)}.items()
-            if v not in (None, "")
-        }
-    )
-    sampler = replace(stage.sampler, num_steps=steps) if steps else stage.sampler
+    """The stage with another batch (over all devices), precision, remat or number of steps.
+
+    '', None and 0 keep its own.
+    """
+    changes: dict[str, Any] = {} if remat is None else {"remat": remat}
+    if dtype:
+        changes["dtype"] = jnp.dtype(dtype)
+    network = stage.network.clone(**changes)
+    sampler: Any = stage.sampler
+    sampler = replace(sampler, num_steps=steps) if steps else sampler
     accumulate = stage.train.accumulate if batch % stage.train.accumulate == 0 else 1
     train = replace(stage.train, batch=batch, accumulate=accumulate)
     return replace(stage, network=network, train=train, sampler=sampler)
@@ -97,8 +102,7 @@ def random_batch(stage: Stage, batch: int) -> dict[str, np.ndarray]:
 
 def random_params(stage: Stage, mesh: Mesh) -> dict:
     """Parameters without zeros, so that every layer counts in a comparison of outputs."""
-    shapes = jax.eval_shape(lambda: init_params(stage.network, jax.random.key(0)))
-    leaves, tree = jax.tree.flatten(shapes)
+    leaves, tree = jax.tree.flatten(stage.shapes())
     rng = np.random.default_rng(1)
     filled = [
         (rng.normal(size=leaf.shape) * 0.5 / np.sqrt(max(np.prod(leaf.shape[:-1]), 4))).astype(
@@ -110,50 +114,39 @@ def random_params(stage: Stage, mesh: Mesh) -> dict:
     return jax.device_put(jax.tree.unflatten(tree, filled), replicated(mesh))
 
 
-def train_program(stage: Stage, mesh: Mesh, params: dict | None = None) -> Program:
-    """The training step as the loop compiles it, state donated; `params` replaces the random
-    ones."""
-    train = stage.train
-    optimizer = optimizer_of(train)
-    init, whole = make_init(stage.network, optimizer), replicated(mesh)
+class TrainingStep:
+    """A compiled training step; each call hands it the state that the one before has left."""
+
+    def __init__(self, compiled: Callable[..., Any], state: TrainState, *rest: Any) -> None:
+        self._compiled, self._state, self._rest = compiled, state, rest
+
+    def __call__(self) -> Any:
+        # The state is donated: the one before is gone when the call returns.
+        self._state, metrics = self._compiled(self._state, *self._rest)
+        return jax.block_until_ready(metrics)
+
+
+def train_program(stage: Stage, mesh: Mesh) -> Program:
+    """The training step as the loop compiles it, its state donated."""
+    whole, shardings = replicated(mesh), state_shardings(abstract_state(stage), mesh)
     key = jax.device_put(jax.random.key(0), whole)
-    shardings = state_shardings(jax.eval_shape(init, key), mesh)
-    state = jax.jit(init, out_shardings=shardings)(key)
-    if params is not None:
-        state = state._replace(
-            params=jax.device_put(jax.tree.map(jnp.copy, params), shardings.params)
-        )
-    batch = jax.device_put(random_batch(stage, train.batch), batch_sharding(mesh))
-
-    def run(step: Callable) -> Callable[[], Any]:
-        def once() -> Any:
-            nonlocal state
-            state, metrics = step(state, batch, key)
-            return jax.block_until_ready(metrics)
-
-        return once
-
-    return compile_program(
-        make_train_step(stage, optimizer, mesh),
-        run,
-        train.batch,
-        state,
-        batch,
-        key,
+    state = jax.jit(partial(init_state, stage), out_shardings=shardings)(key)
+    batch = jax.device_put(random_batch(stage, stage.train.batch), batch_sharding(mesh))
+    function = jit(
+        make_train_step(stage, mesh),
+        mesh,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh), whole),
         out_shardings=(shardings, whole),
-        compiler_options=compiler_options(mesh),
     )
+    program = compile_program(function, (state, batch, key), stage.train.batch)
+    return replace(program, run=TrainingStep(program.run.args[0], state, batch, key))
 
 
 def trace_train(stage: Stage) -> jax.stages.Traced:
     """The training step, traced on shapes."""
-    optimizer = optimizer_of(stage.train)
-    state = jax.eval_shape(make_init(stage.network, optimizer), jax.random.key(0))
-    return jax.jit(make_train_step(stage, optimizer)).trace(
-        state, random_batch(stage, stage.train.batch), jax.random.key(0)
-    )
+    batch = random_batch(stage, stage.train.batch)
+    return jax.jit(make_train_step(stage)).trace(abstract_state(stage), batch, abstract_key())
 
 
 def forward_inputs(stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -170,47 +163,27 @@ def forward_inputs(stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray | N
 def forward_program(stage: Stage, mesh: Mesh, params: dict) -> Program:
     """One call of the network."""
     inputs = jax.device_put(forward_inputs(stage), batch_sharding(mesh))
-
-    def run(compiled: Callable) -> Callable[[], Any]:
-        return lambda: jax.block_until_ready(compiled(params, *inputs))
-
-    return compile_program(
-        lambda p, *rest: stage.network.apply({"params": p}, *rest),
-        run,
-        stage.train.batch,
-        params,
-        *inputs,
-        compiler_options=compiler_options(mesh),
-    )
+    function = jit(stage.network.apply, mesh)
+    return compile_program(function, ({"params": params}, *inputs), stage.train.batch)
 
 
 def sample_program(stage: Stage, mesh: Mesh, params: dict) -> Program:
-    """The sampler of the stage alone, train.batch images at once; a relay stage starts from
-    random low resolution."""
+    """The sampler of the stage alone, train.batch images at once.
+
+    A stage that starts from images starts from random ones.
+    """
     batch = stage.train.batch
-    seeds, classes = (
+    inputs: list[np.ndarray] = [
         np.arange(batch, dtype=np.uint32),
-        np.arange(batch, dtype=np.int32) % max(stage.network.num_classes, 1),
-    )
-    inputs: list[np.ndarray] = [seeds, classes]
-    if isinstance(stage.process, RelayProcess):
-        side = stage.resolution // stage.process.patch
+        np.arange(batch, dtype=np.int32) % max(stage.num_classes, 1),
+    ]
+    if stage.starts_from_images:
+        side = stage.low_resolution
         shape = (batch, side, side, stage.network.image_channels)
         inputs.append(np.random.default_rng(3).uniform(-1, 1, shape).astype(np.float32))
     placed = jax.device_put(inputs, batch_sharding(mesh))
-
-    def run(compiled: Callable) -> Callable[[], Any]:
-        return lambda: jax.block_until_ready(compiled(params, *placed))
-
-    return compile_program(
-        lambda *rest: sample_stage(stage, *rest),
-        run,
-        batch,
-        params,
-        *placed,
-        out_shardings=batch_sharding(mesh),
-        compiler_options=compiler_options(mesh),
-    )
+    function = jit(partial(sample_stage, stage), mesh, out_shardings=batch_sharding(mesh))
+    return compile_program(function, (params, *placed), batch)
 
 
 def machine() -> dict[str, Any]:

@@ -33,8 +33,8 @@ from benchmarks.programs import (
 )
 from benchmarks.timing import in_turns, ratio
 from benchmarks.torch_relay import TorchStage
-from relay_jax.config import Stage
 from relay_jax.runtime.sharding import make_mesh
+from relay_jax.stage import Stage
 
 _COMPILE = flags.DEFINE_bool(
     "compile", False, "Let torch.compile compile the baseline's network.", **settings.HERE

@@ -1,6 +1,5 @@
 """Flags that the benchmarks share, and how they end: a table on the console and a JSON file."""
 
-import gc
 import json
 import os
 import sys
@@ -13,9 +12,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks.programs import markdown, with_settings
-from relay_jax.config import ConfigError, Stage, build, parse_stage
-from relay_jax.runtime.devices import reuse_memory
+from relay_jax.config import build, config_file, parse_stage
+from relay_jax.errors import UserError
+from relay_jax.runtime import devices
 from relay_jax.runtime.logs import fail
+from relay_jax.stage import Stage
 
 FLAGS = flags.FlagValues()  # apart from those of relay_jax.main
 HERE: dict[str, Any] = {"flag_values": FLAGS}
@@ -52,15 +53,18 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the results.", **HERE)
 def run(main: Callable[[], None]) -> None:
     """Parses the command line and calls main; bad flags end with one line and status 2."""
     try:
-        rest = FLAGS(sys.argv)
-        file = config_flags.get_config_filename(FLAGS["config"]).split(":")[0]
-        if not Path(file).exists():
-            fail(f"no configuration file {file}")
+        rest = FLAGS(with_config_file(sys.argv))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
         fail(error)
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
     main()
+
+
+def with_config_file(argv: Sequence[str]) -> list[str]:
+    """A command line with --config=NAME as --config=FILE. Raises UserError for an unknown one."""
+    name = "--config="
+    return [name + config_file(a.removeprefix(name)) if a.startswith(name) else a for a in argv]
 
 
 def cores() -> set[int]:
@@ -78,33 +82,35 @@ def kinds(known: Sequence[str]) -> list[str]:
 
 
 def rounds() -> int:
+    """--rounds."""
     return _ROUNDS.value
 
 
 def stages(
     change: Callable[[ConfigDict], ConfigDict] = lambda config: config, only: str = ""
 ) -> list[Stage]:
-    """The stages to measure, as the flags change them. change: done to the configuration first;
-    only: instead of --stage. Call before the first use of a device."""
-    gc.set_threshold(100_000, 50, 100)  # as relay_jax.main does
+    """The stages to measure, as the flags change them; to be called before any use of a device.
+
+    change: done to the configuration first; only: instead of --stage.
+    """
     if _REUSE.value:
-        reuse_memory()
+        devices.setup()
     remat = {"": None, "on": True, "off": False}[_REMAT.value]
     try:
         built = build(change(_CONFIG.value))
         chosen = parse_stage(built, only or _STAGE.value)
-        devices = jax.device_count()
+        count = jax.device_count()
         return [
             with_settings(
                 stage,
-                (_BATCH.value or stage.train.batch // devices or 1) * devices,
+                (_BATCH.value or stage.train.batch // count or 1) * count,
                 _DTYPE.value,
                 remat,
                 _STEPS.value,
             )
             for stage in ([chosen] if chosen else built)
         ]
-    except (ConfigError, ValueError) as error:
+    except (UserError, ValueError) as error:
         fail(error)
 
 

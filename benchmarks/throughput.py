@@ -31,9 +31,9 @@ from benchmarks.programs import (
     train_program,
 )
 from benchmarks.timing import in_turns
-from relay_jax.config import Stage
 from relay_jax.runtime.flops import peak_flops, si
 from relay_jax.runtime.sharding import make_mesh
+from relay_jax.stage import Stage
 
 
 def peak_memory() -> int | None:

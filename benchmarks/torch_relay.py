@@ -7,15 +7,14 @@ The equations are those of relay_jax.diffusion (arXiv 2309.03350, 2206.00364) fo
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks.torch_unet import TorchUNet
-from relay_jax.config import Stage
-from relay_jax.diffusion.process import RelayProcess
-from relay_jax.diffusion.sampler import EdmSampler
+from relay_jax.stage import Stage
 
 
 class TorchStage:
@@ -24,7 +23,8 @@ class TorchStage:
     def __init__(
         self, stage: Stage, params: dict, device: str, half: bool, channels_last: bool
     ) -> None:
-        net, self.stage, self.device, self.half = stage.network, stage, device, half
+        net: Any = stage.network
+        self.stage, self.device, self.half = stage, device, half
         self.model = TorchUNet(
             resolution=net.resolution,
             channels=net.channels,
@@ -43,7 +43,7 @@ class TorchStage:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=stage.train.learning_rate, fused=True
         )
-        self.relay = stage.process if isinstance(stage.process, RelayProcess) else None
+        self.relay: Any = stage.process if stage.starts_from_images else None
         self.call = self.model
         if self.relay:
             p = self.relay.patch
@@ -123,14 +123,10 @@ class TorchStage:
         """The stochastic Heun sampler from latents, or from the up-sampled images of the stage
         before."""
         self.model.eval()
-        sampler = self.stage.sampler
-        sigmas = sampler.sigmas()
-        blurs, fresh = np.zeros_like(sigmas), getattr(sampler, "fresh_noise", 0.0)
-        if self.relay:
-            sampling = self.stage.sample_process
-            assert isinstance(sampling, RelayProcess)
-            blurs[:-1] = sampling.blur_sigma(sampling.u_from_sigma(sigmas[:-1]))
-        assert not isinstance(sampler, EdmSampler) or not (sampler.s_churn or sampler.sde_scale)
+        sampler: Any = self.stage.sampler
+        sigmas, fresh = sampler.levels(), sampler.fresh_noise
+        blurs = self.stage.sample_process.blur_sigma_at(sigmas)
+        assert not sampler.s_churn
         ones = torch.ones(len(start), device=self.device)
         x = start + sigmas[0] * self.noise(start.shape) if self.relay else start * sigmas[0]
 

@@ -1,11 +1,11 @@
-"""What the TPU compiler estimates for one residual block, forward and backward; a TPU is not
-needed, libtpu is.
+"""What the TPU compiler estimates for one residual block, forward and backward.
 
     python -m benchmarks.tpu_blocks plain skip attention --topology=v5e:2x2
-    python -m benchmarks.tpu_blocks plain --effort=-0.5     # ten times faster to compile; compare such with such alone
+    python -m benchmarks.tpu_blocks plain --effort=-0.5
 
-A block compiles in half a minute where a training step takes six, so changes of the network are
-tried here first.
+A TPU is not needed, libtpu is. A block compiles in half a minute where a training step takes six,
+so changes of the network are tried here first. With less effort it compiles ten times faster; such
+estimates can be compared with such alone.
 Utilisation: FLOPs of the plain formulation over the estimated time and the published peak.
 """
 
@@ -112,9 +112,11 @@ def main() -> None:
         cycles, _ = estimated_cycles(compiled.as_text(), 1)
         seconds = cycles / chip.clock
         print(
-            f"{name:12}{case.images:7}{cycles / 1e6:9.3f}{seconds * 1e3:8.3f}{flops / chip.peak / seconds:13.1%}"
+            f"{name:12}{case.images:7}{cycles / 1e6:9.3f}{seconds * 1e3:8.3f}"
+            f"{flops / chip.peak / seconds:13.1%}"
             f"{si(compiled.cost_analysis()['bytes accessed']):>9}B"
-            f"{si(compiled.memory_analysis().temp_size_in_bytes):>12}B{time.monotonic() - begun:11.0f} s",
+            f"{si(compiled.memory_analysis().temp_size_in_bytes):>12}B"
+            f"{time.monotonic() - begun:11.0f} s",
             flush=True,
         )
 

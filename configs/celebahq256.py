@@ -1,16 +1,14 @@
-"""RDM on CelebA-HQ, 64 -> 256 px, unconditional: the published settings (SPEC sections 1, 5, 6
-and 7).
+"""RDM on CelebA-HQ, 64 -> 256 px, unconditional: the published settings.
 
 Command:   python -m relay_jax.main --config=configs/celebahq256.py --workdir=runs/celebahq256
 Hardware:  TPU v5e:8x8 with --config=configs/celebahq256.py:v5e, v5p:2x2x4 with :v5p (what fits
-is in
-           docs/benchmarks.md), or GPUs; not yet measured.
+           is in docs/benchmarks.md), or GPUs; not yet measured.
 Score:     not yet measured. Published by the authors (their code, their evaluation): FID 3.15.
 """
 
 from ml_collections import ConfigDict
 
-from configs import default
+from relay_jax.configs import default
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -21,8 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
         threads=16,
         x_flip=False,  # flips are part of the augmentation
         hint="get the 30,000 CelebA-HQ images (github.com/tkarras/progressive_growing_of_gans) "
-        "and put them there "
-        "as image files of 256 pixels or more",
+        "and put them there as image files of 256 pixels or more",
     )
 
     base = default.edm_stage(64)
@@ -31,11 +28,11 @@ def get_config(variant: str = "") -> ConfigDict:
         multipliers=(1, 2, 3, 4),
         blocks=3,
         dropout=0.15,
-        augment_labels=9,
+        num_augment=9,
         dtype="bfloat16",
     )
     base.train.update(images=47_000_000, batch=1024, augment=0.2)
-    base.sample.update(num_steps=120, sde_scale=0.05)
+    base.sample.update(num_steps=120, fresh_noise=0.05)
 
     relay = default.relay_stage(256, patch=4)
     relay.model.update(
@@ -43,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
         multipliers=(1, 1, 2, 2, 4, 4),
         blocks=2,
         dropout=0.2,
-        augment_labels=9,
+        num_augment=9,
         dtype="bfloat16",
     )
     relay.train.update(images=47_000_000, batch=1024, augment=0.2)

@@ -1,5 +1,6 @@
-"""CIFAR-10, 8 -> 32 px, class-conditional: a relay on real photographs for one GPU, or
-overnight on a laptop.
+"""CIFAR-10, 8 -> 32 px, class-conditional: a relay on real photographs.
+
+For one GPU, or overnight on a laptop.
 
 Command:   python -m relay_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
                --config.dataset.path=data/cifar10-train-32x32.zip
@@ -8,7 +9,7 @@ Score:     not yet measured.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from relay_jax.configs import default
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -1,31 +1,26 @@
-"""Every key of a configuration, once, with its unit and source. The other files hold only what
-differs.
+"""Every key of a configuration, once, with its unit and source.
 
-A configuration is a whole relay: `stages` in order of resolution, one of process 'edm' first,
-then any number of process 'relay'. Override keys on the command line:
---config.stages.relay.train.batch=32.
-SPEC numbers in the comments: RDM arXiv 2309.03350, EDM arXiv 2206.00364, ADM arXiv 2105.05233.
+The other files hold only what differs. A configuration is a whole relay: `stages` in order of
+resolution, one that starts from noise first, then any number that continue images. Override keys
+on the command line: --config.stages.relay.train.batch=32.
+Sources: RDM arXiv 2309.03350, EDM arXiv 2206.00364, ADM arXiv 2105.05233.
 """
 
 from ml_collections import ConfigDict
 
 
 def model() -> ConfigDict:
-    """The U-Net of one stage (ADM)."""
+    """The U-Net of one stage (ADM). Another kind has keys of its own beside dtype and remat."""
     return ConfigDict(
         dict(
+            kind="unet",  # unet | package.module:Class (models/network.py)
             channels=192,  # base width
-            multipliers=(
-                1,
-                2,
-                3,
-                4,
-            ),  # width of each level over the base width, highest resolution first
+            multipliers=(1, 2, 3, 4),  # width of each level over channels, largest level first
             blocks=3,  # residual blocks per level
             attention=(32, 16, 8),  # levels with self-attention, pixels per side
             head_width=64,  # channels per attention head
             dropout=0.1,
-            augment_labels=0,  # size of the augmentation label vector: 9 with train.augment, else 0
+            num_augment=0,  # size of the augmentation label vector: 9 with train.augment, else 0
             dtype="float32",  # activations: float32 or bfloat16; parameters are float32 always
             remat=False,  # recompute blocks in the backward pass: less memory, a third more work
         )
@@ -59,18 +54,24 @@ def edm_stage(resolution: int) -> ConfigDict:
         dict(
             resolution=resolution,
             model=model(),
-            process=dict(kind="edm", P_mean=-1.2, P_std=1.2, sigma_data=0.5),
+            process=dict(
+                kind="edm",  # edm | package.module:Class (diffusion/process.py)
+                P_mean=-1.2,  # of ln sigma in training
+                P_std=1.2,
+                sigma_data=0.5,  # standard deviation of images in [-1, 1]
+            ),
             train=train(),
             sample=dict(
-                num_steps=18,
+                kind="heun",  # heun | package.module:Class (diffusion/sampler.py)
+                num_steps=18,  # levels of the grid
                 sigma_min=0.002,
                 sigma_max=80.0,
-                rho=7.0,
-                s_churn=0.0,
+                rho=7.0,  # larger: more levels near sigma_min
+                s_churn=0.0,  # EDM algorithm 2, so are the next three
                 s_min=0.0,
                 s_max=float("inf"),
-                s_noise=1.0,  # EDM algorithm 2
-                sde_scale=0.0,  # share of fresh noise per step (CelebA-HQ)
+                s_noise=1.0,
+                fresh_noise=0.0,  # share of fresh noise per step (CelebA-HQ)
                 guidance=1.0,  # classifier-free guidance weight, at most 1 = off
                 guidance_interval=(0.0, float("inf")),  # sigmas where it acts
             ),
@@ -79,14 +80,13 @@ def edm_stage(resolution: int) -> ConfigDict:
 
 
 def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
-    """A relay stage; its input is the result of the stage before, resolution / patch pixels
-    wide."""
+    """A relay stage; its input is the result of the stage before, resolution / patch wide."""
     return ConfigDict(
         dict(
             resolution=resolution,
             model=model(),
             process=dict(
-                kind="relay",
+                kind="relay",  # relay | package.module:Class (diffusion/process.py)
                 P_mean=-1.2,
                 P_std=1.2,
                 sigma_data=0.5,
@@ -99,6 +99,7 @@ def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
             ),
             train=train(),
             sample=dict(
+                kind="heun",
                 num_steps=200,
                 sigma_min=0.008,
                 sigma_max=80.0,
@@ -114,19 +115,20 @@ def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-    """Everything that the stages share; the stages themselves are added by the files beside
-    this one."""
+    """Everything that the stages share; the files beside this one add the stages."""
     return ConfigDict(
         dict(
             seed=0,  # of initialisation, data order and training noise
+            debug=False,  # find the layer whose output is not finite; --debug
             stages=dict(),
             dataset=dict(
-                # synthetic | folder | zip (EDM's dataset.json format) | tfds | packed
+                # synthetic | folder | zip (EDM's format) | npz (ADM's) | tfds | packed
+                # | package.module:Class (data/source.py)
                 source="synthetic",
-                path="",  # folder, zip or packed (--mode=prepare)
-                name="",
+                path="",  # folder, zip, npz or packed (--mode=prepare)
+                name="",  # of a TFDS data set; so are the next two
                 split="train",
-                data_dir="",  # tfds
+                data_dir="",
                 num_classes=0,  # 0 = unconditional
                 size=50_000,  # images in the synthetic set
                 x_flip=True,  # mirror images at random
@@ -135,33 +137,31 @@ def get_config() -> ConfigDict:
                 hint="",  # where to get the data: added to the message when it is missing
             ),
             mesh=dict(
-                fsdp=1
-            ),  # devices that share one copy of the parameters; the rest is data parallel
+                fsdp=1,  # devices that share one copy of the parameters; the rest is data parallel
+            ),
             checkpoint=dict(
                 every_images=5_000_000,
                 keep=2,  # how many of the newest stay
-                # the first one after each multiple of this stays for ever, 0 = none
-                keep_every_images=0,
+                keep_every_images=0,  # the first one after each multiple stays for ever, 0 = none
             ),
             log=dict(
                 every_steps=50,  # progress line and scalars
                 grid_every_images=5_000_000,  # sample grids during training, 0 = none
                 grid_images=16,
                 profile_first=0,  # step of a stage from which a profiler trace is taken, 0 = none
-                # its length; also of one asked for by `touch WORKDIR/STAGE/profile.request`
+                # Its length; also of one asked for by `touch WORKDIR/STAGE/profile.request`.
                 profile_steps=5,
             ),
             sample=dict(
                 batch=64,  # images per sampler call, over all devices
-                # colours of the final images: none, or what the official scripts did before
+                # Colours of the final images: none, or what the official scripts did before
+                # scoring: imagenet | celebahq (docs/differences.md).
                 pixel_edit="none",
-            ),  # scoring: imagenet | celebahq (SPEC section 9)
+            ),
             evaluate=dict(
-                # images drawn when all stages are trained, for samples/grid.png and report.json
-                samples=64,
-                # train a small classifier on real images and score the samples with it
-                class_check=False,
-                # what is compared: random-conv | inception | package.module:function
+                samples=64,  # images of a report: --mode=evaluate, and when all stages are trained
+                class_check=False,  # score the samples with a small classifier of real images
+                # random-conv | inception | package.module:function
                 features="random-conv",
                 inception="",  # file of the Inception weights, for features="inception"
                 reference_images=10_000,  # real images that samples are compared with, 0 = all
@@ -173,8 +173,7 @@ def get_config() -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Shrinks a configuration to a minute on a laptop: 8 px first stage, synthetic data, tiny
-    networks.
+    """Shrinks a configuration to a minute on a laptop: 8 px, synthetic data, tiny networks.
 
     Keeps what is particular to it: number of stages, processes, sampler kinds, labels, precision.
     """
@@ -182,13 +181,15 @@ def smoke(config: ConfigDict) -> ConfigDict:
     factor = max(min(stage.resolution for stage in stages) // 8, 1)
     for stage in stages:
         stage.resolution //= factor
-        model, levels = stage.model, len(stage.model.multipliers[:2])
-        model.channels, model.head_width, model.blocks = 16, 16, 1
-        model.multipliers = tuple(min(m, 2) for m in model.multipliers[:2])
-        sizes = [stage.resolution >> level for level in range(levels)]
-        model.attention = tuple(
-            r // factor for r in model.attention if r // factor in sizes and r // factor <= 8
-        )
+        # Another kind of network has a size of its own, which only its file knows to shrink.
+        if stage.model.kind == "unet":
+            model, levels = stage.model, len(stage.model.multipliers[:2])
+            model.channels, model.head_width, model.blocks = 16, 16, 1
+            model.multipliers = tuple(min(m, 2) for m in model.multipliers[:2])
+            sizes = [stage.resolution >> level for level in range(levels)]
+            model.attention = tuple(
+                r // factor for r in model.attention if r // factor in sizes and r // factor <= 8
+            )
         stage.train.update(
             images=256, batch=16, warmup_images=64, learning_rate=1e-3, ema_halflife_images=64.0
         )
@@ -226,8 +227,7 @@ TPU_SLICES = {
 
 
 def variant(config: ConfigDict, name: str, slices: dict[str, dict] | None = None) -> ConfigDict:
-    """`--config=configs/FILE.py:NAME`: smoke, or one of `slices`, name -> settings by dotted
-    key. '' changes nothing.
+    """--config=configs/FILE.py:NAME: smoke, or one of `slices`, name -> settings by dotted key.
 
     Raises ValueError for an unknown name.
     """

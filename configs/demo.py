@@ -1,12 +1,11 @@
-"""The whole relay on a laptop: procedural shapes, 8 -> 32 px, class-conditional, nothing to
-download.
+"""The whole relay on a laptop: procedural shapes, 8 -> 32 px, class-conditional, no download.
 
 Command:   python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo
 """
 
 from ml_collections import ConfigDict
 
-from configs import default
+from relay_jax.configs import default
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -1,10 +1,8 @@
-"""RDM on ImageNet, 64 -> 256 px, class-conditional: the published settings (SPEC sections 1, 5,
-6 and 7).
+"""RDM on ImageNet, 64 -> 256 px, class-conditional: the published settings.
 
 Command:   python -m relay_jax.main --config=configs/imagenet256.py --workdir=runs/imagenet256
 Hardware:  TPU v5e:16x16 with --config=configs/imagenet256.py:v5e, v5p:4x4x4 with :v5p (what
-fits is in
-           docs/benchmarks.md), or several GPU nodes; not yet measured.
+           fits is in docs/benchmarks.md), or several GPU nodes; not yet measured.
 Score:     not yet measured. Published by the authors (their code, their evaluation): FID 1.87 with
            guidance 3.5, FID 5.27 without.
 Departs from the official commands: label dropout 0.1 in the relay stage, without which guidance
@@ -14,7 +12,7 @@ has no unconditional branch, and horizontal flips only instead of augmentation
 
 from ml_collections import ConfigDict
 
-from configs import default
+from relay_jax.configs import default
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -25,9 +23,8 @@ def get_config(variant: str = "") -> ConfigDict:
         num_classes=1000,
         threads=16,
         workers=8,
-        hint="download ILSVRC2012_img_train.tar from image-net.org and unpack it into one "
-        "folder per class there, "
-        "or use a prepared TFDS copy: --config.dataset.source=tfds "
+        hint="download ILSVRC2012_img_train.tar from image-net.org and unpack it into one folder "
+        "per class there, or use a prepared TFDS copy: --config.dataset.source=tfds "
         "--config.dataset.name=imagenet2012",
     )
 

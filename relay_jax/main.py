@@ -1,219 +1,125 @@
 """Command line: flags -> configuration -> one verb.
 
-    python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo --mode=sample
-    --seeds=0-63 --out=images
-    python -m relay_jax.main --config=configs/imagenet256.py --mode=sample --weights.base=DIR
-    --weights.relay=DIR
+    python -m relay_jax.main --config=demo --workdir=runs/demo
+    python -m relay_jax.main --workdir=runs/demo --mode=sample --seeds=0-63 --out=images
+    python -m relay_jax.main --config=imagenet256 --mode=sample --weights.base=A --weights.relay=B
 
-Bad input ends with one line and exit status 2, before anything is compiled or written. SIGTERM
-saves and ends with
-status 75: start the same command again. Several processes: see relay_jax/runtime/distributed.py
-and launch/.
+--config takes a name of the package or a file; a run in --workdir opens
+itself without one. Bad input ends with one line and exit status 2,
+before anything is compiled or written; status 1 where trying again may
+help, such as for a full disk. SIGTERM saves and ends with status 75:
+start the same command again. Several processes: see
+relay_jax/runtime/distributed.py and launch/.
 """
 
-import gc
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from relay_jax.config import (
-    ConfigError,
-    Stage,
-    build,
-    claim_workdir,
-    describe_source,
-    open_source,
-    parse_stage,
-    parse_weights,
-)
+from relay_jax import commandline
+from relay_jax.commandline import CONFIG_FLAG, WEIGHTS, parse_flags, path_of, value_of
+from relay_jax.config import Settings, parse_stage, settings_of
 from relay_jax.data.prepare import prepare
-from relay_jax.data.source import DataError
-from relay_jax.evaluation.evaluate import evaluate
-from relay_jax.evaluation.features import FeatureError
-from relay_jax.models.unet import init_params, parameter_count
-from relay_jax.planning.plan import DEFAULT_UTILISATION, plan
-from relay_jax.plots.plot import PLOTS, plot
+from relay_jax.data.source import describe_source, open_source
+from relay_jax.errors import Stopped, StorageError, UserError, one_line
+from relay_jax.evaluation.evaluate import Comparison, evaluate_run
+from relay_jax.planning.plan import PlanSettings, plan
+from relay_jax.plots.inputs import PlotSettings
+from relay_jax.plots.plot import plot
+from relay_jax.relay import set_up_devices
 from relay_jax.runtime import distributed
-from relay_jax.runtime.checkpoint import CheckpointError, SaveError
-from relay_jax.runtime.devices import device_per_core, reuse_memory
-from relay_jax.runtime.logs import fail, quieten
-from relay_jax.runtime.sharding import MeshError
-from relay_jax.sampling.classes import parse_class_rule
-from relay_jax.sampling.folder import FORMATS
-from relay_jax.sampling.generate import sample
-from relay_jax.sampling.seeds import parse_seeds
-from relay_jax.training.loop import TrainingError
+from relay_jax.runtime.logs import Progress, fail, quieten
+from relay_jax.sampling.generate import generate
+from relay_jax.sampling.request import Request, parse_request
+from relay_jax.sampling.seeds import parse_class_rule, parse_seeds
+from relay_jax.stage import Stage
 from relay_jax.training.train import train
+from relay_jax.workdir import CONFIG, claim_workdir, parse_weights
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file, e.g. configs/demo.py (:smoke for a tiny "
-    "variant); override keys with --config.KEY=VALUE.",
-    lock_config=True,
-)
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, samples.")
-_MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ["train", "sample", "evaluate", "prepare", "plan", "plot"],
-    "What to do; "
-    "evaluate scores images, or samples of the run, and writes a report, prepare packs the data "
-    "set for all stages into --out, plan says what a training costs before it is launched, plot "
-    "draws pictures of the data, the schedules and the run into --out.",
-)
-_STAGE = flags.DEFINE_string(
-    "stage", "", "Train, sample or evaluate this stage alone (default: all, in order)."
-)
-_SEEDS = flags.DEFINE_string(
-    "seeds", "0-63", "Samples: seeds, one image each, e.g. 0-63 or 1,5,10-12."
-)
-_OUT = flags.DEFINE_string(
-    "out",
-    "",
-    "Folder for what is made (default: samples/images, evaluation or plots in WORKDIR; "
-    "prepare needs one).",
-)
-# --weights.STAGE=DIR: a converted or trained stage to sample, or to start training, from
-_WEIGHTS = "weights."
-_FORMAT = flags.DEFINE_enum(
-    "format",
-    "png",
-    FORMATS,
-    "Sampling: numbered PNG files, npz files as ADM's, and all of them "
-    "in one, or ArrayRecord files, a data set for dataset.source=packed.",
-)
-_CLASS = flags.DEFINE_string(
-    "class",
-    None,
-    "Samples: the class of a seed's image: mod (seed mod classes, the default), "
-    "balanced, random, or a number for all.",
-)
-_LOW_RES = flags.DEFINE_string(
-    "low_res",
-    "",
-    "Samples of --stage of a relay: folder of low-resolution images written "
-    "before (default: down-sampled real images).",
-)
-
-_REFERENCE = flags.DEFINE_string(
-    "reference",
-    "dataset",
-    "Evaluate: what to compare with: dataset (the configuration's), a "
-    "folder of images, ADM's VIRTUAL_*.npz or EDM's fid-refs npz.",
-)
-_REFERENCE_IMAGES = flags.DEFINE_integer(
-    "reference_images", 0, "Evaluate: images of the reference at most, 0 = all."
-)
-_IMAGES = flags.DEFINE_string(
-    "images",
-    "",
-    "Evaluate: folder of images, or npz (default: samples drawn from the run, with "
-    "--seeds and --class).",
-)
-_FEATURES = flags.DEFINE_string(
-    "features",
-    "",
-    "Evaluate: inception, random-conv or package.module:function (default: "
-    "evaluate.features of the configuration).",
-)
-_INCEPTION = flags.DEFINE_string(
-    "inception", "", "Evaluate: file of the Inception weights (default: evaluate.inception)."
-)
-_CACHE = flags.DEFINE_string(
-    "cache", "", "Evaluate: folder for the features of references (default: WORKDIR/cache)."
-)
-
-_PLOT = flags.DEFINE_list(
-    "plot", [], f"Plot: only these pictures, of {','.join(PLOTS)} (default: all that can be drawn)."
-)
-_PLOT_IMAGES = flags.DEFINE_integer(
-    "plot_images", 0, "Plot: real images to read (default: 256; neighbours: 10,000)."
-)
-
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "Plan: ask the TPU compiler for this slice, e.g. v5e:4x4 (needs libtpu)."
-)
-_DEVICES = flags.DEFINE_integer(
-    "devices", 0, "Plan: chips or cards of the training (default: up to 64)."
-)
-_UTILISATION = flags.DEFINE_float(
-    "utilisation", DEFAULT_UTILISATION, "Plan: assumed share of the peak."
-)
-_HARDWARE = flags.DEFINE_list("hardware", [], "Plan: only these devices, e.g. v5e,H100.")
-
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    CheckpointError,
-    FeatureError,
-    MeshError,
-    TrainingError,
-    distributed.DistributedError,
-)
+flags.adopt_module_key_flags(commandline)  # for --help, which shows those of the main module
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parsing, with its errors and those of the configuration file as one line."""
-    if any(arg in ("--help", "-help", "--helpfull", "--helpshort") for arg in argv):
-        return app.parse_flags_with_usage(list(argv))
-    try:
-        for stage in re.findall(rf"^--?{_WEIGHTS}(\w+)", "\n".join(argv), re.MULTILINE):
-            if _WEIGHTS + stage not in flags.FLAGS:
-                flags.DEFINE_string(
-                    _WEIGHTS + stage, "", f"Folder with the weights of stage {stage}."
-                )
-        rest = flags.FLAGS(list(argv))
-        config = _CONFIG.value
-        if config is not None:
-            file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-            if not Path(file).exists():  # ml_collections would tell later, in a traceback
-                fail(f"no configuration file {file}")
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        SyntaxError,
-        ImportError,
-    ) as error:
-        fail(error)
-    if len(rest) > 1:
-        fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
-    if config is None:
-        fail("name a configuration: --config=configs/demo.py")
-    return rest
+class Command:
+    """What all verbs start from: the settings and the flags that several of them use.
 
+    Raises UserError for anything that can be refused without data,
+    devices and weights.
+    """
 
-def check_folders() -> None:
-    """Raises ConfigError where a flag names a bucket: pathlib would make a local folder `gs:`
-    of it."""
-    places = ("workdir", "out", "low_res", "images", "reference", "inception", "cache")
-    given = {
-        name: flags.FLAGS[name].value
-        for name in flags.FLAGS
-        if name in places or name.startswith(_WEIGHTS)
-    }
-    for name, value in given.items():
-        if (
-            value and re.match(r"\w+://", value) and (_MODE.value, name) != ("prepare", "out")
-        ):  # it has its own advice
-            raise ConfigError(
-                f"--{name}={value}: only folders can be used; mount the bucket (gcsfuse "
-                "--implicit-dirs "
-                "BUCKET DIR, as launch/tpu_pod.sh does) and name a folder in it"
+    def __init__(self, config: ConfigDict) -> None:
+        if value_of("debug"):
+            with config.unlocked():
+                config.debug = True
+        self.mode: str = value_of("mode")
+        self.settings: Settings = settings_of(config)
+        stages = self.settings.stages
+        self.only: Stage | None = parse_stage(stages, value_of("stage"))
+        self.stages: Sequence[Stage] = [self.only] if self.only else stages
+        self.workdir = path_of("workdir")
+        texts = {
+            name.removeprefix(WEIGHTS): str(path_of(name) or "")
+            for name in flags.FLAGS
+            if name.startswith(WEIGHTS)
+        }
+        self.weights = parse_weights(stages, texts)
+
+    def claim(self, create: bool) -> None:
+        """`claim_workdir` for all processes: the first writes config.json, the others compare."""
+        assert self.workdir is not None
+        with distributed.agree():
+            if distributed.is_first():
+                claim_workdir(self.settings.plain, self.workdir, create)
+        with distributed.agree():
+            if not distributed.is_first():
+                if create and not (self.workdir / CONFIG).exists():
+                    raise UserError(
+                        f"{self.workdir} is not the same folder on all hosts; use a file system "
+                        "that they share"
+                    )
+                claim_workdir(self.settings.plain, self.workdir, create=False)
+        use_compilation_cache(self.workdir)
+
+    def open_run(self) -> dict[str, Path]:
+        """Where each stage's weights are: in the run, unless --weights says otherwise."""
+        if self.workdir is None:
+            return self.weights
+        self.claim(create=False)
+        folders = {stage.name: self.workdir / stage.name for stage in self.settings.stages}
+        return folders | self.weights
+
+    def out(self, default: str) -> Path:
+        """--out, or a folder of the run. Raises UserError if neither is named."""
+        out = path_of("out")
+        if out is not None:
+            return out
+        if self.workdir is None:
+            raise UserError(
+                f"name the run or a folder for what --mode={self.mode} makes: "
+                "--workdir=runs/NAME or --out=DIR"
             )
+        return self.workdir / default
+
+    def request(self, default_seeds: str) -> Request:
+        """The samples that --seeds, --class and --low_res ask for. Raises UserError."""
+        return parse_request(
+            self.settings,
+            self.only,
+            seeds=value_of("seeds") or default_seeds,
+            class_rule=value_of("class") or "",
+            low_res=path_of("low_res"),
+        )
+
+    def needs_weights(self, advice: str) -> None:
+        """Raises UserError where neither a run nor --weights says what to sample from."""
+        if self.workdir is None and any(s.name not in self.weights for s in self.stages):
+            raise UserError(advice)
 
 
 def use_compilation_cache(workdir: Path) -> None:
@@ -222,257 +128,167 @@ def use_compilation_cache(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "cache").absolute()))
 
 
-def claim(config: ConfigDict, workdir: Path, create: bool) -> None:
-    """`claim_workdir` for all processes: the first one writes config.json, the others find and
-    compare it."""
-
-    def action(first: bool) -> None:
-        if not first and create and not (workdir / "config.json").exists():
-            raise ConfigError(
-                f"{workdir} is not the same folder on all hosts; use a file system that they share"
-            )
-        claim_workdir(config, workdir, create and first)
-
-    distributed.first_then_others(action)
+# The verbs
 
 
-def prepare_data(config: ConfigDict, stages: list[Stage]) -> None:
+def train_verb(command: Command) -> None:
+    """--mode=train: the run in the workdir."""
+    settings = command.settings
+    if command.workdir is None:
+        raise UserError("name the folder of the run: --workdir=runs/NAME")
+    with distributed.agree():
+        source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
+    command.claim(create=True)
+    train(settings, command.only, source, command.workdir, command.weights)
+
+
+def sample_verb(command: Command) -> None:
+    """--mode=sample: images of --seeds into --out."""
+    command.needs_weights("name the folder of the run: --workdir=runs/NAME")
+    out = path_of("out") or (command.workdir or Path()) / "samples" / "images"
+    with distributed.agree():
+        request = command.request("0-63")
+    generate(command.settings, request, command.open_run(), out, value_of("format"))
+
+
+def evaluate_verb(command: Command) -> None:
+    """--mode=evaluate: scores of --images, or of samples of the run, into --out."""
+    settings, images = command.settings.evaluate, path_of("images")
+    if images is None:
+        command.needs_weights(
+            "name what to score: --images=DIR, or the run with --workdir=runs/NAME"
+        )
+    out = command.out("evaluation")
+    weights: dict[str, Path] = {}
+    with distributed.agree():
+        samples = images or command.request(f"0-{settings.samples - 1}")
+    if images is None:
+        weights = command.open_run()
+    elif command.workdir is not None:
+        use_compilation_cache(command.workdir)
+    limit, inception = value_of("reference_images"), path_of("inception")
+    if inception is None and settings.inception:
+        inception = Path(settings.inception).expanduser()
+    comparison = Comparison(
+        reference=value_of("reference"),
+        reference_images=settings.reference_images if limit is None else limit,
+        features=value_of("features") or settings.features,
+        inception=inception,
+        cache=path_of("cache") or (command.workdir or out) / "cache",
+    )
+    evaluate_run(command.settings, samples, weights, comparison, out)
+
+
+def plot_verb(command: Command) -> None:
+    """--mode=plot: pictures into --out. Without a workdir those that need none of it."""
+    out = command.out("plots")
+    num_classes = command.settings.stages[-1].num_classes
+    request = PlotSettings(
+        names=value_of("plot"),
+        seeds=parse_seeds(value_of("seeds") or "0-63"),
+        class_rule=parse_class_rule(value_of("class") or "mod", num_classes),
+        images=value_of("plot_images"),
+    )
+    plot(command.settings, command.open_run(), request, out)
+
+
+def prepare_verb(command: Command) -> None:
     """--mode=prepare: packs the data set, cropped and resized for every stage, into --out."""
     if jax.process_count() > 1:
-        raise ConfigError("--mode=prepare runs in one process; start it on one host")
-    if not _OUT.value:
-        raise ConfigError("name the folder to prepare into: --out=DIR or --out=gs://BUCKET/PATH")
-
-    def each() -> None:
-        if distributed.stop_requested():
-            raise distributed.Stopped("stopped by SIGTERM while preparing")
-
+        raise UserError("--mode=prepare runs in one process; start it on one host")
+    out = value_of("out")
+    if not out:
+        raise UserError("name the folder to prepare into: --out=DIR or --out=gs://BUCKET/PATH")
+    settings = command.settings
+    dataset, seed = settings.dataset.keys, settings.seed
     prepare(
-        open_source(config, stages),
-        [stage.resolution for stage in stages],
-        _OUT.value,
-        description=describe_source(config, stages),
-        threads=config.dataset.threads,
-        each=each,
+        open_source(dataset, settings.resolutions, seed),
+        settings.resolutions,
+        out if "://" in out else Path(out).expanduser(),
+        description=describe_source(dataset, settings.resolutions[-1], seed),
+        threads=settings.dataset.threads,
+        report=PrepareProgress(),
     )
 
 
-def open_run(
-    config: ConfigDict, stages: list[Stage], weights: dict[str, Path], workdir: Path | None
-) -> dict[str, Path]:
-    """Where each stage's weights are: in the run of the workdir, if one is named, unless
-    --weights says otherwise."""
-    if workdir is None:
-        return weights
-    claim(config, workdir, create=False)
-    use_compilation_cache(workdir)
-    return {stage.name: workdir / stage.name for stage in stages} | weights
+class PrepareProgress:
+    """Lines of progress of a preparation, and its answer to SIGTERM."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = Progress("prepare", total, done, every=10.0)
+        self._progress.update(done)
+        if distributed.stop_requested():
+            raise Stopped("stopped by SIGTERM while preparing")
 
 
-def out_folder(workdir: Path | None, default: str) -> Path:
-    """--out, or a folder of the run. Raises ConfigError if neither is named."""
-    if _OUT.value:
-        return Path(_OUT.value)
-    if workdir is None:
-        raise ConfigError(
-            f"name the run or a folder for what --mode={_MODE.value} makes: "
-            "--workdir=runs/NAME or --out=DIR"
-        )
-    return workdir / default
-
-
-def given(flag: flags.FlagHolder) -> Path | None:
-    """The path that a flag names, if it names one."""
-    return Path(flag.value) if flag.value else None
-
-
-def draw_samples(
-    config: ConfigDict,
-    stages: list[Stage],
-    only: Stage | None,
-    weights: dict[str, Path],
-    workdir: Path | None,
-) -> None:
-    """--mode=sample: images of --seeds into --out."""
-    if workdir is None and any(stage.name not in weights for stage in ([only] if only else stages)):
-        raise ConfigError("name the folder of the run: --workdir=runs/NAME")
-    out = out_folder(workdir or Path(), "samples/images")
-    sample(
-        config,
-        stages,
-        only,
-        open_run(config, stages, weights, workdir),
-        seeds=_SEEDS.value,
-        out=out,
-        class_rule=_CLASS.value or "",
-        low_res=given(_LOW_RES),
-        image_format=_FORMAT.value,
+def plan_verb(command: Command) -> None:
+    """--mode=plan: the costs of a training, printed and as WORKDIR/plan.json."""
+    request = PlanSettings(
+        devices=value_of("devices"),
+        utilisation=value_of("utilisation"),
+        hardware=value_of("hardware"),
+        topology=value_of("topology"),
     )
+    plan(command.settings, command.only, request, command.workdir)
 
 
-def draw_plots(
-    config: ConfigDict, stages: list[Stage], weights: dict[str, Path], workdir: Path | None
-) -> None:
-    """--mode=plot: pictures into --out. Without a workdir those that need none of it."""
-    if _STAGE.value:
-        raise ConfigError("--mode=plot draws all stages; leave --stage out")
-    out = out_folder(workdir, "plots")
-    rule = parse_class_rule(_CLASS.value or "mod", stages[-1].network.num_classes)
-    plot(
-        config,
-        stages,
-        open_run(config, stages, weights, workdir),
-        _PLOT.value,
-        seeds=parse_seeds(_SEEDS.value),
-        class_rule=rule,
-        images=_PLOT_IMAGES.value,
-        out=out,
-    )
+# How it ends
 
 
-def score(
-    config: ConfigDict,
-    stages: list[Stage],
-    only: Stage | None,
-    weights: dict[str, Path],
-    workdir: Path | None,
-) -> None:
-    """--mode=evaluate: scores of --images, or of samples drawn from the run or from --weights,
-    into --out."""
-    images = given(_IMAGES)
-    if (
-        workdir is None
-        and images is None
-        and any(s.name not in weights for s in ([only] if only else stages))
-    ):
-        raise ConfigError("name what to score: --images=DIR, or the run with --workdir=runs/NAME")
-    out = out_folder(workdir, "evaluation")
-    if images is None:
-        weights = open_run(config, stages, weights, workdir)
-    elif workdir is not None:
-        use_compilation_cache(workdir)
-    features, inception = (
-        _FEATURES.value or config.evaluate.features,
-        _INCEPTION.value or config.evaluate.inception,
-    )
-    evaluate(
-        config,
-        stages,
-        only,
-        weights,
-        images=images,
-        seeds=_SEEDS.value,
-        class_rule=_CLASS.value or "",
-        low_res=given(_LOW_RES),
-        reference=_REFERENCE.value,
-        reference_images=_REFERENCE_IMAGES.value,
-        features=features,
-        inception=Path(inception) if inception else None,
-        out=out,
-        cache=given(_CACHE) or (workdir or out) / "cache",
-    )
-
-
-def train_run(
-    config: ConfigDict,
-    stages: list[Stage],
-    only: Stage | None,
-    weights: dict[str, Path],
-    workdir: Path | None,
-) -> None:
-    """--mode=train: the run in the workdir."""
-    if workdir is None:
-        raise ConfigError("name the folder of the run: --workdir=runs/NAME")
-    source = distributed.everywhere(lambda: open_source(config, stages), errors=USER_ERRORS)
-    claim(config, workdir, create=True)
-    use_compilation_cache(workdir)
-    train(config, stages, only, source, workdir, weights)
-
-
-def run(config: ConfigDict, workdir: Path | None) -> None:
+def run(config: ConfigDict) -> None:
     """Checks everything that can be checked cheaply, then does what --mode says."""
-    gc.set_threshold(
-        100_000, 50, 100
-    )  # tracing makes millions of objects that stay: the collector took a third of it
-    together = partial(distributed.everywhere, errors=USER_ERRORS)
-    together(check_folders)
-    stages = together(lambda: build(config))
-    only = together(lambda: parse_stage(stages, _STAGE.value))
-    named = {
-        name.removeprefix(_WEIGHTS): flags.FLAGS[name].value
-        for name in flags.FLAGS
-        if name.startswith(_WEIGHTS)
+    with distributed.agree():
+        command = Command(config)
+    if command.mode in ("train", "sample", "evaluate", "plot"):
+        set_up_devices(command.settings)
+    verbs = {
+        "train": train_verb,
+        "sample": sample_verb,
+        "evaluate": evaluate_verb,
+        "prepare": prepare_verb,
+        "plan": plan_verb,
+        "plot": plot_verb,
     }
-    weights = together(lambda: parse_weights(stages, named))
-    mode = _MODE.value
-    if mode == "plan":
-        plan(
-            [only] if only else stages,
-            fsdp=config.mesh.fsdp,
-            devices=_DEVICES.value,
-            utilisation=_UTILISATION.value,
-            hardware=_HARDWARE.value,
-            topology=_TOPOLOGY.value,
-            workdir=workdir,
-        )
-        return
-    if mode == "prepare":
-        prepare_data(config, stages)
-        return
-    if not distributed.joined():  # the collectives of several processes need XLA's own threads
-        if config.mesh.fsdp == 1:
-            shapes = jax.eval_shape(
-                lambda: [init_params(stage.network, jax.random.key(0)) for stage in stages]
-            )
-            device_per_core(most=config.sample.batch, bytes_on_each=4 * parameter_count(shapes))
-        reuse_memory()
-    if mode == "plot":
-        draw_plots(config, stages, weights, workdir)
-    elif mode == "evaluate":
-        score(config, stages, only, weights, workdir)
-    elif mode == "sample":
-        draw_samples(config, stages, only, weights, workdir)
-    else:
-        train_run(config, stages, only, weights, workdir)
+    verbs[command.mode](command)
 
 
-def give_up(error: Exception) -> NoReturn:
-    """Ends with one line, also where other processes are waiting in a collective. Status 2, or
-    1 where launchers may try again."""
-    status = 1 if isinstance(error, SaveError) else 2
+def give_up(error: UserError) -> NoReturn:
+    """Ends with one line, also where other processes are waiting in a collective."""
     if not distributed.joined():
-        fail(error, status)
-    agreed = isinstance(error, TrainingError) or (
-        isinstance(error, distributed.DistributedError) and error.agreed
-    )
+        fail(error, error.status)
     try:
-        if not agreed or jax.process_index() == 0:
-            fail(error, status)
+        if not error.agreed or jax.process_index() == 0:
+            fail(error, error.status)
     finally:
-        if agreed:
+        if error.agreed:
             distributed.leave()
         else:
-            os._exit(
-                status
-                # leaving in order would wait for the others; the launcher, or JAX's heartbeat, ends
-                # them
-            )
-    sys.exit(status)
+            # Leaving in order would wait for the others; the launcher, or
+            # JAX's heartbeat, ends them.
+            os._exit(error.status)
+    sys.exit(error.status)
 
 
 def main(_: Sequence[str]) -> None:
+    """Runs the verb of the parsed flags; every way to end has its exit status."""
     quieten()
     try:
         distributed.initialize()
         with distributed.sigterm_asks():
-            run(_CONFIG.value, Path(_WORKDIR.value) if _WORKDIR.value else None)
+            run(CONFIG_FLAG.value)
         distributed.leave()
-    except distributed.Stopped as stop:
+    except Stopped as stop:
         logging.info("%s; the same command continues", stop)
         distributed.leave()
         sys.exit(distributed.STOPPED)
-    except USER_ERRORS as error:
+    except UserError as error:
         give_up(error)
+    except OSError as error:
+        give_up(StorageError(f"{one_line(error)}; the same command continues"))
     except KeyboardInterrupt:
         logging.info("interrupted; the same command continues from the last checkpoint")
         if distributed.joined():
@@ -481,10 +297,16 @@ def main(_: Sequence[str]) -> None:
     except Exception:
         if not distributed.joined():
             raise
-        # the interpreter's own way out would wait for processes that wait for this one
+        # The interpreter's own way out would wait for processes that wait
+        # for this one.
         traceback.print_exc()
         os._exit(1)
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The console command `relay-jax`."""
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    console()

@@ -25,9 +25,8 @@ from absl import flags
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from configs import demo
-from relay_jax import main
-from relay_jax.data.source import DataError
+from relay_jax.configs import demo
+from relay_jax.errors import DataError
 
 gc.set_threshold(100_000, 50, 100)  # as relay_jax.main does
 
@@ -65,19 +64,41 @@ def mesh_of(count: int) -> Mesh:
 def command_line(*arguments: str) -> Iterator[None]:
     """Parses arguments as `python -m relay_jax.main` does; afterwards the flags are as they
     were."""
+    from relay_jax import commandline  # late: most tests need no command line
+
     values, argv = flags.FLAGS.flag_values_dict(), sys.argv
     sys.argv = ["main", *arguments]  # where ml_collections looks for overrides
     try:
-        main.parse_flags(sys.argv)
+        commandline.parse_flags(sys.argv)
         yield
     finally:
         sys.argv = argv
         for name in list(flags.FLAGS):
             if name.startswith(("config.", "weights.")):
                 delattr(flags.FLAGS, name)
-        for flag in flags.FLAGS.get_flags_for_module(main):
+        for flag in flags.FLAGS.get_flags_for_module(commandline):
             flag.value = values.get(flag.name)
             flag.present = 0
+
+
+def run_main() -> None:
+    """Runs the verb of the parsed command line in this process, on the devices that it has."""
+    from relay_jax import main
+
+    main.run(flags.FLAGS["config"].value)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `tiny_relay`, made once for each process of the tests; read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.py").write_text(
+        "from tests.conftest import tiny_relay\n\n\ndef get_config(_=''):\n"
+        "    return tiny_relay()\n"
+    )
+    with command_line(f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"):
+        run_main()
+    return folder / "run"
 
 
 def error_of(action: Callable[[], object]) -> str:

@@ -12,15 +12,15 @@ from relay_jax.diffusion import augment as augmentation
 from relay_jax.diffusion import blur as blur_module
 from relay_jax.diffusion import dct as dct_module
 from relay_jax.diffusion import loss as loss_module
-from relay_jax.diffusion import process as schedule
 from relay_jax.diffusion import sampler
 from relay_jax.diffusion.block_noise import block_noise as our_block_noise
-from relay_jax.diffusion.guidance import classifier_free
+from relay_jax.diffusion.guidance import Guidance, classifier_free
 from relay_jax.diffusion.precondition import precondition
+from relay_jax.diffusion.process import EdmProcess, RelayProcess
 from relay_jax.evaluation import metrics
 from relay_jax.models.unet import UNet
-from relay_jax.official.convert import from_official, to_official
 from relay_jax.official.files import read_official
+from relay_jax.official.parameters import from_official, to_official
 from relay_jax.sampling import pixels
 
 
@@ -48,7 +48,7 @@ def blur(x, blur_sigma, patch):
 
 
 def attenuation(sigma, patch, cdf_max, blur_sigma_max):
-    process = schedule.RelayProcess(patch=patch, cdf_max=cdf_max, blur_sigma_max=blur_sigma_max)
+    process = RelayProcess(patch=patch, cdf_max=cdf_max, blur_sigma_max=blur_sigma_max)
     return blur_module.attenuation(process.blur_sigma(process.u_from_sigma(sigma)), patch)
 
 
@@ -65,30 +65,25 @@ def _as_dict(corrupted):
 
 
 def relay_corrupt(images, uniform, gaussian, block_gaussian, **settings):
-    process = schedule.RelayProcess(**settings)
-    return _as_dict(
-        loss_module.relay_corrupt(
-            process, nhwc(images), uniform, nhwc(gaussian), nhwc(block_gaussian)
-        )
-    )
+    draws = loss_module.Draws(jnp.asarray(uniform), nhwc(gaussian), nhwc(block_gaussian))
+    return _as_dict(loss_module.corrupt(RelayProcess(**settings), nhwc(images), draws))
 
 
 def relay_loss(denoiser, images, uniform, gaussian, block_gaussian, **settings):
-    process = schedule.RelayProcess(**settings)
-    draws = loss_module.Draws(uniform, nhwc(gaussian), nhwc(block_gaussian))
+    process = RelayProcess(**settings)
+    draws = loss_module.Draws(jnp.asarray(uniform), nhwc(gaussian), nhwc(block_gaussian))
     corrupted = loss_module.corrupt(process, nhwc(images), draws)
     return nchw(loss_module.loss_map(denoiser(jnp), nhwc(images), corrupted))
 
 
 def edm_corrupt(images, normal, gaussian):
-    return _as_dict(
-        loss_module.edm_corrupt(schedule.EdmProcess(), nhwc(images), normal, nhwc(gaussian))
-    )
+    draws = loss_module.Draws(jnp.asarray(normal), nhwc(gaussian), None)
+    return _as_dict(loss_module.corrupt(EdmProcess(), nhwc(images), draws))
 
 
 def edm_loss(denoiser, images, normal, gaussian):
     draws = loss_module.Draws(jnp.asarray(normal), nhwc(gaussian), None)
-    corrupted = loss_module.corrupt(schedule.EdmProcess(), nhwc(images), draws)
+    corrupted = loss_module.corrupt(EdmProcess(), nhwc(images), draws)
     return nchw(loss_module.loss_map(denoiser(jnp), nhwc(images), corrupted))
 
 
@@ -96,32 +91,40 @@ def edm_loss(denoiser, images, normal, gaussian):
 
 
 def edm_sigmas(**settings):
-    return schedule.edm_sigmas(**settings)
+    return sampler.edm_sigmas(**settings)
 
 
 def relay_sigmas(**settings):
-    return schedule.relay_sigmas(**settings)
+    return sampler.relay_sigmas(**settings)
 
 
 # Samplers
 
 
 def _replay(noise):
+    """A noise_fn that reads recorded fields; the starting noise has no axis of steps."""
     table = {k: nhwc(v) for k, v in noise.items()}
-    return lambda step, purpose: (
-        table[purpose] if purpose.startswith("initial") else table[purpose][step]
-    )
+
+    def noise_fn(step, purpose):
+        name = purpose.name.lower()
+        return table[name] if name.startswith("initial") else table[name][step]
+
+    return noise_fn
 
 
 def _result(samples):
     return {"final": nchw(samples.final), "states": nchw(samples.states)}
 
 
-def sample_edm(denoiser, latents, labels, noise, guidance, **settings):
-    guided = classifier_free(denoiser(jnp), jnp.asarray(labels), guidance)
-    run = jax.jit(
-        lambda x, n: sampler.sample_edm(guided, x, _replay(n), sampler.EdmSampler(**settings), True)
-    )
+def sample_edm(denoiser, latents, labels, noise, guidance, sde_scale=0.0, **settings):
+    guided = classifier_free(denoiser(jnp), jnp.asarray(labels), Guidance(weight=guidance))
+    heun, process = sampler.Heun(fresh_noise=sde_scale, **settings), EdmProcess()
+
+    @jax.jit
+    def run(x, noise):
+        start = process.initial_state(heun.levels()[0], lambda step, purpose: x)
+        return heun(guided, start, process, _replay(noise), True)
+
     return _result(run(nhwc(latents), noise))
 
 
@@ -142,19 +145,22 @@ def sample_relay(
     **settings,
 ):
     if s_churn > 0:
-        raise NotImplementedError("the relay stage has no churn (SPEC section 5.3)")
-    process = schedule.RelayProcess(
+        raise NotImplementedError("a stage that continues images has no churn")
+    process = RelayProcess(
         patch=patch,
         cdf_max=cdf_max,
         blur_sigma_max=blur_sigma_max,
         block_noise_scale=block_noise_scale,
     )
-    guided = classifier_free(denoiser(jnp), jnp.asarray(labels), guidance)
-    run = jax.jit(
-        lambda x, n: sampler.sample_relay(
-            guided, x, _replay(n), process, sampler.RelaySampler(**settings), True
-        )
-    )
+    guided = classifier_free(denoiser(jnp), jnp.asarray(labels), Guidance(weight=guidance))
+    heun = sampler.Heun(**settings)
+
+    @jax.jit
+    def run(x, noise):
+        noise_fn = _replay(noise)
+        start = process.initial_state(heun.levels()[0], noise_fn, x)
+        return heun(guided, start, process, noise_fn, True)
+
     return _result(run(nhwc(low_res), noise))
 
 

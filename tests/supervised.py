@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from absl import logging
 
-from relay_jax import main
+from relay_jax import commandline, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +58,7 @@ def start(folder: Path, name: str, *arguments: str) -> int:
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO)
         sys.argv = ["main", f"--config={folder / 'config.py'}", *arguments]
-        main.parse_flags(sys.argv)
+        commandline.parse_flags(sys.argv)
         main.main([])
         status = 0
     except SystemExit as ended:

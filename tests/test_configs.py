@@ -2,8 +2,6 @@
 refused in one line."""
 
 import importlib
-import json
-import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +11,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import celebahq256, cifar10, default, demo, imagenet256
-from relay_jax.config import ConfigError, Stage, build, claim_workdir, open_source, parse_stage
+from relay_jax.config import build, load_config, parse_stage, settings_of
+from relay_jax.configs import celebahq256, cifar10, default, demo, imagenet256
+from relay_jax.data.source import open_source
 from relay_jax.diffusion.process import EdmProcess, RelayProcess
-from relay_jax.diffusion.sampler import EdmSampler, RelaySampler
+from relay_jax.diffusion.sampler import Heun
+from relay_jax.errors import UserError
+from relay_jax.stage import Stage
 
 FOLDER = Path(default.__file__).parent
 NAMES = sorted(
@@ -27,7 +28,7 @@ BASES, RELAYS = (IMAGENET[0], CELEBAHQ[0]), (IMAGENET[1], CELEBAHQ[1])
 
 
 def get_config(name: str, variant: str = "") -> ConfigDict:
-    return importlib.import_module(f"configs.{name}").get_config(variant)
+    return importlib.import_module(f"relay_jax.configs.{name}").get_config(variant)
 
 
 def changed(changes: dict[str, object]) -> ConfigDict:
@@ -78,7 +79,7 @@ def test_the_smoke_variant_is_small_and_keeps_what_is_particular(name: str) -> N
     full, small = build(get_config(name)), build(get_config(name, "smoke"))
     for large, tiny in zip(full, small, strict=True):
         assert tiny.resolution <= 64 and tiny.train.images <= 1000 and tiny.network.channels <= 32
-        assert len(tiny.sampler.sigmas()) <= 9
+        assert len(tiny.sampler.levels()) <= 9
         assert tiny.process == large.process and tiny.guidance == large.guidance
         assert (
             tiny.network.dtype == large.network.dtype
@@ -155,7 +156,7 @@ def test_the_variants_for_tpu_slices_change_the_layout_alone(
         (lambda s: s.train.label_dropout, 0, 0),
         (lambda s: s.sampler.num_steps, 256, 120),
         (lambda s: s.sampler.s_churn, 40, 0),
-        (lambda s: s.sampler.sde_scale, 0, 0.05),
+        (lambda s: s.sampler.fresh_noise, 0, 0.05),
         (lambda s: s.guidance.weight, 1, 1),
     ],
 )
@@ -194,8 +195,8 @@ def test_first_stages_have_the_published_settings(
         (lambda s: (s.sampler.sigma_min, s.sampler.sigma_max), (0.008, 80), (0.008, 80)),
         (lambda s: s.sampler.handoff_sigma, 0.9, 0.95),
         (lambda s: s.sampler.fresh_noise, 0.2, 0.2),
-        (lambda s: len(s.sampler.sigmas()) - 1, 100, 54),
-        (lambda s: round(s.sampler.sigmas()[0], 7), 0.8691227, 0.9219127),
+        (lambda s: len(s.sampler.levels()) - 1, 100, 54),
+        (lambda s: round(s.sampler.levels()[0], 7), 0.8691227, 0.9219127),
         (lambda s: s.guidance.weight, 3.5, 1),
     ],
 )
@@ -217,7 +218,7 @@ def test_all_published_stages_share_the_noise_and_the_optimiser(stage: Stage) ->
 
 def test_the_churn_of_imagenet_is_the_published_one() -> None:
     sampler = BASES[0].sampler
-    assert isinstance(sampler, EdmSampler)
+    assert isinstance(sampler, Heun)
     assert (sampler.s_min, sampler.s_max, sampler.s_noise) == (0.05, 50, 1.003)
     assert (sampler.sigma_min, sampler.sigma_max, sampler.rho) == (0.002, 80, 7)
     assert set(sampler.churn()) == {0.0, 40 / 256}
@@ -235,7 +236,7 @@ def test_stages_are_built_in_order_of_resolution_whatever_the_order_of_keys() ->
     ]
     assert [s.index for s in stages] == [0, 1, 2]
     assert [type(s.process) for s in stages] == [EdmProcess, RelayProcess, RelayProcess]
-    assert [type(s.sampler) for s in stages] == [EdmSampler, RelaySampler, RelaySampler]
+    assert [type(s.sampler) for s in stages] == [Heun] * 3
     assert [s.process.patch for s in stages[1:]] == [2, 2]
 
 
@@ -268,7 +269,7 @@ def test_a_stage_is_found_by_its_name() -> None:
     stages = build(three_stages())
     assert parse_stage(stages, "m_middle") is stages[1]
     assert parse_stage(stages, "") is None
-    with pytest.raises(ConfigError, match=r"unknown stage 'relay'.* z_base, m_middle, a_large"):
+    with pytest.raises(UserError, match=r"unknown stage 'relay'.* z_base, m_middle, a_large"):
         parse_stage(stages, "relay")
 
 
@@ -300,7 +301,7 @@ def test_a_stage_is_found_by_its_name() -> None:
             {"stages.base.process": default.relay_stage(8).process},
             "stage base: .*first stage.*'edm'.*'relay'",
         ),
-        ({"stages.base.process.kind": "ddpm"}, "process.kind must be 'edm' or 'relay', not 'ddpm'"),
+        ({"stages.base.process.kind": "ddpm"}, "process.kind must be 'edm' or 'relay' .*'ddpm'"),
         ({"stages.relay.process.blur": 1.0}, "stage relay: .*'blur'"),
         ({"stages.base.sample.steps": 1}, "stage base: .*'steps'"),
         ({"stages.base.train.epochs": 1}, "stage base: .*'epochs'"),
@@ -316,7 +317,11 @@ def test_a_stage_is_found_by_its_name() -> None:
         ({"stages.relay.sample.fresh_noise": 1.5}, "fresh_noise must lie in .* not 1.5"),
         ({"stages.base.sample.num_steps": 0}, "num_steps must be at least 1, not 0"),
         ({"stages.base.sample.sigma_min": 100.0}, "sigma_min < sigma_max, not 100.0"),
-        ({"stages.base.sample.sde_scale": 1.0}, "sde_scale must lie in .* not 1.0"),
+        ({"stages.base.sample.fresh_noise": 1.5}, "fresh_noise must lie in .* not 1.5"),
+        ({"stages.base.sample.handoff_sigma": 0.9}, "handoff_sigma is for a stage that continues"),
+        ({"stages.relay.sample.s_churn": 1.0}, "continues images has no churn"),
+        ({"stages.base.sample.kind": "euler"}, "sample.kind must be 'heun' or package.module"),
+        ({"stages.base.model.kind": "no.such:Net"}, "model.kind='no.such:Net' cannot be imported"),
         ({"sample.batch": 0}, "sample.batch must be at least 1, not 0"),
         # labels
         (
@@ -331,9 +336,9 @@ def test_a_stage_is_found_by_its_name() -> None:
             },
             "sample.guidance 2.0 needs classes",
         ),
-        ({"stages.base.train.augment": 0.2}, "train.augment needs model.augment_labels=9, not 0"),
+        ({"stages.base.train.augment": 0.2}, "train.augment needs model.num_augment=9, not 0"),
         (
-            {"stages.base.train.augment": 1.2, "stages.base.model.augment_labels": 9},
+            {"stages.base.train.augment": 1.2, "stages.base.model.num_augment": 9},
             "train.augment must lie in .* not 1.2",
         ),
         ({"stages.base.train.label_dropout": -0.1}, "train.label_dropout must lie in .* not -0.1"),
@@ -373,125 +378,41 @@ def test_a_stage_is_found_by_its_name() -> None:
 def test_what_cannot_work_is_refused_in_one_line_that_names_it(
     changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
-        build(changed(changes))
+    with pytest.raises(UserError, match=message) as error:
+        settings_of(changed(changes))
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_key_is_refused_by_name() -> None:
     config = demo.get_config("smoke")
     del config.stages.base.train.batch
-    with pytest.raises(ConfigError, match=r"stage base: .*'batch'"):
+    with pytest.raises(UserError, match=r"stage base: .*'batch'"):
         build(config)
 
 
 def test_a_configuration_with_other_classes_than_its_data_is_refused() -> None:
-    config = demo.get_config("smoke")
-    assert open_source(config, build(config)).num_classes == 8
-    config.dataset.num_classes = 5
+    settings = settings_of(changed({"dataset.num_classes": 5}))
     with pytest.raises(
-        ConfigError, match=r"has 8 classes.*dataset\.num_classes=5; set .*num_classes=8"
+        UserError, match=r"has 8 classes.*dataset\.num_classes=5; set .*num_classes=8"
     ) as error:
-        open_source(config, build(config))
+        open_source(settings.dataset.keys, settings.resolutions, settings.seed)
     assert "\n" not in str(error.value)
 
 
-# The workdir
-
-
-def claimed(tmp_path: Path) -> tuple[Path, str]:
-    workdir = tmp_path / "runs" / "demo"
-    claim_workdir(demo.get_config(), workdir, create=True)
-    return workdir, (workdir / "config.json").read_text()
-
-
-def test_a_new_workdir_keeps_the_configuration_as_json(tmp_path: Path) -> None:
-    workdir, text = claimed(tmp_path)
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
-    kept = json.loads(text)
-    assert kept["stages"]["relay"]["process"]["patch"] == 4
-    assert kept["stages"]["base"]["sample"]["s_max"] == math.inf
-
-
-@pytest.mark.parametrize("create", [True, False])
-def test_the_same_configuration_is_accepted_again(create: bool, tmp_path: Path) -> None:
-    workdir, text = claimed(tmp_path)
-    claim_workdir(demo.get_config(), workdir, create=create)
-    assert (workdir / "config.json").read_text() == text
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("log.every_steps", 7),
-        ("checkpoint.keep", 9),
-        ("sample.batch", 3),
-        ("mesh.fsdp", 2),
-        ("evaluate.samples", 8),
-        ("dataset.path", "elsewhere"),
-        ("dataset.workers", 3),
-        ("stages.base.train.images", 50_000),
-        ("stages.relay.sample.guidance", 1.0),
-        ("stages.relay.sample.num_steps", 60),
-        ("stages.base.model.remat", True),
-    ],
-)
-def test_keys_that_make_no_other_relay_may_change(key: str, value: object, tmp_path: Path) -> None:
-    workdir, _ = claimed(tmp_path)
-    config = demo.get_config()
-    config.update_from_flattened_dict({key: value})
-    claim_workdir(config, workdir, create=True)
-    claim_workdir(config, workdir, create=False)
-    claim_workdir(demo.get_config(), workdir, create=True)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("seed", 1),
-        ("dataset.size", 49_000),
-        ("dataset.x_flip", False),
-        ("dataset.num_classes", 0),
-        ("stages.base.train.batch", 128),
-        ("stages.base.model.channels", 64),
-        ("stages.base.model.multipliers", (1, 2, 2)),
-        ("stages.relay.process.blur_sigma_max", 2.0),
-        ("stages.relay.train.learning_rate", 2e-3),
-    ],
-)
-@pytest.mark.parametrize("create", [True, False])
-def test_another_relay_is_refused_by_key_and_nothing_is_written(
-    create: bool, key: str, value: object, tmp_path: Path
+def test_a_configuration_is_loaded_by_name_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workdir, text = claimed(tmp_path)
-    config = demo.get_config()
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as error:
-        claim_workdir(config, workdir, create=create)
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo") == load_config(str(FOLDER / "demo.py")) == demo.get_config()
+    assert load_config("imagenet256:smoke") == imagenet256.get_config("smoke")
+    with pytest.raises(UserError, match=r"no configuration file tiny; .*cifar10, demo, imagenet"):
+        load_config("tiny")
+    (tmp_path / "demo").mkdir()
+    assert load_config("demo") == demo.get_config()
+    (tmp_path / "mine.py").write_text("nonsense(")
+    with pytest.raises(UserError, match=r"mine\.py: ") as error:
+        load_config("mine.py")
     assert "\n" not in str(error.value)
-    assert (workdir / "config.json").read_text() == text
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
-
-
-def test_another_stage_is_another_relay(tmp_path: Path) -> None:
-    workdir, _ = claimed(tmp_path)
-    config = demo.get_config()
-    config.stages.top = default.relay_stage(128)
-    with pytest.raises(ConfigError, match=r"stages\.top"):
-        claim_workdir(config, workdir, create=True)
-
-
-def test_reading_needs_a_run_and_makes_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no run in .*nothing.*train one first"):
-        claim_workdir(demo.get_config(), tmp_path / "nothing", create=False)
-    assert not (tmp_path / "nothing").exists()
-
-
-def test_a_file_is_no_workdir(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="is a file; name a folder"):
-        claim_workdir(demo.get_config(), tmp_path / "file", create=True)
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_cifar10_is_class_conditional_and_eight_to_32_pixels() -> None:

@@ -14,24 +14,20 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+DEMO = "configs/demo.py:smoke"
 
 
-def command(workdir: Path, *arguments: str, config: str = "configs/demo.py:smoke") -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "relay_jax.main",
-        f"--config={config}",
-        f"--workdir={workdir}",
-        *arguments,
-    ]
+def command(workdir: Path, *arguments: str, config: str = "") -> list[str]:
+    """config: none for a run, which opens itself."""
+    named = [f"--config={config}"] if config else []
+    return [sys.executable, "-m", "relay_jax.main", *named, f"--workdir={workdir}", *arguments]
 
 
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
 
 
-def run(workdir: Path, *arguments: str, config: str = "configs/demo.py:smoke") -> str:
+def run(workdir: Path, *arguments: str, config: str = "") -> str:
     """Runs to success; returns what was said."""
     done = subprocess.run(
         command(workdir, *arguments, config=config),
@@ -50,7 +46,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the shrunk demo, killed once on the way."""
     workdir = tmp_path_factory.mktemp("run") / "demo"
     process = subprocess.Popen(
-        command(workdir),
+        command(workdir, config=DEMO),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -62,7 +58,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    said = run(workdir)
+    said = run(workdir, config=DEMO)
     assert "continues at 128 images" in said or "stage base is finished" in said, said
     return workdir
 
@@ -183,6 +179,20 @@ def test_sampling_refuses_what_cannot_be_done(
     )
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_notebook_draws_what_the_command_line_draws(demo: Path, tmp_path: Path) -> None:
+    """In processes of their own, as users have them: a device for each core in both."""
+    run(demo, "--mode=sample", "--seeds=0-7", f"--out={tmp_path / 'images'}")
+    code = (
+        "import relay_jax as rx, numpy as np; from relay_jax.sampling.pixels import to_uint8;"
+        f"images = rx.load({str(demo)!r}).sample(range(8))['relay'];"
+        f"np.save({str(tmp_path / 'notebook.npy')!r}, to_uint8(images))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+    np.testing.assert_array_equal(np.load(tmp_path / "notebook.npy"), pixels)
 
 
 @pytest.mark.parametrize("name", ["imagenet256", "celebahq256"])

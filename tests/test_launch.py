@@ -25,7 +25,7 @@ RUN = ["--config=configs/demo.py:smoke", "--workdir=runs/a b"]
 def launch(
     script: str, *arguments: str, status: int = 0, seconds: int = 300, **environ: str
 ) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", str(LAUNCH / script), *arguments],
         cwd=ROOT,
         env={**os.environ, **environ},
@@ -34,8 +34,8 @@ def launch(
         stderr=subprocess.STDOUT,
         timeout=seconds,
     )
-    assert done.returncode == status, done.stdout[-3000:]
-    return done.stdout
+    assert result.returncode == status, result.stdout[-3000:]
+    return result.stdout
 
 
 def program(folder: Path, name: str, text: str) -> Path:
@@ -68,12 +68,14 @@ status=$(head -n 1 statuses); sed -i 1d statuses; exit "${{status:-0}}" """,
 def test_scripts_are_strict_and_pass_shellcheck(script: Path) -> None:
     assert "set -euo pipefail" in script.read_text().splitlines()
     assert os.access(script, os.X_OK)
-    here = Path(sys.executable).with_name("shellcheck")  # where pip puts it; PATH may not have it
-    program = str(here) if here.exists() else shutil.which("shellcheck")
+    bundled = Path(sys.executable).with_name(
+        "shellcheck"
+    )  # where pip puts it; PATH may not have it
+    program = str(bundled) if bundled.exists() else shutil.which("shellcheck")
     if not program:
         pytest.skip("needs shellcheck (requirements-dev.txt)")
-    done = subprocess.run([program, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    result = subprocess.run([program, str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -83,35 +85,39 @@ def test_help_says_how_and_nothing_to_run_is_refused(script: Path) -> None:
 
 
 def test_dry_runs_need_nothing_and_print_the_commands() -> None:
-    said = launch(
+    output = launch(
         "local_processes.sh", "--dry-run", "-n", "2", "-k", "3", "--port", "1234", "--", *RUN
     ).splitlines()
     assert (
-        len(said) == 2
+        len(output) == 2
         and "JAX_NUM_CPU_DEVICES=3 RELAY_COORDINATOR=localhost:1234 RELAY_NUM_PROCESSES=2"
-        in said[0]
+        in output[0]
     )
-    assert "RELAY_PROCESS_ID=1" in said[1] and said[1].endswith(r"--workdir=runs/a\ b")
+    assert "RELAY_PROCESS_ID=1" in output[1] and output[1].endswith(r"--workdir=runs/a\ b")
 
-    said = launch(
+    output = launch(
         "gpu_node.sh", "--dry-run", "--gpus", "0,1", "--log", "a.log", "--", *RUN, JAX_PLATFORMS=""
     )
     assert (
-        r"JAX_PLATFORMS=cuda\,cpu" in said
-        and r"CUDA_VISIBLE_DEVICES=0\,1" in said
-        and ">> a.log" in said
+        r"JAX_PLATFORMS=cuda\,cpu" in output
+        and r"CUDA_VISIBLE_DEVICES=0\,1" in output
+        and ">> a.log" in output
     )
 
-    said = launch("slurm.sbatch", *RUN, DRY_RUN="1", SLURM_NNODES="4", SLURM_JOB_ID="20005")
-    assert "RELAY_NUM_PROCESSES=4" in said and ":20005" in said and "scontrol requeue 20005" in said
-    assert "srun" in said and r"runs/a\ b" in said
+    output = launch("slurm.sbatch", *RUN, DRY_RUN="1", SLURM_NNODES="4", SLURM_JOB_ID="20005")
+    assert (
+        "RELAY_NUM_PROCESSES=4" in output
+        and ":20005" in output
+        and "scontrol requeue 20005" in output
+    )
+    assert "srun" in output and r"runs/a\ b" in output
     assert "#SBATCH --signal=B:TERM@120" in (LAUNCH / "slurm.sbatch").read_text()
 
 
 def test_the_dry_run_for_a_tpu_pod_shows_every_gcloud_command() -> None:
     slice_ = ["--spot", "--type", "v6e-64", "--zone", "z", "--bucket", "b"]
-    said = launch("tpu_pod.sh", "--dry-run", *slice_, "keep", "--", *RUN)
-    commands = [line for line in said.splitlines() if line.startswith("+ ")]
+    output = launch("tpu_pod.sh", "--dry-run", *slice_, "keep", "--", *RUN)
+    commands = [line for line in output.splitlines() if line.startswith("+ ")]
     assert (
         "queued-resources create relay --node-id=relay --zone=z --accelerator-type=v6e-64"
         in commands[0]
@@ -125,11 +131,11 @@ def test_the_dry_run_for_a_tpu_pod_shows_every_gcloud_command() -> None:
     assert (
         "gcsfuse" in commands[4]
         and "relay_jax.main" in commands[5]
-        and "and again while the status is 75" in said
+        and "and again while the status is 75" in output
     )
     assert "delete" in launch("tpu_pod.sh", "--dry-run", "down")
-    again = launch("tpu_pod.sh", "--dry-run", "up", DRY_STATE="SUSPENDED")
-    assert again.index("delete") < again.index("create"), "a pre-empted slice was not replaced"
+    renewed = launch("tpu_pod.sh", "--dry-run", "up", DRY_STATE="SUSPENDED")
+    assert renewed.index("delete") < renewed.index("create"), "a pre-empted slice was not replaced"
     assert "create" not in launch("tpu_pod.sh", "--dry-run", "up", DRY_STATE="ACTIVE"), (
         "requested what is there"
     )
@@ -155,9 +161,9 @@ case "$*" in
   *create*) echo ACTIVE >state ;;
   *ssh*requirements*) ;;
   *ssh*) for a in "$@"; do case $a in --command=*) HOME={home} bash -c "${{a#--command=}}" ;; esac; done ;;
-esac""",
+esac""",  # noqa: E501
     )
-    said = launch(
+    output = launch(
         "tpu_pod.sh",
         "keep",
         "--",
@@ -166,7 +172,7 @@ esac""",
         POLL_SECONDS="0.2",
         TMPDIR=str(tmp_path),
     )
-    assert said.count("ended with status 75") == 2 and "ended with status 0" in said
+    assert output.count("ended with status 75") == 2 and "ended with status 0" in output
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 3 and all(
         c.strip() == "-m relay_jax.main --config=configs/demo.py:smoke --workdir=runs/a b"
@@ -189,7 +195,7 @@ def test_a_slurm_job_goes_into_the_queue_again_when_the_run_asks_for_it(
         "scontrol",
         f'if [[ $1 == show ]]; then echo node7; else echo "$*" >{tmp_path}/scontrol; fi',
     )
-    said = launch(
+    output = launch(
         "slurm.sbatch",
         *RUN,
         status=0 if requeues else status,
@@ -203,7 +209,7 @@ def test_a_slurm_job_goes_into_the_queue_again_when_the_run_asks_for_it(
     assert (tmp_path / "calls").read_text() == (
         "1 node7:20005 -m relay_jax.main --config=configs/demo.py:smoke --workdir=runs/a b\n"
     )
-    assert (tmp_path / "scontrol").exists() == requeues, said
+    assert (tmp_path / "scontrol").exists() == requeues, output
     if requeues:
         assert (tmp_path / "scontrol").read_text() == "requeue 5\n"
 
@@ -285,9 +291,10 @@ def test_two_real_processes_train_the_demo(tmp_path: Path) -> None:
         PYTHON=sys.executable,
         JAX_PLATFORMS="cpu",
     )
-    said = [(tmp_path / "logs" / f"process-{i}.log").read_text() for i in range(2)]
+    output = [(tmp_path / "logs" / f"process-{i}.log").read_text() for i in range(2)]
     assert (
-        "2 hosts, 2 x cpu (1 on each), mesh data 2 x fsdp 1" in said[0] and "2 hosts" not in said[1]
+        "2 hosts, 2 x cpu (1 on each), mesh data 2 x fsdp 1" in output[0]
+        and "2 hosts" not in output[1]
     )
     assert (tmp_path / "run" / "base" / "checkpoints" / "2").is_dir()
 

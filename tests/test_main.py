@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from relay_jax import main
-from relay_jax.runtime.checkpoint import SaveError
+from relay_jax.errors import StorageError
 from tests.conftest import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([DEMO, "extra"], "unexpected argument 'extra'"),
         (["--config=configs/nothing.py"], "nothing.py"),
         (["--config=configs/demo.py:huge"], "huge"),
-        ([], "--config=configs/demo.py"),
+        ([], "--config=demo"),
         ([DEMO, "--nonsense"], "nonsense"),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_line_and_no_mistake_of_the_users(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
-        raise SaveError("checkpoints cannot be written in DIR: No space left on device")
+        raise StorageError("checkpoints cannot be written in DIR: No space left on device")
 
     monkeypatch.setattr(main, "run", full)
     with (

@@ -12,7 +12,7 @@ from relay_jax.config import build
 from relay_jax.official import convert
 from relay_jax.runtime.checkpoint import load_ema
 from tests.conftest import command_line, mesh_of, tiny_relay
-from tests.official.test_convert_command import write
+from tests.official.test_convert import write
 from tests.sampling.test_chain import random_params
 
 
@@ -82,8 +82,8 @@ def test_a_training_starts_from_converted_weights(converted: Path, tmp_path: Pat
     ):
         main.main([])
     stage = build(official_relay())[1]
-    ours, _ = load_ema(tmp_path / "run" / "relay", stage.network, mesh_of(1))
-    given, _ = load_ema(converted / "relay", stage.network, mesh_of(1))
+    ours, _ = load_ema(tmp_path / "run" / "relay", stage.shapes(), mesh_of(1))
+    given, _ = load_ema(converted / "relay", stage.shapes(), mesh_of(1))
     np.testing.assert_array_equal(
         ours["out_conv"]["kernel"], given["out_conv"]["kernel"]
     )  # first step: rate 0

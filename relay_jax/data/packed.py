@@ -1,46 +1,55 @@
-"""Packed data sets: images cropped and resized once for each resolution, in a few large files
-(data/prepare.py).
+"""Packed data sets: images cropped and resized once for each resolution, in a few large files.
 
     DIR/dataset.json                          what the set holds (`Manifest`)
-    DIR/64/00000-of-00129.array_record        the first images at 64 px; read in place, at any position
-    DIR/64/00000-of-00129.array_record.json   its size and checksum (`Shard`), by which a preparation resumes
+    DIR/64/00000-of-00129.array_record        the first images at 64 px; read at any position
+    DIR/64/00000-of-00129.array_record.json   its size and checksum (`Shard`), to resume by
 
-A record is 12 bytes (b"RLY1", height and width as uint16, label as int32, little endian) and
-uint8 [h, w, 3]: each pixel less its left neighbour, modulo 256. ArrayRecord compresses it with
-zstd. So it is lossless: training sees the pixels that it would have seen without packing.
-Measured on 256 px photographs, per image and core: 127 KB, 0.3 ms to read, 1.3 ms to write;
-PNG: 120 KB, 1.6 ms, 12.5 ms; plain pixels under zstd: 167 KB, 0.2 ms, 0.9 ms.
+A record is 12 bytes (b"RLY1", height and width as uint16, label as
+int32, little endian) and uint8 [h, w, 3]: each pixel less its left
+neighbour, modulo 256. ArrayRecord compresses it with zstd. So it is
+lossless: training sees the pixels that it would have seen without
+packing. Measured on 256 px photographs, per image and core: 127 KB, 0.3
+ms to read, 1.3 ms to write; PNG: 120 KB, 1.6 ms, 12.5 ms; plain pixels
+under zstd: 167 KB, 0.2 ms, 0.9 ms.
 
-DIR may be gs://BUCKET/PATH: ArrayRecord and data/storage.py read there with the application's
-default credentials.
+DIR may be gs://BUCKET/PATH: ArrayRecord and data/storage.py read there
+with the application's default credentials. data/prepare.py writes such
+sets; samples in this format are one, too.
 """
 
 import bisect
+import contextlib
 import copy
 import itertools
 import json
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, Self, TypedDict, cast
 
 import numpy as np
 from array_record.python import array_record_module
 
-from relay_jax.data.images import DataError, one_line
-from relay_jax.data.storage import file_sha256 as file_sha256
+from relay_jax.data.images import ImageSource
 from relay_jax.data.storage import storage
+from relay_jax.errors import DataError, one_line
+from relay_jax.runtime.files import digest, replacing
 
 VERSION = 1
 MANIFEST = "dataset.json"
+# One record per group: read at any position without decoding its
+# neighbours.
+WRITER_OPTIONS = "group_size:1,zstd:3"
+# Reading ahead is for sequences; ours jumps.
+READER_OPTIONS = "readahead_buffer_size:0"
 _HEADER = struct.Struct("<4sHHi")
 _MAGIC = b"RLY1"
 
 
 class Shard(TypedDict):
-    """One file. file: path below the set's folder. bytes and sha256 are those of the whole file."""
+    """One file: its path below the set's folder, and size and SHA-256 of the whole of it."""
 
     file: str
     images: int
@@ -49,8 +58,7 @@ class Shard(TypedDict):
 
 
 class Manifest(TypedDict):
-    """dataset.json. source: what was packed, for people. shards: by resolution; none holds more
-    than shard_images."""
+    """dataset.json. source: what was packed, for people. shards: by resolution."""
 
     version: int
     complete: bool
@@ -64,6 +72,8 @@ class Manifest(TypedDict):
 
 def encode_record(image: np.ndarray, label: int) -> bytes:
     """uint8 [h, w, 3] and its label as a record."""
+    # Neighbours are alike: their differences are small numbers, which
+    # zstd packs a quarter better.
     differences = image.copy()
     differences[:, 1:] -= image[:, :-1]
     return _HEADER.pack(_MAGIC, image.shape[0], image.shape[1], label) + differences.tobytes()
@@ -83,9 +93,28 @@ def shard_name(resolution: int, number: int, count: int) -> str:
     return f"{resolution}/{number:05d}-of-{count:05d}.array_record"
 
 
+@contextlib.contextmanager
+def record_file(path: Path) -> Iterator[Callable[[bytes], object]]:
+    """An ArrayRecord file, whole or not there: gives the function that adds a record.
+
+    Raises StorageError if it cannot be written, such as on a full disk.
+    """
+    with replacing(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        try:
+            yield writer.write
+        except BaseException:
+            # An open writer would write into the temporary file after it
+            # is gone; on a full disk closing fails once more, and the
+            # first error says more.
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+            raise
+        writer.close()
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """dataset.json of a packed set, finished or not. Raises DataError if it is absent, damaged
-    or of another format."""
+    """dataset.json of a packed set, finished or not. Raises DataError."""
     folder = os.fspath(folder)
     path, place = os.path.join(folder, MANIFEST), storage(folder)
     try:
@@ -106,30 +135,45 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     return cast(Manifest, manifest)
 
 
-class PackedDataset:
+class PackedDataset(ImageSource):
     """A packed data set at one of its resolutions; `at` gives the others.
 
-    Opening looks at the size of every file (not in a bucket); `verify` reads them. Raises
-    DataError, as reading does,
-    for a set that is unfinished, or of which a file is missing, truncated, damaged or not of
-    this set, naming the file.
+    Raises DataError, when opened and when read, for a set that is
+    unfinished, or of which a file is missing, truncated, damaged or not
+    of this set, naming the file.
     """
 
+    prepared: ClassVar[bool] = True
+    resolution: int
+
     def __init__(self, path: str | os.PathLike[str], resolution: int) -> None:
+        """Looks at the size of every file (not in a bucket); `verify` reads them."""
         self.path = os.fspath(path)
+        if not self.path:
+            raise DataError(
+                "the packed source needs a path: the folder that --mode=prepare has written"
+            )
         manifest = read_manifest(self.path)
         if not manifest["complete"]:
             raise DataError(
                 f"{self.path}: the preparation has not finished; start the same --mode=prepare "
                 "again"
             )
-        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+        self.class_names = tuple(manifest["class_names"])
         self.num_classes = len(self.class_names)
         self._manifest = manifest
         self._forget_readers()
         self._choose(resolution)
 
-    def at(self, resolution: int) -> "PackedDataset":
+    @classmethod
+    def from_config(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> Self:
+        return cls(dataset["path"], resolution)
+
+    def fingerprint(self) -> str:
+        """Hash of the description, which has the checksum of every file."""
+        return digest(self._manifest)
+
+    def at(self, resolution: int) -> Self:
         """The same images at another resolution. Raises DataError naming those there are."""
         if resolution == self.resolution:
             return self
@@ -147,6 +191,8 @@ class PackedDataset:
                 f"{self.path}: packed at {present} px, not at {resolution}; prepare it for "
                 "this relay"
             )
+        # In a bucket each look is a request: a thousand files would take
+        # minutes.
         for shard in [] if self.path.startswith("gs://") else shards:
             file = Path(self.path, shard["file"])
             try:
@@ -163,6 +209,8 @@ class PackedDataset:
         self.resolution, self._shards = resolution, shards
         self._ends = list(itertools.accumulate(shard["images"] for shard in shards))
 
+    # Open files and locks cannot be sent to a worker process, which opens
+    # its own.
     def __getstate__(self) -> dict[str, object]:
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")
@@ -177,19 +225,16 @@ class PackedDataset:
         self._lock = threading.Lock()
 
     def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
-        """The reader of a shard, opened when first needed; threads share it. DataError for a
-        foreign file."""
+        """The reader of a shard, opened when first needed; threads share it. Raises DataError."""
         with self._lock:
             if number not in self._readers:
                 shard = self._shards[number]
                 file = os.path.join(self.path, shard["file"])
-                # Reading ahead is for sequences; ours jumps.
                 reader = array_record_module.ArrayRecordReader(
-                    file, "readahead_buffer_size:0", file_reader_buffer_size=32768
+                    file, READER_OPTIONS, file_reader_buffer_size=32768
                 )
-                if (
-                    reader.num_records() != shard["images"]
-                ):  # 0 for whatever is not an ArrayRecord file
+                # It reports 0 for whatever is not an ArrayRecord file.
+                if reader.num_records() != shard["images"]:
                     raise DataError(
                         f"{file}: not the file that was prepared; start the preparation again"
                     )
@@ -200,41 +245,52 @@ class PackedDataset:
         return self._manifest["images"]
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        """Image uint8 [r, r, 3] and its label; IndexError outside the set."""
+        """Image uint8 [r, r, 3] and its label; IndexError outside the set. Raises DataError."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} is outside 0..{len(self) - 1}")
-        number = bisect.bisect_right(self._ends, position)
-        offset = int(position) - (self._ends[number] - self._shards[number]["images"])
+        number, offset = self._place(position)
         try:
             image, label = decode_record(self._reader(number).read([offset])[0])
-            if image.shape != (self.resolution, self.resolution, 3) or not 0 <= label < max(
-                self.num_classes, 1
-            ):
+            # A record of another set decodes as well: its size or its
+            # label gives it away.
+            if image.shape != (
+                self.resolution,
+                self.resolution,
+                3,
+            ) or not 0 <= label < max(self.num_classes, 1):
                 raise ValueError(
                     f"image of {image.shape[1]}x{image.shape[0]} px with label {label}"
                 )
         except DataError:
             raise
         except (RuntimeError, ValueError, struct.error) as error:
-            where = f"{os.path.join(self.path, self._shards[number]['file'])}[{offset}]"
             raise DataError(
-                f"{where}: damaged ({one_line(error)}); start the preparation again"
+                f"{self.where(position)}: damaged ({one_line(error)}); start the preparation again"
             ) from error
         return image, label
 
+    def where(self, position: int) -> str:
+        """The file and the record in it."""
+        number, offset = self._place(position)
+        return f"{os.path.join(self.path, self._shards[number]['file'])}[{offset}]"
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Number of the shard, and of the record in it."""
+        number = bisect.bisect_right(self._ends, position)
+        return number, int(position) - (self._ends[number] - self._shards[number]["images"])
+
     def verify(self) -> None:
-        """Compares every file at this resolution with its checksum. Raises DataError for the
-        first that differs."""
+        """Compares every file at this resolution with its checksum. Raises DataError."""
         for shard in self._shards:
             file = os.path.join(self.path, shard["file"])
             try:
-                found = storage(self.path).checksum(shard["file"])[1]
+                sha256 = storage(self.path).checksum(shard["file"])[1]
             except OSError as error:
                 why = error.strerror or one_line(error)
                 raise DataError(
                     f"{file}: cannot be read ({why}); prepare or copy it again"
                 ) from error
-            if found != shard["sha256"]:
+            if sha256 != shard["sha256"]:
                 raise DataError(
                     f"{file}: damaged (its checksum differs); start the preparation again"
                 )

@@ -1,8 +1,8 @@
-"""A folder, or gs://BUCKET/PATH, as a place for whole files: what packed data sets need of either.
+"""A folder, or gs://BUCKET/PATH, as a place for whole files: what packed sets need of either.
 
-Buckets are reached through tensorstore (which orbax brings) with the application's default
-credentials. An object
-appears when it is whole, as a file does here.
+Buckets are reached through tensorstore (which orbax brings) with the
+application's default credentials. An object appears when it is whole,
+as a file does here.
 """
 
 import errno
@@ -15,18 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from relay_jax.data.images import DataError, one_line
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from relay_jax.errors import DataError, one_line
+from relay_jax.runtime.files import file_sha256, write_text
 
 
 class Folder:
-    """Files below a folder, by path from there. Everything raises OSError, FileNotFoundError
-    for what is not there."""
+    """Files below a folder, by path from there.
+
+    Raises OSError, FileNotFoundError for what is not there, and
+    StorageError from `write`.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -48,21 +46,17 @@ class Folder:
 
     @contextmanager
     def workshop(self) -> Iterator[Path]:
-        """Where files are made that `take` then puts into their place."""
+        """Where files are made, under the names that they are to have here."""
+        # The folder itself: to move a file to another disk would be to
+        # write it again.
         yield Path(self.path)
 
-    def take(self, made: Path, name: str) -> None:
-        """Puts a whole file into its place; `made` is gone then."""
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        made.replace(Path(self.path, name))
+    def take(self, workshop: Path, name: str) -> None:
+        """Brings a whole file of the workshop to its place; it is gone from the workshop then."""
 
     def write(self, name: str, text: str) -> None:
-        path = Path(self.path, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        """A small file, whole or not at all."""
+        write_text(Path(self.path, name), text)
 
     def forget(self, name: str) -> None:
         Path(self.path, name).unlink(missing_ok=True)
@@ -77,10 +71,13 @@ class Bucket(Folder):
 
     def _store(self) -> Any:
         if self._opened is None:
-            import tensorstore  # imported late: most sets are in folders
+            # Imported late: it takes a second, and most sets are in
+            # folders.
+            import tensorstore
 
             bucket, _, path = self.path.removeprefix("gs://").partition("/")
-            # The default keeps a user without network waiting for many minutes.
+            # The default keeps a user without network waiting for many
+            # minutes.
             retries = {"max_retries": 5, "max_delay": "2s"}
             spec = {
                 "driver": "gcs",
@@ -93,14 +90,14 @@ class Bucket(Folder):
 
     def read(self, name: str) -> bytes:
         try:
-            found = self._store().read(name).result()
-        except (
-            Exception
-        ) as error:  # it raises whatever fits: ValueError, RuntimeError, ImportError ...
+            result = self._store().read(name).result()
+        # It raises whatever fits: ValueError, RuntimeError, ImportError
+        # ...
+        except Exception as error:
             raise OSError(one_line(error)) from error
-        if found.state != "value":
+        if result.state != "value":
             raise FileNotFoundError(errno.ENOENT, "No such object")
-        return found.value
+        return result.value
 
     def occupants(self) -> set[str]:
         try:
@@ -108,6 +105,8 @@ class Bucket(Folder):
         except Exception as error:
             raise OSError(one_line(error)) from error
 
+    # A bucket tells a checksum of its own kind, not SHA-256: the object
+    # has to be read.
     def checksum(self, name: str) -> tuple[int, str]:
         content = self.read(name)
         return len(content), hashlib.sha256(content).hexdigest()
@@ -117,9 +116,9 @@ class Bucket(Folder):
         with tempfile.TemporaryDirectory(prefix="relay-prepare-") as folder:
             yield Path(folder)
 
-    def take(self, made: Path, name: str) -> None:
-        self._write(name, made.read_bytes())
-        made.unlink()
+    def take(self, workshop: Path, name: str) -> None:
+        self._write(name, Path(workshop, name).read_bytes())
+        Path(workshop, name).unlink()
 
     def write(self, name: str, text: str) -> None:
         self._write(name, text.encode())

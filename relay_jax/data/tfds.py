@@ -1,74 +1,37 @@
 """Images of a TFDS data set that the user has prepared on this machine, read without TensorFlow.
 
-Needs array_record (or parquet) files: TFDS's default, tfrecord, can only be read by TensorFlow.
-The data set is found on disk by its folder, DATA_DIR/NAME[/CONFIG]/VERSION, and not through its
-registered builder: building that may import
-TensorFlow and ask the network, while the folder says all that is needed. Nothing is ever
-downloaded.
+Needs array_record (or parquet) files: TFDS's default, tfrecord, can
+only be read by TensorFlow. The data set is looked up by its folder,
+DATA_DIR/NAME[/CONFIG]/VERSION, and not through its registered builder:
+building that may import TensorFlow and ask the network, while the
+folder says all that is needed. Nothing is ever downloaded.
 """
 
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
-from relay_jax.data.images import DataError, EncodedImages, one_line
+from relay_jax.data.images import EncodedImages
+from relay_jax.errors import DataError, one_line
+from relay_jax.runtime.files import digest
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
-def _versions(folder: Path) -> list[Path]:
-    """The prepared versions in `folder`, oldest first: sub-folders named x.y.z with a
-    dataset_info.json."""
-    if not folder.is_dir():
-        return []
-    named = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
-    found = [path for path in named if (path / "dataset_info.json").is_file()]
-    return sorted(found, key=lambda path: tuple(int(number) for number in path.name.split(".")))
-
-
-def _find(name: str, data_dir: str) -> Path:
-    """The newest prepared version of `name`: "set" or "set/config", either with ":1.2.3".
-    DataError without one."""
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    base, _, version = name.partition(":")
-    if not base:
-        raise DataError(
-            "the tfds source needs the name of a data set, such as imagenet2012 or celeb_a_hq/256"
-        )
-    configs = [_versions(root / base)]
-    if not configs[0] and (root / base).is_dir():
-        configs = [
-            found
-            for path in sorted((root / base).iterdir())
-            if path.is_dir() and (found := _versions(path))
-        ]
-    if len(configs) > 1:
-        choices = ", ".join(f"{base}/{found[0].parent.name}" for found in configs)
-        raise DataError(
-            f"{root / base}: several configurations are prepared; name one of {choices}"
-        )
-    prepared = [path for path in (configs[0] if configs else []) if version in ("", path.name)]
-    if not prepared:
-        raise DataError(
-            f'{root / base}: no prepared TFDS data set {name}; run: python -c "import '
-            "tensorflow_datasets as tfds; "
-            f"tfds.builder('{name}', data_dir='{root}', "
-            "file_format='array_record').download_and_prepare()\"; "
-            "preparing may need tensorflow, training does not"
-        )
-    return prepared[-1]
-
-
 class TfdsSource(EncodedImages):
-    """Split `split` (slices such as "train[:90%]" too) of the prepared TFDS data set `name` in
-    `data_dir`.
+    """A split (slices such as "train[:90%]" too) of a prepared TFDS data set.
 
-    The features must hold `image`; a ClassLabel named `label` gives the classes, otherwise
-    there are no labels. An empty `data_dir` means $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    The features must hold `image`; a ClassLabel named `label` gives the
+    classes, otherwise there are no labels. An empty `data_dir` means
+    $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     """
 
+    config_keys: ClassVar[tuple[str, ...]] = ("name", "split", "data_dir")
+
     def __init__(self, name: str, split: str, data_dir: str = "") -> None:
+        """Raises DataError for a set that is not prepared, or cannot be read without TensorFlow."""
         folder = _find(name, data_dir)
         try:
             import tensorflow_datasets as tfds
@@ -81,7 +44,8 @@ class TfdsSource(EncodedImages):
             features = dict(builder.info.features.items())
             label = features.get("label")
             splits = ", ".join(builder.info.splits)
-        except Exception as error:  # protobuf's parser, for one, has an exception class of its own
+        # Protobuf's parser, for one, has an exception class of its own.
+        except Exception as error:
             raise DataError(
                 f"{folder}: cannot be read as a TFDS data set ({one_line(error)}); prepare it again"
             ) from error
@@ -90,9 +54,9 @@ class TfdsSource(EncodedImages):
                 f"{folder}: this data set has no feature named image, only {', '.join(features)}"
             )
         try:
-            # We decode ourselves: TFDS switches decoders where OpenCV is installed, and leaves
-            # grey and CMYK alone.
-            self._records: Sequence[Mapping[str, object]] = builder.as_data_source(
+            # We decode ourselves: TFDS switches decoders where OpenCV is
+            # installed, and leaves grey and CMYK alone.
+            self._records: Sequence[Mapping[str, Any]] = builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}
             )
             self._length = len(self._records)
@@ -107,28 +71,43 @@ class TfdsSource(EncodedImages):
             ) from error
         if not self._length:
             raise DataError(f"{folder}: split {split!r} is empty; it has {splits}")
-        self._where = f"{folder}:{split}"
+        self._folder, self._split = folder, split
+        self._about = {
+            "source": "tfds",
+            "name": name,
+            "split": split,
+            "data_dir": data_dir,
+        }
         classes = label if isinstance(label, tfds.features.ClassLabel) else None
-        self.num_classes: int = (classes.num_classes or 0) if classes else 0
-        self.class_names: tuple[str, ...] = (
-            tuple(classes.names) if classes and self.num_classes else ()
-        )
+        self.num_classes = (classes.num_classes or 0) if classes else 0
+        self.class_names = tuple(classes.names) if classes and self.num_classes else ()
 
     def __len__(self) -> int:
         return self._length
 
+    def where(self, position: int) -> str:
+        """The folder, the split and the position."""
+        return f"{self._folder}:{self._split}[{position}]"
+
+    def fingerprint(self) -> str:
+        """Hash of the name, the split and the number of images."""
+        return digest([self._about, len(self)])
+
     def encoded(self, position: int) -> tuple[bytes, str, int]:
-        where = f"{self._where}[{position}]"
+        where = self.where(position)
         try:
             record = self._records[position]
-            data, label = record["image"], int(record["label"]) if self.num_classes else 0  # type: ignore[call-overload]
+            data, label = (
+                record["image"],
+                int(record["label"]) if self.num_classes else 0,
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{where}: cannot be read ({one_line(error)}); prepare the data set again"
             ) from error
-        if (
-            not 0 <= label < max(self.num_classes, 1)
-        ):  # TFDS writes -1 in unlabelled splits, such as ImageNet's test
+        # TFDS writes -1 in splits without labels, such as ImageNet's
+        # test.
+        if not 0 <= label < max(self.num_classes, 1):
             raise DataError(
                 f"{where}: has the label {label}, which means none; choose a labelled split"
             )
@@ -137,3 +116,46 @@ class TfdsSource(EncodedImages):
                 f"{where}: the image is stored as {type(data).__name__}, not as an encoded file"
             )
         return data, where, label
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The prepared versions in `folder`, oldest first: x.y.z with a dataset_info.json."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+    prepared = [path for path in named if (path / "dataset_info.json").is_file()]
+    # As numbers: 1.10.0 is newer than 1.9.0.
+    return sorted(prepared, key=lambda path: tuple(int(number) for number in path.name.split(".")))
+
+
+def _find(name: str, data_dir: str) -> Path:
+    """Folder of the newest prepared version of `name`: "set" or "set/config", also ":1.2.3"."""
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    base, _, version = name.partition(":")
+    if not base:
+        raise DataError(
+            "the tfds source needs the name of a data set, such as imagenet2012 or celeb_a_hq/256"
+        )
+    configs = [_versions(root / base)]
+    # Without a configuration in the name the only prepared one is meant.
+    if not configs[0] and (root / base).is_dir():
+        configs = [
+            versions
+            for path in sorted((root / base).iterdir())
+            if path.is_dir() and (versions := _versions(path))
+        ]
+    if len(configs) > 1:
+        choices = ", ".join(f"{base}/{versions[0].parent.name}" for versions in configs)
+        raise DataError(
+            f"{root / base}: several configurations are prepared; name one of {choices}"
+        )
+    prepared = [path for path in (configs[0] if configs else []) if version in ("", path.name)]
+    if not prepared:
+        raise DataError(
+            f'{root / base}: no prepared TFDS data set {name}; run: python -c "import '
+            "tensorflow_datasets as tfds; "
+            f"tfds.builder('{name}', data_dir='{root}', "
+            "file_format='array_record').download_and_prepare()\"; "
+            "preparing may need tensorflow, training does not"
+        )
+    return prepared[-1]

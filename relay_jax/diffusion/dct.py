@@ -1,14 +1,14 @@
-"""Orthonormal DCT-II over patches of p x p pixels (SPEC section 2).
+"""Orthonormal DCT-II over patches of p x p pixels (docs/math.md section 1).
 
 (1)  C[k, i] = sqrt((1 if k == 0 else 2) / p) cos(pi k (2i + 1) / (2p))
 (2)  U = C X C^T      per patch X
 (3)  X = C^T U C
 
-Coefficient (k, l) of a patch is stored at pixel (k, l) of that patch, so a coefficient image
-has the
-shape of the image.
+Coefficient (k, l) of a patch is stored at pixel (k, l) of that patch,
+so a coefficient image has the shape of the image.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,38 +34,53 @@ def check_patch(height: int, width: int, patch: int) -> None:
 
 
 def apply_per_patch(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """M X M^T for every patch X.
+    """M X M^T for every patch X of floating-point images.
 
-    x: [b, h, w, c]; matrix: [p, p], or [b, p, p] for one matrix per image. Returns [b, h, w, c].
-    Two products of p terms each, rows then columns: nothing of the size of a transform is stored.
-    Raises ValueError where h or w is not divisible by p.
+    x: [b, h, w, c]; matrix: [p, p], or [b, p, p] for one matrix per
+    image. Returns [b, h, w, c]. Raises ValueError where h or w is not
+    divisible by p.
     """
+    chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
+    # The matrix is cast to the type of x: of whole numbers nothing would
+    # be left.
+    chex.assert_type(x, float, custom_message="x must be of floating-point numbers")
+    chex.assert_rank(matrix, {2, 3}, custom_message="matrix must be [p, p] or [b, p, p]")
     b, h, w, c = x.shape
     p = matrix.shape[-1]
     check_patch(h, w, p)
     m = jnp.broadcast_to(matrix, (b, p, p)).astype(x.dtype)
-    # HIGHEST: accelerators would otherwise round the factors to bfloat16 or TF32; the cost is
-    # negligible.
+    # Two products of p terms each, rows then columns: nothing of the size
+    # of a transform of the whole image is stored. HIGHEST, as
+    # accelerators would otherwise round the factors to bfloat16 or TF32;
+    # the cost is negligible.
     rows = jnp.einsum(
-        "bki,bnim->bnkm", m, x.reshape(b, h // p, p, w * c), precision=lax.Precision.HIGHEST
+        "bki,bnim->bnkm",
+        m,
+        x.reshape(b, h // p, p, w * c),
+        precision=lax.Precision.HIGHEST,
     )
     columns = jnp.einsum(
-        "bki,bnic->bnkc", m, rows.reshape(b, h * w // p, p, c), precision=lax.Precision.HIGHEST
+        "bki,bnic->bnkc",
+        m,
+        rows.reshape(b, h * w // p, p, c),
+        precision=lax.Precision.HIGHEST,
     )
     return columns.reshape(b, h, w, c)
 
 
 def patch_dct(x: jax.Array, patch: int) -> jax.Array:
-    """DCT-II of every patch, equation (2). x: [b, h, w, c]. Returns coefficients [b, h, w, c].
+    """DCT-II of every patch, equation (2).
 
+    x: [b, h, w, c]. Returns coefficients [b, h, w, c].
     Raises ValueError where h or w is not divisible by patch.
     """
     return apply_per_patch(x, jnp.asarray(dct_matrix(patch), x.dtype))
 
 
 def patch_idct(u: jax.Array, patch: int) -> jax.Array:
-    """The inverse, equation (3). u: coefficients [b, h, w, c]. Returns pixels [b, h, w, c].
+    """The inverse of `patch_dct`, equation (3).
 
+    u: coefficients [b, h, w, c]. Returns pixels [b, h, w, c].
     Raises ValueError where h or w is not divisible by patch.
     """
     return apply_per_patch(u, jnp.asarray(dct_matrix(patch).T, u.dtype))

@@ -1,52 +1,83 @@
-"""Classifier-free guidance (SPEC section 5.4; arXiv 2207.12598; limited interval: arXiv
-2404.07724).
+"""Classifier-free guidance (docs/math.md section 5).
+
+Sources: arXiv 2207.12598; limited interval: arXiv 2404.07724.
 
 (1)  D = w D(x, labels) - (w - 1) D(x, no label),     applied only if w > 1
 
-"No label" is a zero class vector: the network must have been trained with label dropout.
+"No label" is a zero class vector: the network must have been trained
+with label dropout.
 """
 
 import math
+from dataclasses import dataclass
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from relay_jax.diffusion.precondition import Denoiser
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Guidance of a stage: weight w of equation (1), and the sigmas [low, high] where it acts.
+
+    A weight of at most 1 is off. Raises ValueError for a negative
+    weight or an empty interval.
+    """
+
+    weight: float = 1.0
+    interval: tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"guidance must not be negative, not {self.weight}")
+        if len(self.interval) != 2 or not self.interval[0] < self.interval[1]:
+            raise ValueError(f"guidance_interval must be two rising sigmas, not {self.interval}")
+
+    def evaluations(self, sigmas: np.ndarray) -> int:
+        """Images that the network sees per image in calls at these sigmas: two where it acts."""
+        low, high = self.interval
+        inside = int(np.sum((low <= sigmas) & (sigmas <= high)))
+        return len(sigmas) + (inside if self.weight > 1 else 0)
+
+
 def classifier_free(
-    denoise: Denoiser,
-    class_labels: jax.Array | None,
-    guidance: float,
-    interval: tuple[float, float] = (0.0, math.inf),
+    denoise: Denoiser, class_labels: jax.Array | None, guidance: Guidance
 ) -> Denoiser:
     """Binds the labels: (x, sigma, labels) -> x0 becomes (x, sigma) -> x0, guided by equation (1).
 
-    denoise: takes x [b, h, w, c], scalar sigma, class_labels [b, classes] or None.
-    guidance: w; at most 1 means the plain conditional denoiser.
-    interval: sigmas [low, high] where the guidance acts; outside, only the conditional branch
-    is computed.
-    Both branches run in one batch of 2b: one call of the network.
-    Raises ValueError for w > 1 without labels, or an empty interval.
+    denoise: takes x [b, h, w, c], scalar sigma, class_labels [b,
+    classes] or None. Both branches run in one batch of 2b: one call of
+    the network. Outside the interval only the conditional branch is
+    computed. Raises ValueError for a weight above 1 without labels.
     """
-    low, high = interval
-    if not low < high:
-        raise ValueError(f"the guidance interval must rise, not {interval}")
+    low, high = guidance.interval
+    weight = guidance.weight
 
     def conditional(x: jax.Array, sigma: jax.Array) -> jax.Array:
         return denoise(x, sigma, class_labels)
 
-    if guidance <= 1:
+    if weight <= 1:
         return conditional
     if class_labels is None:
-        raise ValueError(f"guidance {guidance} needs a class-conditional network; use guidance 1")
+        raise ValueError(f"guidance {weight} needs a class-conditional network; use guidance 1")
+    chex.assert_rank(class_labels, 2, custom_message="class_labels must be [b, classes]")
+    # One batch of both branches: the weights of the network are read
+    # once.
     both_labels = jnp.concatenate([class_labels, jnp.zeros_like(class_labels)])
 
     def guided(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        with_label, without = jnp.split(denoise(jnp.concatenate([x, x]), sigma, both_labels), 2)
-        return guidance * with_label - (guidance - 1) * without
+        message = "x and class_labels must hold equally many images"
+        chex.assert_equal_shape_prefix([x, class_labels], 1, custom_message=message)
+        both = denoise(jnp.concatenate([x, x]), sigma, both_labels)
+        with_label, without = jnp.split(both, 2)
+        return weight * with_label - (weight - 1) * without
 
+    # Where guidance always acts, the program needs neither the condition
+    # nor the other branch.
     if low <= 0 and math.isinf(high):
         return guided
 

@@ -1,4 +1,4 @@
-"""EDM preconditioning (SPEC section 4; EDM arXiv 2206.00364, equation 7 and table 1).
+"""EDM preconditioning (docs/math.md section 5; arXiv 2206.00364, equation 7 and table 1).
 
 (1)  D(x, sigma, labels) = c_skip x + c_out F(c_in x, c_noise, labels)
 (2)  c_skip = sd^2 / (sigma^2 + sd^2)          c_out = sigma sd / sqrt(sigma^2 + sd^2)
@@ -8,13 +8,15 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-Network = Callable[
-    ..., jax.Array
-]  # (x [b,h,w,c], c_noise [b], class_labels, augment_labels) -> [b,h,w,c]
-Denoiser = Callable[..., jax.Array]  # (x [b,h,w,c], sigma scalar or [b], ...) -> x0 [b,h,w,c]
+# (x [b, h, w, c], c_noise [b], class_labels, augment_labels) -> [b, h, w,
+# c]
+Network = Callable[..., jax.Array]
+# (x [b, h, w, c], sigma scalar or [b], ...) -> x0 [b, h, w, c]
+Denoiser = Callable[..., jax.Array]
 
 
 class Coefficients(NamedTuple):
@@ -39,6 +41,7 @@ def coefficients(sigma: jax.Array, sigma_data: float = 0.5) -> Coefficients:
 
 def per_image(value: jax.Array, x: jax.Array) -> jax.Array:
     """A scalar or [b] as float32 [b, 1, 1, 1], to be multiplied with images x [b, h, w, c]."""
+    chex.assert_rank(value, {0, 1}, custom_message="a value per image must be a scalar or [b]")
     value = jnp.asarray(value, jnp.float32).reshape(-1, 1, 1, 1)
     return jnp.broadcast_to(value, (x.shape[0], 1, 1, 1))
 
@@ -46,8 +49,9 @@ def per_image(value: jax.Array, x: jax.Array) -> jax.Array:
 def precondition(network: Network, sigma_data: float = 0.5) -> Denoiser:
     """Equation (1): wraps the raw network F into the denoiser D.
 
-    The result takes x [b, h, w, c], sigma (scalar or [b]) and the network's labels, and returns the
-    denoised images in float32 whatever the precision inside the network.
+    The result takes x [b, h, w, c], sigma (scalar or [b]) and the
+    network's labels, and returns the denoised images in float32
+    whatever the precision inside the network.
     """
 
     def denoise(
@@ -56,6 +60,10 @@ def precondition(network: Network, sigma_data: float = 0.5) -> Denoiser:
         class_labels: jax.Array | None = None,
         augment_labels: jax.Array | None = None,
     ) -> jax.Array:
+        chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
+        chex.assert_rank(sigma, {0, 1}, custom_message="sigma must be a scalar or [b]")
+        # Skip and sum in float32: bfloat16 would round the image that is
+        # passed through, and with it every state of a sampler.
         x = x.astype(jnp.float32)
         c = coefficients(per_image(sigma, x), sigma_data)
         raw = network(c.c_in * x, c.c_noise.reshape(-1), class_labels, augment_labels)

@@ -1,32 +1,69 @@
-"""The two forward processes and the sampling grid (SPEC sections 1, 4 and 5).
+"""The forward processes of a relay's stages (docs/math.md sections 1 and 4).
 
 First stage (EDM, arXiv 2206.00364, table 1):
 (1)  ln sigma ~ N(P_mean, P_std^2)
 (2)  noisy = x0 + sigma g
 Relay stage (RDM, arXiv 2309.03350, section 3.2):
-(3)  u ~ U(0, 1), clamped from below at u_min = cdf_max Phi((ln sigma_floor - P_mean) / P_std)
-(4)  sigma(u) = exp(P_mean + P_std Phi^-1(cdf_max u)),     u(sigma) = Phi((ln sigma - P_mean) / P_std) / cdf_max
+(3)  u ~ U(0, 1), clamped below at u_min = cdf_max Phi((ln sigma_floor - P_mean) / P_std)
+(4)  sigma(u) = exp(P_mean + P_std Phi^-1(cdf_max u))
+     u(sigma) = Phi((ln sigma - P_mean) / P_std) / cdf_max
 (5)  s(u) = blur_sigma_max sin^2(pi u / 2)
 (6)  noisy = B_s x0 + sigma (g + block_noise_scale block_noise(g'))
 Both:
-(7)  w(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2     (relay: at most weight_max)
-(8)  sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < n,
-then 0
+(7)  w(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2     at most weight_max
 
-Losses draw sigma on the device (float32); samplers use the grid and u(sigma) computed on the
-host in float64.
+A process does what it is: loss, samplers and pictures ask it to blur,
+to make noise and to say where sampling starts, and never which process
+it is. A new one is one class with these methods, named in a
+configuration by PROCESSES or `package.module:Class`
+(examples/new_process.py).
+
+Losses draw sigma on the device (float32); samplers compute u(sigma) on
+the host in float64.
 """
 
+import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri as device_ndtri
 from scipy.special import ndtr, ndtri
 
-from relay_jax.diffusion.blur import MIN_SCALE
+from relay_jax.diffusion.block_noise import block_noise_power, relay_noise
+from relay_jax.diffusion.blur import MIN_SCALE, blur
+from relay_jax.diffusion.dct import check_patch
+
+
+class Purpose(enum.IntEnum):
+    """What a field of noise is for."""
+
+    # The numbers are part of every seed's image: never change one.
+
+    LATENTS = 0
+    INITIAL_GAUSS = 1
+    INITIAL_BLOCK = 2
+    CHURN_GAUSS = 3
+    EULER_GAUSS = 4
+    EULER_BLOCK = 5
+    HEUN_GAUSS = 6
+    HEUN_BLOCK = 7
+
+
+# (step, purpose) -> white unit noise [b, h, w, c]; step may be traced.
+NoiseFn = Callable[[jax.Array | int, Purpose], jax.Array]
+
+
+class Level(NamedTuple):
+    """A level of the process: noise sigma, and blur sigma in pixels; of any equal shape."""
+
+    sigma: jax.Array
+    blur_sigma: jax.Array
 
 
 def _require(condition: bool, message: str) -> None:
@@ -34,9 +71,21 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def upsample(low_res: jax.Array, patch: int) -> jax.Array:
+    """Nearest neighbour: every pixel of [b, h, w, c] becomes patch x patch pixels."""
+    chex.assert_rank(low_res, 4, custom_message="low_res must be [b, h, w, c]")
+    return jnp.repeat(jnp.repeat(low_res, patch, axis=1), patch, axis=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EdmProcess:
-    """First stage: gaussian noise alone. All sigmas in units of images in [-1, 1]."""
+    """First stage: gaussian noise alone. All sigmas in units of images in [-1, 1].
+
+    Raises ValueError for values that are no process.
+    """
+
+    starts_from_images: ClassVar[bool] = False  # whether sampling continues a stage before
+    patch: ClassVar[int] = 1  # pixels per side of one pixel of the stage before
 
     P_mean: float = -1.2
     P_std: float = 1.2
@@ -47,26 +96,91 @@ class EdmProcess:
         _require(self.P_std > 0, f"P_std must be positive, not {self.P_std}")
         _require(self.sigma_data > 0, f"sigma_data must be positive, not {self.sigma_data}")
 
+    # What the forward process does to images
+
+    def blur(self, x: jax.Array, blur_sigma: jax.Array) -> jax.Array:
+        """B_s x of images [b, h, w, c]; blur_sigma: scalar or [b]. Here x itself."""
+        return x
+
+    @property
+    def has_block_noise(self) -> bool:
+        """Whether `noise` wants a second field."""
+        return False
+
+    def noise(self, white: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        """Noise per unit of sigma from independent white unit fields [b, h, w, c]."""
+        return white
+
+    def noise_power(self, resolution: int) -> np.ndarray:
+        """Power of `noise` at each DCT coefficient of a whole image: float64 [r, r]."""
+        return np.ones((resolution, resolution))
+
+    # Levels that training draws
+
+    def draw_level(self, key: jax.Array) -> jax.Array:
+        """One raw draw behind a level, a float32 scalar. Here standard normal."""
+        return jax.random.normal(key)
+
+    def level(self, draw: jax.Array) -> Level:
+        """Raw draws to levels, same shape. Equation (1)."""
+        sigma = jnp.exp(self.P_mean + self.P_std * draw)
+        return Level(sigma, jnp.zeros_like(sigma))
+
     def weight(self, sigma: jax.Array) -> jax.Array:
         """Loss weight, equation (7), of the shape of sigma."""
         weight = (jnp.square(sigma) + self.sigma_data**2) / jnp.square(sigma * self.sigma_data)
         return jnp.minimum(weight, self.weight_max)
 
-    def sigma_from_normal(self, normal: jax.Array) -> jax.Array:
-        """Equation (1): standard normal draws to noise levels, same shape."""
-        return jnp.exp(self.P_mean + self.P_std * normal)
+    def draw_at(self, sigma: np.ndarray) -> np.ndarray:
+        """The raw draw whose level has this sigma; float64 on the host, same shape."""
+        return (np.log(sigma) - self.P_mean) / self.P_std
+
+    def cdf(self, sigma: np.ndarray) -> np.ndarray:
+        """Share of the draws whose sigma lies below; float64 on the host, same shape."""
+        return ndtr((np.log(sigma) - self.P_mean) / self.P_std)
+
+    def sigma_range(self, tail: float) -> tuple[float, float]:
+        """Least and largest sigma of training, without a share `tail` at each open end."""
+        reach = -self.P_std * float(ndtri(tail))
+        return math.exp(self.P_mean - reach), math.exp(self.P_mean + reach)
+
+    # Sampling
+
+    def blur_sigma_at(self, sigma: np.ndarray) -> np.ndarray:
+        """Blur sigma in pixels at noise levels, 0 at sigma 0; float64 on the host, same shape."""
+        return np.zeros_like(np.asarray(sigma, np.float64))
+
+    def initial_state(
+        self, sigma: float, noise_fn: NoiseFn, low_res: jax.Array | None = None
+    ) -> jax.Array:
+        """Where sampling starts at level sigma: [b, h, w, c]. Here noise alone."""
+        return sigma * noise_fn(0, Purpose.LATENTS)
+
+    def check_start(self, sigma: float) -> None:
+        """Raises ValueError for a level at which sampling cannot start."""
+
+    # Checks that need more than the values
+
+    def check_training(self) -> None:
+        """Raises ValueError for values that only sampling may have."""
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raises ValueError for images of resolution x resolution that do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelayProcess(EdmProcess):
     """Relay stage: patch-wise blur plus white and block noise.
 
-    `cdf_max` may exceed 1 in sampling (CelebA-HQ: 1.05), which only slows the blur schedule;
-    training needs at most 1. `blur_sigma_max` is in pixels of the stage's own images.
+    `cdf_max` may exceed 1 in sampling (CelebA-HQ: 1.05), which only
+    slows the blur schedule; training needs at most 1. `blur_sigma_max`
+    is in pixels of the stage's own images.
     """
 
+    starts_from_images: ClassVar[bool] = True
+
     weight_max: float = 1e5
-    patch: int = 4
+    patch: int = 4  # type: ignore[misc]
     block_noise_scale: float = 0.15
     cdf_max: float = 0.93
     blur_sigma_max: float = 3.0
@@ -78,19 +192,98 @@ class RelayProcess(EdmProcess):
         _require(self.patch >= 1, f"patch must be at least 1, not {self.patch}")
         _require(self.cdf_max > 0, f"cdf_max must be positive, not {self.cdf_max}")
         _require(
-            self.block_noise_scale >= 0,
-            f"block_noise_scale must not be negative ({self.block_noise_scale})",
+            0 <= self.min_scale <= 1,
+            f"min_scale must lie in [0, 1], not {self.min_scale}",
         )
         _require(
-            self.blur_sigma_max >= 0, f"blur_sigma_max must not be negative ({self.blur_sigma_max})"
+            self.sigma_floor > 0,
+            f"sigma_floor must be positive, not {self.sigma_floor}",
         )
-        _require(0 <= self.min_scale <= 1, f"min_scale must lie in [0, 1], not {self.min_scale}")
-        _require(self.sigma_floor > 0, f"sigma_floor must be positive, not {self.sigma_floor}")
+        for name in ("block_noise_scale", "blur_sigma_max"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must not be negative ({value})")
+
+    def blur(self, x: jax.Array, blur_sigma: jax.Array) -> jax.Array:
+        """B_s x, the patch-wise DCT blur (blur.py). Raises ValueError for a broken patch."""
+        return blur(x, blur_sigma, self.patch, self.min_scale)
+
+    @property
+    def has_block_noise(self) -> bool:
+        return self.block_noise_scale != 0
+
+    def noise(self, white: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        """White plus block noise, variance 1 + block_noise_scale^2 (block_noise.py)."""
+        return relay_noise(white, block, self.patch, self.block_noise_scale)
+
+    def noise_power(self, resolution: int) -> np.ndarray:
+        return 1 + self.block_noise_scale**2 * block_noise_power(resolution, self.patch)
+
+    def draw_level(self, key: jax.Array) -> jax.Array:
+        """Uniform in [0, 1); `level` clamps it."""
+        return jax.random.uniform(key)
+
+    def level(self, draw: jax.Array) -> Level:
+        """Raw uniform draws to levels, equations (3) to (5), same shape."""
+        u = self.clamp(draw)
+        return Level(self.sigma_from_u(u), self.blur_sigma(u))
+
+    def draw_at(self, sigma: np.ndarray) -> np.ndarray:
+        return np.minimum(self.u_from_sigma(sigma), 1.0)
+
+    def cdf(self, sigma: np.ndarray) -> np.ndarray:
+        """As for EDM, over cdf_max. The clamped draws all count to the lowest level."""
+        return super().cdf(sigma) / self.cdf_max
+
+    def sigma_range(self, tail: float) -> tuple[float, float]:
+        lowest = float(self.sigma_from_u(jnp.float32(self.u_min)))
+        return lowest, min(self.sigma_full_blur, super().sigma_range(tail)[1])
+
+    def blur_sigma_at(self, sigma: np.ndarray) -> np.ndarray:
+        return self.blur_sigma(self.u_from_sigma(sigma))
+
+    def initial_state(
+        self, sigma: float, noise_fn: NoiseFn, low_res: jax.Array | None = None
+    ) -> jax.Array:
+        """The hand-off (docs/math.md section 6): low_res [b, h/p, w/p, c] up-sampled, neither
+        clipped nor quantised, plus noise. Raises ValueError without
+        low_res."""
+        _require(
+            low_res is not None,
+            "a relay stage starts from the images of the stage before",
+        )
+        start = upsample(low_res, self.patch)
+        block = noise_fn(0, Purpose.INITIAL_BLOCK) if self.has_block_noise else None
+        noise = self.noise(noise_fn(0, Purpose.INITIAL_GAUSS), block)
+        return start + sigma * noise
+
+    def check_start(self, sigma: float) -> None:
+        """Raises ValueError where the blur of the schedule weakens again."""
+        _require(
+            0 < sigma < math.inf,
+            f"handoff_sigma must be positive and finite, not {sigma}",
+        )
+        _require(
+            sigma <= self.sigma_full_blur,
+            f"handoff_sigma {sigma} lies above {self.sigma_full_blur:.4g}, the sigma where the "
+            f"blur of cdf_max {self.cdf_max} is complete; lower it",
+        )
+
+    def check_training(self) -> None:
+        _require(
+            self.cdf_max <= 1,
+            f"process.cdf_max must be at most 1, not {self.cdf_max}: only sampling may exceed it",
+        )
+
+    def check_resolution(self, resolution: int) -> None:
+        check_patch(resolution, resolution, self.patch)
+
+    # The schedule by u
 
     @property
     def u_min(self) -> float:
         """Smallest u that training sees, equation (3)."""
-        return float(self.cdf_max * ndtr((math.log(self.sigma_floor) - self.P_mean) / self.P_std))
+        cdf = ndtr((math.log(self.sigma_floor) - self.P_mean) / self.P_std)
+        return float(self.cdf_max * cdf)
 
     @property
     def sigma_full_blur(self) -> float:
@@ -100,25 +293,21 @@ class RelayProcess(EdmProcess):
     def clamp(self, uniform: jax.Array) -> jax.Array:
         """Raw uniform draws to u, equation (3), same shape.
 
-        The official code multiplies the floor by cdf_max here and again in sigma(u), so that
-        the smallest sigma is 0.00712 rather than sigma_floor = 0.0075; the published weights
-        saw that.
+        The official code multiplies the floor by cdf_max here and again
+        in sigma(u), so that the smallest sigma is 0.00712 rather than
+        sigma_floor = 0.0075; the published weights saw that.
         """
         return jnp.maximum(uniform, self.u_min)
 
     def sigma_from_u(self, u: jax.Array) -> jax.Array:
-        """Equation (4), left: noise level of the (clamped) u in (0, 1], same shape. Needs
-        cdf_max <= 1."""
+        """Equation (4), left: noise level of the (clamped) u in (0, 1]. Needs cdf_max <= 1."""
         return jnp.exp(self.P_mean + self.P_std * device_ndtri(self.cdf_max * u))
 
     def u_from_sigma(self, sigma: np.ndarray | float) -> np.ndarray:
-        """Equation (4), right, in float64 on the host; 0 at sigma 0. Not clamped at 1 (SPEC
-        section 4)."""
+        """Equation (4), right, in float64 on the host; 0 at sigma 0. Not clamped at 1."""
         with np.errstate(divide="ignore"):
-            return (
-                ndtr((np.log(np.asarray(sigma, np.float64)) - self.P_mean) / self.P_std)
-                / self.cdf_max
-            )
+            log_sigma = np.log(np.asarray(sigma, np.float64))
+        return ndtr((log_sigma - self.P_mean) / self.P_std) / self.cdf_max
 
     def blur_sigma(self, u: jax.Array) -> jax.Array:
         """Equation (5): blur sigma in pixels, same shape and same array library as u."""
@@ -126,46 +315,4 @@ class RelayProcess(EdmProcess):
         return self.blur_sigma_max * xp.square(xp.sin(0.5 * np.pi * u))
 
 
-def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
-    """The sampling grid, equation (8): float64 [num_steps + 1], falling, with the closing 0.
-
-    Raises ValueError for an empty or rising grid.
-    """
-    _require(num_steps >= 1, f"num_steps must be at least 1, not {num_steps}")
-    _require(
-        0 < sigma_min < sigma_max,
-        f"need 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}",
-    )
-    _require(rho > 0, f"rho must be positive, not {rho}")
-    fraction = np.arange(num_steps, dtype=np.float64) / max(num_steps - 1, 1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return np.append((high + fraction * (low - high)) ** rho, 0.0)
-
-
-def relay_sigmas(
-    num_steps: int, sigma_min: float, sigma_max: float, rho: float, handoff_sigma: float
-) -> np.ndarray:
-    """The part of the grid below the hand-off: float64 [kept + 1], with the closing 0 (SPEC
-    section 5.3).
-
-    Raises ValueError if no level of the grid lies below handoff_sigma.
-    """
-    sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho)
-    kept = sigmas[sigmas < handoff_sigma]
-    _require(
-        len(kept) > 1,
-        f"no step of the grid lies below handoff_sigma {handoff_sigma}; raise it or num_steps",
-    )
-    return kept
-
-
-def check_handoff(process: RelayProcess, handoff_sigma: float) -> None:
-    """Raises ValueError where sampling would start in the part of the schedule whose blur
-    weakens again."""
-    _require(handoff_sigma > 0, f"handoff_sigma must be positive, not {handoff_sigma}")
-    _require(
-        handoff_sigma <= process.sigma_full_blur,
-        f"handoff_sigma {handoff_sigma} lies above {process.sigma_full_blur:.4g}, the sigma "
-        "where the blur of "
-        f"cdf_max {process.cdf_max} is complete; lower it",
-    )
+PROCESSES: dict[str, type[EdmProcess]] = {"edm": EdmProcess, "relay": RelayProcess}

@@ -1,329 +1,293 @@
-"""Both samplers, as one stochastic Heun loop (SPEC section 5; EDM algorithm 2; RDM algorithm 1).
+"""The stochastic Heun sampler of both stages (docs/math.md section 6).
+
+Sources: EDM, arXiv 2206.00364, algorithm 2; Relay Diffusion, arXiv
+2309.03350, algorithm 1.
 
 From the state x at level sigma to the next level sigma', with D(x) the denoised image:
-(1)  x_next = gamma (x - B D) + B' D + kappa sigma' n,        gamma = sqrt(1 - kappa^2) sigma' / sigma
-     B = B_{s(sigma)}, B' = B_{s(sigma')} (relay; identity for EDM),   kappa = fresh_noise (relay), sde_scale (EDM)
-     n = g + block_noise_scale block_noise(g')
+(1)  x_next = gamma (x - B D) + B' D + kappa sigma' n,
+     gamma = sqrt(1 - kappa^2) sigma' / sigma,   kappa = fresh_noise,
+     B = B_{s(sigma)}, B' = B_{s(sigma')} and n the blur and the noise of the process
      Keep the noise estimate, scaled; re-blur the denoised image less; add a share of fresh noise.
 (2)  correction: (1) again from x, with the mean of the slopes d = (x - D)/sigma at x and at the
-prediction
-     (which includes its own noise), and with new noise. In terms of D:  D <- (D + x - sigma d') / 2
-(3)  churn (EDM only), at the start of a step:  x <- x + sigma sqrt(c (2 + c)) S_noise g,  sigma
-<- (1 + c) sigma
+     prediction (which includes its own noise), and with new noise.
+     In terms of D:  D <- (D + x - sigma d') / 2
+(3)  churn (a stage that starts from noise), at the start of a step:
+     x <- x + sigma sqrt(c (2 + c)) S_noise g,  sigma <- (1 + c) sigma
 
-EDM's update is (1) without blur: x + (sigma' - sigma) d = gamma x + (1 - gamma) D. At sigma' =
-0 both give D, so the last step needs no case of its own and no correction: N levels cost 2N - 1
-calls of the denoiser.
+EDM's update is (1) without blur: x + (sigma' - sigma) d = gamma x + (1
+- gamma) D. At sigma' = 0 both give D, so the last step needs no case of
+its own and no correction: N levels cost 2N - 1 calls of the denoiser.
 
-The loop runs over these 2N - 1 calls, not over steps: the network then stands once in the
-compiled program
-instead of three times. Levels and factors are float64 tables made on the host, cast to float32
-once.
+A sampler is chosen and called: a frozen dataclass with `levels`,
+`call_sigmas`, `check` and `__call__`. SAMPLERS, or
+`package.module:Class`, names it in a configuration; plan, records and
+reports learn of it from the object. examples/new_sampler.py is one.
 
-Noise comes from `noise_fn(step, purpose)`, step traced, purpose one of `NOISE_PURPOSES`: the
-caller decides what it depends on (here: on the key of each image), so a run does not depend on
-the batch or on devices.
+Noise comes from `noise_fn(step, purpose)`: the caller decides what it
+depends on (`seeded_noise`: the key of each image), so a sample does not
+depend on its batch or on devices.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from relay_jax.diffusion.block_noise import relay_noise
-from relay_jax.diffusion.blur import blur
-from relay_jax.diffusion.process import (
-    EdmProcess,
-    RelayProcess,
-    check_handoff,
-    edm_sigmas,
-    relay_sigmas,
-)
+from relay_jax.diffusion.process import EdmProcess, NoiseFn, Purpose
 
-NoiseFn = Callable[[jax.Array | int, str], jax.Array]
-NOISE_PURPOSES = (
-    "latents",
-    "initial_gauss",
-    "initial_block",
-    "churn_gauss",
-    "euler_gauss",
-    "euler_block",
-    "heun_gauss",
-    "heun_block",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EdmSampler:
-    """Settings of the first stage's sampler (SPEC section 5.1). `sde_scale` is CelebA-HQ's
-    share of fresh noise."""
-
-    num_steps: int
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    s_churn: float = 0.0
-    s_min: float = 0.0
-    s_max: float = math.inf
-    s_noise: float = 1.0
-    sde_scale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.s_churn < 0 or self.s_noise < 0:
-            raise ValueError(
-                f"s_churn and s_noise must not be negative, not {self.s_churn} and {self.s_noise}"
-            )
-        if not 0 <= self.sde_scale < 1:
-            raise ValueError(f"sde_scale must lie in [0, 1), not {self.sde_scale}")
-        self.sigmas()
-
-    def sigmas(self) -> np.ndarray:
-        """float64 [steps + 1] with the closing 0."""
-        return edm_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
-
-    def churn(self) -> np.ndarray:
-        """The factor c of equation (3) for each step, float64 [steps]."""
-        sigma = self.sigmas()[:-1]
-        inside = (self.s_min <= sigma) & (sigma <= self.s_max)
-        return np.where(inside, min(self.s_churn / self.num_steps, math.sqrt(2) - 1), 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelaySampler:
-    """Settings of a relay stage's sampler (SPEC section 5.3): of the grid, only levels below
-    `handoff_sigma`."""
-
-    num_steps: int
-    handoff_sigma: float
-    sigma_min: float = 0.008
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    fresh_noise: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fresh_noise <= 1:
-            raise ValueError(f"fresh_noise must lie in [0, 1], not {self.fresh_noise}")
-        self.sigmas()
-
-    def sigmas(self) -> np.ndarray:
-        """float64 [kept steps + 1] with the closing 0."""
-        return relay_sigmas(
-            self.num_steps, self.sigma_min, self.sigma_max, self.rho, self.handoff_sigma
-        )
+BoundDenoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, h, w, c], scalar sigma) -> x0
 
 
 class Samples(NamedTuple):
     """Result of a sampler: `final` images [b, h, w, c], not clipped, and on request `states`
-    [steps, b, h, w, c], the state at the start of every step before churn."""
+    [steps, b, h, w, c], the state at the start of every step before
+    churn."""
 
     final: jax.Array
     states: jax.Array | None
 
 
-class Levels(NamedTuple):
-    """What the loop needs of each step, float32 [steps]; made by `levels` in float64."""
+class Sampler(Protocol):
+    """What a stage asks of its sampler; dataclass fields are its settings."""
 
-    sigma: jax.Array  # after churn
-    sigma_next: jax.Array
-    ratio: jax.Array  # sigma / sigma_next, 0 in the last step, which has no correction
-    gamma: jax.Array
-    churn_amount: jax.Array
-    noise_amount: jax.Array
-    blur_sigma: jax.Array
-    blur_sigma_next: jax.Array
+    def levels(self) -> np.ndarray:
+        """Noise levels of the steps, falling, with the closing 0: float64 [steps + 1]."""
 
+    def call_sigmas(self) -> np.ndarray:
+        """Sigma of each call of the denoiser: float64 [calls]; guidance may act in some alone."""
 
-def levels(
-    process: EdmProcess,
-    sigmas: np.ndarray,
-    kappa: float,
-    churn: np.ndarray | float = 0.0,
-    s_noise: float = 1.0,
-) -> Levels:
-    """The tables behind equations (1) to (3), float64 on the host. sigmas: [steps + 1]; churn:
-    [steps]."""
-    sigma, sigma_next = sigmas[:-1] * (1 + np.asarray(churn)), sigmas[1:]
-    churn_amount = (
-        s_noise * sigmas[:-1] * np.sqrt(churn * (2 + np.asarray(churn))) * np.ones_like(sigma)
-    )
-    ratio = np.divide(sigma, sigma_next, out=np.zeros_like(sigma), where=sigma_next > 0)
-    blur_sigma, blur_sigma_next = np.zeros_like(sigma), np.zeros_like(sigma)
-    if isinstance(process, RelayProcess):
-        blur_sigma = process.blur_sigma(process.u_from_sigma(sigma))
-        blur_sigma_next = process.blur_sigma(process.u_from_sigma(sigma_next))
-    return Levels(
-        sigma,
-        sigma_next,
-        ratio,
-        math.sqrt(1 - kappa**2) * sigma_next / sigma,
-        churn_amount,
-        kappa * sigma_next,
-        blur_sigma,
-        blur_sigma_next,
-    )
+    def check(self, process: EdmProcess) -> None:
+        """Raises ValueError for settings that do not work with this process."""
+
+    def __call__(
+        self,
+        denoise: BoundDenoiser,
+        start: jax.Array,
+        process: EdmProcess,
+        noise_fn: NoiseFn,
+        return_states: bool = False,
+    ) -> Samples:
+        """From the state at `levels()[0]` [b, h, w, c] to images."""
 
 
-def draws(
-    process: EdmProcess, noise_fn: NoiseFn, step: jax.Array | int, moment: str
-) -> list[jax.Array]:
-    """The white fields that a stage's noise is made of: one, or two with block noise. moment:
-    'initial', 'euler', 'heun'."""
-    has_blocks = isinstance(process, RelayProcess) and process.block_noise_scale != 0
-    return [
-        noise_fn(step, f"{moment}_{kind}")
-        for kind in (("gauss", "block") if has_blocks else ("gauss",))
-    ]
+def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
+    """The sampling grid (docs/math.md section 4): float64 [num_steps + 1], falling, closing 0.
 
+        sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < n
 
-def stage_noise(
-    process: EdmProcess, gaussian: jax.Array, block_gaussian: jax.Array | None = None
-) -> jax.Array:
-    """Unit noise of a stage from `draws`: white, plus block noise in a relay stage."""
-    if block_gaussian is None or not isinstance(process, RelayProcess):
-        return gaussian
-    return relay_noise(gaussian, block_gaussian, process.patch, process.block_noise_scale)
-
-
-def heun(
-    denoise: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    process: EdmProcess,
-    table: Levels,
-    noise_fn: NoiseFn,
-    return_states: bool = False,
-) -> Samples:
-    """Equations (1) to (3) from the state x [b, h, w, c] down to sigma 0, compiled as one loop.
-
-    denoise: (x, scalar sigma) -> x0. Noise whose factor is zero in every step is never drawn.
+    Raises ValueError for an empty or rising grid.
     """
-    churns, adds_noise = bool(np.any(table.churn_amount)), bool(np.any(table.noise_amount))
-    num_steps = len(table.sigma)
-    table = Levels(*(jnp.asarray(column, jnp.float32) for column in table))
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive, not {rho}")
+    fraction = np.arange(num_steps, dtype=np.float64) / max(num_steps - 1, 1)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return np.append((high + fraction * (low - high)) ** rho, 0.0)
 
-    def update(
-        x: jax.Array, denoised: jax.Array, at: Levels, noise: jax.Array | float
-    ) -> jax.Array:
-        now = next_ = denoised
-        if isinstance(process, RelayProcess):
-            now = blur(denoised, at.blur_sigma, process.patch, process.min_scale)
-            next_ = blur(denoised, at.blur_sigma_next, process.patch, process.min_scale)
-        return at.gamma * (x - now) + next_ + at.noise_amount * noise
 
-    def call(
-        carry: tuple[jax.Array, ...], index: jax.Array
-    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        state, prediction, first = carry
-        step, correcting = index // 2, index % 2 == 1
-        at = Levels(*(column[step] for column in table))
-        x = state
-        if churns:
-            x = lax.cond(
-                correcting,
-                lambda: state,
-                lambda: state + at.churn_amount * noise_fn(step, "churn_gauss"),
-            )
-        point = jnp.where(correcting, prediction, x)
-        denoised = denoise(point, jnp.where(correcting, at.sigma_next, at.sigma))
-        corrected = (first + x - at.ratio * (point - denoised)) / 2
-        estimate = jnp.where(correcting, corrected, denoised)
-        noise: jax.Array | float = 0.0
-        # both fields leave the branches: drawn in one loop with their sum they take three times
-        # as long
-        if adds_noise:
-            noise = stage_noise(
-                process,
-                *lax.cond(
+def relay_sigmas(
+    num_steps: int, sigma_min: float, sigma_max: float, rho: float, handoff_sigma: float
+) -> np.ndarray:
+    """The part of the grid below the hand-off: float64 [kept + 1], with the closing 0.
+
+    Raises ValueError if no level of the grid lies below handoff_sigma.
+    """
+    sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho)
+    kept = sigmas[sigmas < handoff_sigma]
+    if len(kept) < 2:
+        raise ValueError(
+            f"no step of the grid lies below handoff_sigma {handoff_sigma}; raise it or num_steps"
+        )
+    return kept
+
+
+class Steps(NamedTuple):
+    """What the loop needs of each step, [steps]; float64 on the host, cast to float32 once."""
+
+    sigma: np.ndarray  # after churn
+    sigma_next: np.ndarray
+    ratio: np.ndarray  # sigma / sigma_next, 0 in the last step, which has no correction
+    gamma: np.ndarray
+    churn_amount: np.ndarray
+    noise_amount: np.ndarray
+    blur_sigma: np.ndarray
+    blur_sigma_next: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heun:
+    """Equations (1) to (3), compiled as one loop over the 2 N - 1 calls of the denoiser.
+
+    num_steps, sigma_min, sigma_max, rho: the grid (`edm_sigmas`);
+    handoff_sigma: only its levels below are used, infinite for a stage
+    that starts from noise. fresh_noise: kappa, in [0, 1]. s_churn,
+    s_min, s_max, s_noise: EDM algorithm 2, for a stage that starts from
+    noise. Raises ValueError for values that are no sampler.
+    """
+
+    num_steps: int
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    handoff_sigma: float = math.inf
+    fresh_noise: float = 0.0
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("s_churn", "s_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.fresh_noise <= 1:
+            raise ValueError(f"fresh_noise must lie in [0, 1], not {self.fresh_noise}")
+        self.levels()
+
+    def levels(self) -> np.ndarray:
+        """float64 [steps + 1] with the closing 0."""
+        return relay_sigmas(
+            self.num_steps, self.sigma_min, self.sigma_max, self.rho, self.handoff_sigma
+        )
+
+    def churn(self) -> np.ndarray:
+        """The factor c of equation (3) for each step, float64 [steps]."""
+        sigma = self.levels()[:-1]
+        inside = (self.s_min <= sigma) & (sigma <= self.s_max)
+        return np.where(inside, min(self.s_churn / self.num_steps, math.sqrt(2) - 1), 0.0)
+
+    def call_sigmas(self) -> np.ndarray:
+        """Each level after churn, and its correction: float64 [2 steps - 1]."""
+        sigmas = self.levels()
+        return np.concatenate([sigmas[:-1] * (1 + self.churn()), sigmas[1:-1]])
+
+    def check(self, process: EdmProcess) -> None:
+        """Raises ValueError for a hand-off that the process has not, or churn after one."""
+        if process.starts_from_images:
+            process.check_start(self.handoff_sigma)
+            if self.s_churn > 0:
+                raise ValueError("a stage that continues images has no churn; use s_churn 0")
+        elif math.isfinite(self.handoff_sigma):
+            raise ValueError("handoff_sigma is for a stage that continues images; leave it out")
+
+    def steps(self, process: EdmProcess) -> Steps:
+        """The tables behind equations (1) to (3)."""
+        sigmas, churn, kappa = self.levels(), self.churn(), self.fresh_noise
+        sigma, sigma_next = sigmas[:-1] * (1 + churn), sigmas[1:]
+        return Steps(
+            sigma=sigma,
+            sigma_next=sigma_next,
+            ratio=np.divide(sigma, sigma_next, out=np.zeros_like(sigma), where=sigma_next > 0),
+            gamma=math.sqrt(1 - kappa**2) * sigma_next / sigma,
+            churn_amount=self.s_noise * sigmas[:-1] * np.sqrt(churn * (2 + churn)),
+            noise_amount=kappa * sigma_next,
+            blur_sigma=process.blur_sigma_at(sigma),
+            blur_sigma_next=process.blur_sigma_at(sigma_next),
+        )
+
+    def __call__(
+        self,
+        denoise: BoundDenoiser,
+        start: jax.Array,
+        process: EdmProcess,
+        noise_fn: NoiseFn,
+        return_states: bool = False,
+    ) -> Samples:
+        """From the state at `levels()[0]`, [b, h, w, c], to images.
+
+        denoise: (x, scalar sigma) -> x0. Noise whose factor is zero in
+        every step is never drawn. return_states: keep the state before
+        every step, which takes its memory.
+        """
+        chex.assert_rank(start, 4, custom_message="start must be [b, h, w, c]")
+        table = self.steps(process)
+        churns, adds_noise = (
+            bool(np.any(table.churn_amount)),
+            bool(np.any(table.noise_amount)),
+        )
+        columns = Steps(*(jnp.asarray(column, jnp.float32) for column in table))
+
+        # One turn is one call of the denoiser, not one step: the network
+        # then stands once in the compiled program instead of three times.
+        def call(
+            carry: tuple[jax.Array, ...], index: jax.Array
+        ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+            state, prediction, first = carry
+            step, correcting = index // 2, index % 2 == 1
+            at = Steps(*(column[step] for column in columns))
+            x = state
+            if churns:
+                x = lax.cond(
                     correcting,
-                    lambda: draws(process, noise_fn, step, "heun"),
-                    lambda: draws(process, noise_fn, step, "euler"),
-                ),
+                    lambda: state,
+                    lambda: state + at.churn_amount * noise_fn(step, Purpose.CHURN_GAUSS),
+                )
+            point = jnp.where(correcting, prediction, x)
+            denoised = denoise(point, jnp.where(correcting, at.sigma_next, at.sigma))
+            corrected = (first + x - at.ratio * (point - denoised)) / 2
+            estimate = jnp.where(correcting, corrected, denoised)
+            x_next = (
+                at.gamma * (x - process.blur(estimate, at.blur_sigma))
+                + process.blur(estimate, at.blur_sigma_next)
+                + at.noise_amount * (fresh(step, correcting) if adds_noise else 0.0)
             )
-        x_next = update(x, estimate, at, noise)
-        return (
-            jnp.where(correcting, x_next, x),
-            x_next,
-            denoised,
-        ), state if return_states else None
+            kept = (jnp.where(correcting, x_next, x), x_next, denoised)
+            return kept, state if return_states else None
 
-    x = x.astype(jnp.float32)
-    (_, final, _), states = lax.scan(call, (x, x, x), jnp.arange(2 * num_steps - 1))
-    return Samples(final, states[::2] if states is not None else None)
+        # Both fields leave the branches: drawn in one loop with their sum
+        # they take three times as long on a CPU.
+        def fresh(step: jax.Array, correcting: jax.Array) -> jax.Array:
+            drawn = partial(fields, process, noise_fn, step)
+            heun = partial(drawn, Purpose.HEUN_GAUSS, Purpose.HEUN_BLOCK)
+            euler = partial(drawn, Purpose.EULER_GAUSS, Purpose.EULER_BLOCK)
+            return process.noise(*lax.cond(correcting, heun, euler))
+
+        x = start.astype(jnp.float32)
+        calls = jnp.arange(2 * len(table.sigma) - 1)
+        (_, final, _), states = lax.scan(call, (x, x, x), calls)
+        # Every second call is a correction, which starts from the state
+        # of its step.
+        return Samples(final, states[::2] if states is not None else None)
 
 
-def sample_edm(
-    denoise: Callable[[jax.Array, jax.Array], jax.Array],
-    latents: jax.Array,
+def fields(
+    process: EdmProcess,
     noise_fn: NoiseFn,
-    sampler: EdmSampler,
-    return_states: bool = False,
-) -> Samples:
-    """First stage (SPEC section 5.1) from unit gaussian latents [b, h, w, c]. denoise: (x,
-    scalar sigma) -> x0."""
-    sigmas = sampler.sigmas()
-    table = levels(EdmProcess(), sigmas, sampler.sde_scale, sampler.churn(), sampler.s_noise)
-    return heun(denoise, float(sigmas[0]) * latents, EdmProcess(), table, noise_fn, return_states)
-
-
-def upsample(low_res: jax.Array, patch: int) -> jax.Array:
-    """Nearest-neighbour up-sampling: every pixel of [b, h, w, c] becomes patch x patch pixels."""
-    return jnp.repeat(jnp.repeat(low_res, patch, axis=1), patch, axis=2)
-
-
-def handoff(
-    low_res: jax.Array, noise_fn: NoiseFn, process: RelayProcess, sampler: RelaySampler
-) -> jax.Array:
-    """The relay's first state (SPEC section 5.2): the up-sampled low-resolution image, neither
-    clipped nor quantised, plus noise at the first kept level. low_res: [b, h, w, c]. Returns
-    [b, h p, w p, c]."""
-    start = float(sampler.sigmas()[0])
-    return upsample(low_res, process.patch) + start * stage_noise(
-        process, *draws(process, noise_fn, 0, "initial")
-    )
-
-
-def sample_relay(
-    denoise: Callable[[jax.Array, jax.Array], jax.Array],
-    low_res: jax.Array,
-    noise_fn: NoiseFn,
-    process: RelayProcess,
-    sampler: RelaySampler,
-    return_states: bool = False,
-) -> Samples:
-    """Relay stage (SPEC section 5.3) from the images of the stage before, [b, h, w, c]; result
-    [b, h p, w p, c].
-
-    denoise: (x, scalar sigma) -> x0. `process.cdf_max` is the sampling one, which may differ
-    from training's.
-    Raises ValueError for a handoff_sigma at which the blur schedule has turned back.
-    """
-    check_handoff(process, sampler.handoff_sigma)
-    table = levels(process, sampler.sigmas(), sampler.fresh_noise)
-    return heun(
-        denoise,
-        handoff(low_res, noise_fn, process, sampler),
-        process,
-        table,
-        noise_fn,
-        return_states,
-    )
+    step: jax.Array | int,
+    white: Purpose,
+    block: Purpose,
+) -> list[jax.Array]:
+    """The white fields that the noise of a process is made of: one, or two with block noise."""
+    return [noise_fn(step, p) for p in ((white, block) if process.has_block_noise else (white,))]
 
 
 def seeded_noise(keys: jax.Array, shape: tuple[int, ...]) -> NoiseFn:
-    """A noise_fn whose row i depends on keys[i] alone. keys: typed random keys [b]; shape: (h,
-    w, c)."""
+    """A noise_fn whose row i depends on keys[i] alone.
 
-    def noise_fn(step: jax.Array | int, purpose: str) -> jax.Array:
+    keys: typed random keys [b]; shape: (h, w, c). Its fields are
+    float32 [b, h, w, c].
+    """
+    chex.assert_rank(keys, 1, custom_message="keys must be typed random keys [b]")
+
+    def noise_fn(step: jax.Array | int, purpose: Purpose) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.fold_in(key, NOISE_PURPOSES.index(purpose)), step)
-            return jax.random.normal(
-                key, (math.prod(shape),)
-            )  # in rows of 3 colours CPUs take twice as long
+            key = jax.random.fold_in(jax.random.fold_in(key, int(purpose)), step)
+            # In rows of 3 colours CPUs take twice as long.
+            return jax.random.normal(key, (math.prod(shape),))
 
         return jax.vmap(one)(keys).reshape(-1, *shape)
 
     return noise_fn
+
+
+SAMPLERS: dict[str, type] = {"heun": Heun}

@@ -1,16 +1,27 @@
 """A small classifier trained on real images: does a generated image show the class that was
 asked for?
 
-A check for data sets without a standard classifier, and for the demo. Not a published metric.
+A check for data sets without a standard classifier, and for the demo.
+Not a published metric.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from relay_jax.data.images import to_float
+from relay_jax.data.loader import read
+from relay_jax.data.source import Source
+from relay_jax.sampling.pixels import to_uint8
+from relay_jax.stage import Stage
+
+TRAINING_IMAGES, HELD_OUT_IMAGES = 4096, 1024
+PREDICTED = 256  # images classified at a time
 
 
 class _ConvNet(nn.Module):
@@ -20,51 +31,116 @@ class _ConvNet(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for width in (24, 48, 96):
             x = nn.relu(nn.Conv(width, (3, 3))(x))
-            b, h, w, c = x.shape  # maximum of 2 x 2 pixels; nn.max_pool's gradient is slow on CPU
-            x = (
-                x[:, : h // 2 * 2, : w // 2 * 2]
-                .reshape(b, h // 2, 2, w // 2, 2, c)
-                .max(axis=(2, 4))
-            )
+            # Maximum of 2 x 2 pixels by a reshape: the gradient of
+            # nn.max_pool is slow on CPU.
+            b, h, w, c = x.shape
+            even = x[:, : h // 2 * 2, : w // 2 * 2]
+            x = even.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
         return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
 
 
-def train_classifier(
-    images: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    *,
-    epochs: int = 6,
-    batch: int = 32,
-    seed: int = 0,
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Trains on images [n, h, w, 3] in [-1, 1] and labels [n]; returns images [m, h, w, 3] ->
-    classes [m]."""
-    network, steps = _ConvNet(num_classes), epochs * (len(images) // batch)
-    params = network.init(jax.random.key(seed), images[:1])
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    opt_state = optimizer.init(params)
+class Classifier:
+    """Trained on images [n, h, w, 3] in [-1, 1] and labels int [n] when it is made.
 
-    @jax.jit
-    def step(
-        params: dict, opt_state: optax.OptState, x: jax.Array, y: jax.Array
+    Called with images [m, h, w, 3] it returns their classes, int [m].
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        num_classes: int,
+        *,
+        epochs: int = 6,
+        batch: int = 32,
+        seed: int = 0,
+    ) -> None:
+        self._network = _ConvNet(num_classes)
+        # Without a mesh: every process trains the same classifier on one
+        # of its devices, which takes seconds.
+        self._predict = jax.jit(self._classes)
+        schedule = optax.cosine_decay_schedule(3e-3, epochs * (len(images) // batch))
+        optimizer = optax.adam(schedule)
+        params = self._network.init(jax.random.key(seed), images[:1])
+        opt_state = optimizer.init(params)
+        step = jax.jit(partial(self._step, optimizer))
+        rng = np.random.default_rng(seed)
+        for _ in range(epochs):
+            order = rng.permutation(len(images))
+            # The incomplete last batch is left out: it would be compiled
+            # once more.
+            for start in range(0, len(images) - batch + 1, batch):
+                rows = order[start : start + batch]
+                params, opt_state = step(params, opt_state, images[rows], labels[rows])
+        self._params = params
+
+    def _loss(self, params: dict, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = self._network.apply(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def _step(
+        self,
+        optimizer: optax.GradientTransformation,
+        params: dict,
+        opt_state: optax.OptState,
+        images: jax.Array,
+        labels: jax.Array,
     ) -> tuple[dict, optax.OptState]:
-        def loss(params: dict) -> jax.Array:
-            return optax.softmax_cross_entropy_with_integer_labels(
-                network.apply(params, x), y
-            ).mean()
-
-        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
+        gradient = jax.grad(self._loss)(params, images, labels)
+        updates, opt_state = optimizer.update(gradient, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = rng.permutation(len(images))
-        for start in range(0, len(images) - batch + 1, batch):
-            chosen = order[start : start + batch]
-            params, opt_state = step(params, opt_state, images[chosen], labels[chosen])
+    def _classes(self, params: dict, images: jax.Array) -> jax.Array:
+        return jnp.argmax(self._network.apply(params, images), axis=-1)
 
-    predict = jax.jit(lambda x: jnp.argmax(network.apply(params, x), axis=-1))
-    return lambda x: np.concatenate(
-        [np.asarray(predict(x[i : i + 256])) for i in range(0, len(x), 256)]
-    )
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        parts = [images[start : start + PREDICTED] for start in range(0, len(images), PREDICTED)]
+        return np.concatenate([np.asarray(self._predict(self._params, part)) for part in parts])
+
+
+def class_accuracies(
+    source: Source,
+    images: Mapping[str, np.ndarray],
+    classes: np.ndarray,
+    resolution: int,
+) -> dict[str, float]:
+    """Share of the images that a classifier trained on real ones gives the class asked for.
+
+    images: by name, float [n, resolution, resolution, 3], about [-1,
+    1]; classes: int [n]. Adds "_real": held-out real images, the
+    ceiling.
+    """
+    total = min(len(source), TRAINING_IMAGES + HELD_OUT_IMAGES)
+    held_out = total // 5
+    pixels, labels = read(source, range(total), resolution)
+    real = to_float(pixels)
+    classify = Classifier(real[held_out:], labels[held_out:], source.num_classes)
+    # Through 8 bits, as the real images have come: the classifier must
+    # not see the difference.
+    sets = {name: (to_float(to_uint8(x)), classes) for name, x in images.items()}
+    sets["_real"] = (real[:held_out], labels[:held_out])
+    return {
+        name: round(float(np.mean(classify(x) == expected)), 4)
+        for name, (x, expected) in sets.items()
+    }
+
+
+def class_check(
+    source: Source,
+    stages: Sequence[Stage],
+    images: Mapping[str, np.ndarray],
+    classes: np.ndarray,
+) -> dict[str, float]:
+    """Class accuracies of a relay's samples, of the first stage's enlarged, and of real images.
+
+    images: of the first and last stage by name, float32 [n, r, r, 3];
+    classes: int [n].
+    """
+    first, last = stages[0], stages[-1]
+    factor = last.resolution // first.resolution
+    # Enlarged without the later stages: what those add to the class is
+    # the difference.
+    upsampled = images[first.name].repeat(factor, axis=1).repeat(factor, axis=2)
+    sets = {"": images[last.name], "_upsampled": upsampled}
+    accuracies = class_accuracies(source, sets, classes, last.resolution)
+    return {f"class_accuracy{name}": value for name, value in accuracies.items()}

@@ -1,179 +1,399 @@
-"""--mode=evaluate: scores of a set of images, or of samples drawn from a run, against a
-reference; with a report."""
+"""Scores of images against a reference: one evaluation for all who ask for it.
+
+evaluate               any images, by one `Scorer`
+evaluate_run           --mode=evaluate: images of a folder, or samples of a run; with a report
+evaluation_of_stage    the stage that is being trained: a curve of scores beside the loss
+summarize              the end of a training: its samples, with a report
+"""
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from relay_jax.config import ConfigError, Stage, describe_source, open_source
-from relay_jax.data.source import DataError
-from relay_jax.evaluation.drawn import DrawnSamples
+from relay_jax.config import Settings
+from relay_jax.data.source import Source, describe_source, open_source
+from relay_jax.errors import UserError
+from relay_jax.evaluation.classifier import class_check
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
-from relay_jax.evaluation.images import ImageSet, open_images
-from relay_jax.evaluation.references import Reference, open_reference, reference_features
-from relay_jax.evaluation.report import averaging, check_folder, make_report, write_report
-from relay_jax.evaluation.scores import NEIGHBOURS, SETTINGS, notes, score
-from relay_jax.evaluation.statistics import collect
-from relay_jax.runtime import distributed
-from relay_jax.runtime.checkpoint import load_ema
-from relay_jax.runtime.logs import is_writer
-from relay_jax.runtime.sharding import describe, make_mesh
-from relay_jax.sampling.chain import StageSampler
+from relay_jax.evaluation.images import (
+    ArrayImages,
+    GeneratedImages,
+    ImageSet,
+    open_images,
+    other_images,
+)
+from relay_jax.evaluation.metrics import NEIGHBOURS, notes, score
+from relay_jax.evaluation.references import (
+    Reference,
+    check_sizes,
+    of_source,
+    open_reference,
+    reference_features,
+)
+from relay_jax.evaluation.report import (
+    averaging,
+    check_folder,
+    evaluation_settings,
+    make_report,
+    notes_on_record,
+    training_summary,
+    write_report,
+)
+from relay_jax.evaluation.statistics import FeatureSet, collect
+from relay_jax.runtime.distributed import agree, is_first
+from relay_jax.runtime.sharding import describe, make_mesh, place
+from relay_jax.sampling.chain import Chain
+from relay_jax.sampling.pixels import to_uint8
 from relay_jax.sampling.record import read_record
-from relay_jax.sampling.request import Request, parse_request
-from relay_jax.sampling.seeds import parse_seeds
+from relay_jax.sampling.request import Request, of_one_stage
+from relay_jax.sampling.seeds import classes_for
+from relay_jax.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """What samples are compared with, and how.
+
+    cache: folder for the features of the reference. stop: answer SIGTERM while
+    evaluating.
+    """
+
+    reference: Reference
+    extractor: FeatureExtractor
+    cache: Path
+    stop: bool = True
+
+    @cached_property
+    def features(self) -> FeatureSet | None:
+        """Of the reference, kept once they are known; other processes than the first may get None.
+
+        All processes must ask for them together.
+        """
+        return reference_features(self.reference, self.extractor, cache=self.cache, stop=self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """An evaluation: scores by name (on process 0 alone), notes, and the seconds of its parts."""
+
+    values: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.5g}" for name, value in self.values.items())
 
 
 def evaluate(
-    config: ConfigDict,
-    stages: list[Stage],
-    only: Stage | None,
-    weights: Mapping[str, Path],
-    *,
-    images: Path | None,
-    seeds: str,
-    class_rule: str,
-    low_res: Path | None,
-    reference: str,
-    reference_images: int,
-    features: str,
-    inception: Path | None,
-    out: Path,
-    cache: Path,
-) -> None:
-    """Writes out/report.json and out/report.md.
+    samples: ImageSet, scorer: Scorer, *, what: str = "samples", probabilities: bool = True
+) -> Scores:
+    """Scores of images against the reference. All processes must call it.
 
-    images: what to score: a folder or npz; None: samples drawn from the stages, whose folders
-    are `weights`, as --mode=sample would draw them with these `only`, seeds, class_rule and
-    low_res, but written nowhere.
-    reference, reference_images: see `open_reference`. cache: folder for the features of references.
-    Raises ConfigError, DataError, FeatureError or MeshError for what cannot be done, where
-    possible before anything
-    expensive.
+    what: names the images in progress and errors. probabilities: of classes too, for
+    the inception score. Raises DataError for images that have no scores, Stopped
+    after SIGTERM. Source: docs/math.md section 9.
     """
-    begun = time.monotonic()
-
-    def open_all() -> tuple[
-        Mesh, FeatureExtractor, Request, ImageSet | None, Reference, dict[str, Any] | None
-    ]:
-        if reference_images < 0:
-            raise ConfigError(f"--reference_images must not be negative, not {reference_images}")
-        mesh = make_mesh(config.mesh.fsdp)
-        request = parse_request(
-            stages,
-            only,
-            seeds=seeds,
-            class_rule=class_rule,
-            pixel_edit=config.sample.pixel_edit,
-            low_res=low_res,
-            data=describe_source(config, stages),
-        )
-        extractor = make_extractor(features, weights=inception, mesh=mesh)
-        given = open_images(images, config.dataset.threads) if images else None
-        record = read_record(images) if images and images.is_dir() else None
-        resolution = given.resolution if given else request.stages[-1].resolution
-        ours = open_reference(
-            reference,
-            resolution,
-            limit=reference_images,
-            threads=config.dataset.threads,
-            data_set=lambda: (open_source(config, stages), describe_source(config, stages)),
-        )
-        return mesh, extractor, request, given, ours, record
-
-    mesh, extractor, request, given, compared, record = distributed.everywhere(open_all)
-    logging.info("%s; features %s", describe(mesh), extractor.name)
-    if given is None:
-        drawn, record = draw(config, stages, weights, mesh, request)
-        samples: ImageSet = drawn
-        ema = averaging(request.stages)
-    else:
-        samples, ema = given, None
-    settings = {
-        "samples": {
-            **samples.identity,
-            "resolution": samples.resolution,
-            "sampling": record,
-            "ema": ema,
-        },
-        "reference": compared.identity,
-        "features": extractor.identity,
-        "metrics": SETTINGS,
-    }
-
-    def check() -> None:
-        enough(compared, samples)
-        check_folder(out, settings)
-
-    distributed.everywhere(check)
-    real = reference_features(compared, extractor, cache=cache)
-    seconds = {"reference": time.monotonic() - begun}
-    start = time.monotonic()
-    found = collect(samples, extractor, what="samples", rows=len(samples), probabilities=True)
-    seconds["samples"] = time.monotonic() - start
-
-    def finish() -> None:
-        if real is None or not is_writer():
-            return
-        start = time.monotonic()
-        scores = score(real, found, extractor.name)
-        seconds.update(scores=time.monotonic() - start, total=time.monotonic() - begun)
-        told = notes(real, found, extractor.name) + about_record(record, len(samples))
-        write_report(out, make_report(scores, told, settings, seconds))
-        logging.info("%s", ", ".join(f"{name} {value:.5g}" for name, value in scores.items()))
-        logging.info("look at %s", out / "report.md")
-
-    distributed.everywhere(finish)  # the others wait here
-
-
-def about_record(record: Mapping[str, Any] | None, images: int) -> list[str]:
-    """Notes for a reader who would trust samples.json too much."""
-    if record is None:
-        return ["How the samples were made is not known: there is no samples.json beside them."]
-    seeds = len(parse_seeds(record["seeds"]))
-    return (
-        [f"samples.json speaks of {seeds:,} images, and there are {images:,}."]
-        if seeds != images
-        else []
+    extractor, clock = scorer.extractor, _Clock()
+    reference = scorer.features
+    clock.lap("reference")
+    # Every sample's row is kept: precision and recall take all samples, of the
+    # reference a part.
+    features = collect(
+        samples,
+        extractor,
+        what=what,
+        rows=len(samples),
+        probabilities=probabilities,
+        stop=scorer.stop,
     )
+    clock.lap("samples")
+    values: dict[str, float] = {}
+    # Process 0 alone has the reference; the others wait, and learn of an error.
+    with agree():
+        if reference is not None and is_first():
+            values = score(reference, features, extractor.name)
+    clock.lap("scores")
+    return Scores(values=values, notes=notes(features, extractor.name), seconds=clock.seconds)
 
 
-def enough(reference: Reference, samples: ImageSet) -> None:
-    """Raises DataError if a set has fewer images than the scores need."""
-    least, why = (
-        (NEIGHBOURS + 1, f"{NEIGHBOURS} neighbours")
-        if reference.images is not None
-        else (2, "a covariance")
-    )
-    sets = {"samples": samples, "reference": reference.images}
-    for what, count in ((name, len(images)) for name, images in sets.items() if images is not None):
-        if count < least:
-            raise DataError(
-                f"{count} image{'s' * (count != 1)} as {what}: {why} need at least {least}"
-            )
+class _Clock:
+    """Seconds of the parts of a work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begun = self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Ends a part."""
+        now = time.monotonic()
+        self.seconds[name], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        return time.monotonic() - self._begun
 
 
-def draw(
-    config: ConfigDict,
-    stages: list[Stage],
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What --mode=evaluate compares with, in the user's words.
+
+    reference: 'dataset', a folder or an npz (references.py); reference_images: of it
+    at most, 0 = all; features: name of an extractor, inception: its weights
+    (features.py); cache: folder for the features of references.
+    """
+
+    reference: str
+    reference_images: int
+    features: str
+    inception: Path | None
+    cache: Path
+
+
+def evaluate_run(
+    settings: Settings,
+    samples: Request | Path,
     weights: Mapping[str, Path],
-    mesh: Mesh,
-    request: Request,
-) -> tuple[DrawnSamples, dict[str, Any]]:
-    """The samples of a request, and the record of how they are made."""
-    source = distributed.everywhere(
-        lambda: open_source(config, stages) if request.from_real_images else None
+    comparison: Comparison,
+    out: Path,
+) -> dict[str, Any]:
+    """Writes out/report.json and out/report.md, and returns the report.
+
+    samples: a folder or npz of images (`open_images`), or a request, whose images are
+    generated as --mode=sample would, but written nowhere. weights: folders of the
+    request's stages. Raises UserError or DataError for what cannot be done, where
+    possible before anything expensive.
+    """
+    clock, record, ema = _Clock(), None, None
+    with agree():
+        if comparison.reference_images < 0:
+            raise UserError(
+                f"--reference_images must not be negative, not {comparison.reference_images}"
+            )
+        mesh = make_mesh(settings.fsdp)
+        extractor = make_extractor(comparison.features, weights=comparison.inception, mesh=mesh)
+        if isinstance(samples, Path):
+            images: ImageSet = open_images(samples, settings.dataset.threads)
+            record = read_record(samples) if samples.is_dir() else None
+            resolution = images.resolution
+        else:
+            source = samples.open_source(settings)
+            resolution = samples.stages[-1].resolution
+        reference = open_reference(
+            comparison.reference,
+            resolution,
+            data_set=partial(_data_set, settings),
+            threads=settings.dataset.threads,
+            limit=comparison.reference_images,
+        )
+    logging.info("%s; features %s", describe(mesh), extractor.name)
+    # The weights last: everything that may be a mistake of the user's is known by
+    # now.
+    if not isinstance(samples, Path):
+        chain = Chain.load(samples.stages, weights, mesh, settings.sample.batch)
+        images, record = GeneratedImages(samples, chain, source), samples.record(chain.weights)
+        ema = averaging(samples.stages)
+    about = evaluation_settings(images, reference, extractor, record, ema)
+    # Two sets that are too small, and a folder with another report: known before
+    # the hours begin.
+    with agree():
+        check_sizes(reference, images)
+        check_folder(out, about)
+    scores = evaluate(
+        images, Scorer(reference=reference, extractor=extractor, cache=comparison.cache)
     )
-    loaded = {
-        stage.name: load_ema(weights[stage.name], stage.network, mesh) for stage in request.stages
+    seconds = {**scores.seconds, "total": clock.total}
+    lines = scores.notes + notes_on_record(record, len(images))
+    report = make_report(scores.values, lines, about, seconds)
+    with agree():
+        if is_first():
+            write_report(out, report)
+            logging.info("%s", scores)
+            logging.info("look at %s", out / "report.md")
+    return report
+
+
+def _data_set(settings: Settings) -> tuple[Source, dict[str, Any]]:
+    """The data set of a configuration, and what that says of it. Raises DataError."""
+    source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
+    return source, _description(settings)
+
+
+def _description(settings: Settings) -> dict[str, Any]:
+    return describe_source(settings.dataset.keys, max(settings.resolutions), settings.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEvaluation:
+    """Averaged parameters of the stage that is trained -> scores (on process 0).
+
+    source: the training set, which is the reference. mesh: of the devices that
+    sample. settings: `evaluate` says how many images. cache: folder for the features
+    of the reference. All processes must call it.
+    """
+
+    # Few samples against a part of the training set: the numbers rank the moments
+    # of one training and are no published scores.
+
+    stage: Stage
+    source: Source
+    mesh: Mesh
+    extractor: FeatureExtractor
+    settings: Settings
+    cache: Path
+
+    # Made at the first evaluation: a training without any does not pay for hashing
+    # its data set.
+    @cached_property
+    def _scorer(self) -> Scorer:
+        with agree():
+            reference = _training_set(self.source, self.stage.resolution, self.settings)
+        # SIGTERM is answered by the training, which saves.
+        return Scorer(reference=reference, extractor=self.extractor, cache=self.cache, stop=False)
+
+    # Kept with its compiled programs: each evaluation gives it other parameters.
+    @cached_property
+    def _chain(self) -> Chain:
+        return Chain([self.stage], {}, self.mesh, self.settings.sample.batch)
+
+    def __call__(self, params: dict) -> dict[str, float]:
+        """Seeds 0, 1, ...; a stage that continues images starts from down-sampled real ones."""
+        begun = time.monotonic()
+        if len(self.source) <= NEIGHBOURS:
+            return {}
+        request = of_one_stage(self.stage, self.settings.evaluate.every_samples)
+        # The training may have fewer devices than sampling, or the parameters
+        # elsewhere.
+        chain = self._chain.with_params({self.stage.name: place(params, self.mesh)})
+        source = self.source if request.from_real_images else None
+        images = GeneratedImages(request, chain, source)
+        scores = evaluate(images, self._scorer, what=f"samples of stage {self.stage.name}")
+        if is_first():
+            seconds = time.monotonic() - begun
+            logging.info(
+                "stage %s: %s (%d samples, %.1f s)", self.stage.name, scores, len(images), seconds
+            )
+        return scores.values
+
+
+def _training_set(source: Source, resolution: int, settings: Settings) -> Reference:
+    return of_source(
+        source,
+        _description(settings),
+        resolution,
+        threads=settings.dataset.threads,
+        limit=settings.evaluate.reference_images,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """Images of all stages for seeds 0, 1, ..., class = seed mod classes.
+
+    seeds: int64 [n]; classes: int32 [n]; images: by stage name, float32 [n, r, r, c],
+    about [-1, 1]; seconds: that it took, compilation included.
+    """
+
+    seeds: np.ndarray
+    classes: np.ndarray
+    images: Mapping[str, np.ndarray]
+    seconds: float
+
+
+def generate_first(chain: Chain, count: int) -> Generated:
+    """The images of the first `count` seeds, whole on every process. All must call it."""
+    begun = time.monotonic()
+    seeds = np.arange(count)
+    classes = classes_for(seeds, chain.stages[-1].num_classes, "mod")
+    images = chain.images(seeds, classes)
+    seconds = time.monotonic() - begun
+    logging.info(
+        "generated %d samples through %d stages in %.1f s, compilation included",
+        count,
+        len(chain.stages),
+        seconds,
+    )
+    return Generated(seeds=seeds, classes=classes, images=images, seconds=seconds)
+
+
+def summarize(
+    generated: Generated,
+    chain: Chain,
+    source: Source,
+    extractor: FeatureExtractor,
+    settings: Settings,
+    workdir: Path,
+) -> dict[str, Any]:
+    """Writes workdir/report.json and report.md of a finished relay's samples; returns the report.
+
+    generated: by `generate_first`. chain: all stages with their weights, as loaded
+    from the workdir. source: the training set, which is the reference. All processes
+    must call it.
+    """
+    clock, stages, last = _Clock(), chain.stages, chain.stages[-1]
+    samples = ArrayImages(to_uint8(generated.images[last.name]), {"kind": "drawn"})
+    request = Request(stages=stages, seeds=generated.seeds.tolist())
+    with agree():
+        reference = _training_set(source, last.resolution, settings)
+    about = evaluation_settings(
+        samples, reference, extractor, request.record(chain.weights), averaging(stages)
+    )
+    scorer = Scorer(reference=reference, extractor=extractor, cache=workdir / "cache")
+    scores = _with_real_images(samples, source, scorer, settings)
+    values, lines = dict(scores.values), list(scores.notes)
+    clock.lap("distances")
+    if settings.evaluate.class_check and last.num_classes and len(stages) > 1:
+        values |= class_check(source, stages, generated.images, generated.classes)
+        lines.append(
+            "class_accuracy: share of the samples that a small classifier, trained on real "
+            "images, gives the class that was asked for; _upsampled: of the first stage's images, "
+            "enlarged; _real: of held-out real images."
+        )
+        clock.lap("classifier")
+    training = {s.name: training_summary(s, chain.notes[s.name], workdir / s.name) for s in stages}
+    rates = {"sampling": round(len(samples) / generated.seconds, 2)}
+    rates |= {name: part.pop("images_per_second") for name, part in training.items()}
+    lengths = {s.name: chain.notes[s.name]["seconds"] for s in stages}
+    seconds = {
+        "sampling": generated.seconds,
+        **clock.seconds,
+        **{f"training {name}": value for name, value in lengths.items()},
+        "total": sum(lengths.values()) + generated.seconds + clock.total,
     }
-    samplers = [
-        (StageSampler(stage, mesh, config.sample.batch), loaded[stage.name][0])
-        for stage in request.stages
-    ]
-    return DrawnSamples(request, samplers, source), request.record(loaded)
+    report = make_report(values, lines, about, seconds, training=training)
+    report["time"]["images_per_second"] = rates
+    with agree():
+        if is_first():
+            write_report(workdir, report)
+    return report
+
+
+def _with_real_images(
+    samples: ImageSet, source: Source, scorer: Scorer, settings: Settings
+) -> Scores:
+    """Scores of the samples, and of as many real images in their place, with notes."""
+    if len(source) <= NEIGHBOURS:
+        return Scores(values={}, notes=[f"{len(source)} real images are too few to compare with."])
+    scores = evaluate(samples, scorer)
+    pixels = other_images(
+        source, len(samples), settings.evaluate.reference_images, samples.resolution
+    )
+    if not len(pixels):
+        return scores
+    # What a perfect network would get: a Frechet distance of so few images is far
+    # from zero.
+    ideal = evaluate(ArrayImages(pixels, {}), scorer, what="real images", probabilities=False)
+    return Scores(
+        values=scores.values | {f"{name}_real": value for name, value in ideal.values.items()},
+        notes=[
+            *scores.notes,
+            "Names with _real: as many real images, none of them in the reference, in the "
+            "place of the samples.",
+        ],
+    )

@@ -5,202 +5,228 @@ compare.
     random-conv       a small convolutional network with fixed random weights; nothing to download
     package.module:f  a function of the user's, uint8 [n, h, w, 3] -> floats [n, d]
 
-The Frechet distance of random-conv features is NOT FID. It sees colour, contrast, edges and
-texture but no objects, and its numbers compare with nothing but numbers of random-conv on
-images of the same size.
+The Frechet distance of random-conv features is NOT FID. It sees colour,
+contrast, edges and texture but no objects, and its numbers compare with
+nothing but numbers of random-conv on images of the same size.
+
+A new extractor is a function `(mesh, batch, weights) ->
+FeatureExtractor` and a line in FEATURES.
 """
 
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
+from relay_jax.errors import UserError, one_line
 from relay_jax.evaluation import inception
-from relay_jax.official.pickle import FileError
-from relay_jax.runtime.sharding import batch_sharding, replicated
+from relay_jax.runtime.devices import jit
+from relay_jax.runtime.files import file_sha256
+from relay_jax.runtime.sharding import batch_sharding, padded, replicated
 
-FEATURES = ("inception", "random-conv")
 DEVICE_BATCH = 64
 RANDOM_LAYERS = ((4, 16), (3, 32), (3, 64))  # side of the kernel, features
 
-_Compute = Callable[[np.ndarray], dict[str, jax.Array | np.ndarray]]
-
-
-class FeatureError(ValueError):
-    """An extractor that cannot be had, or images that it cannot take; one line for the user."""
+Outputs = Mapping[str, jax.Array | np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureExtractor:
-    """name: as asked for; identity: what a report says of it; outputs: of pool, spatial and
-    probabilities those that it has ("pool" always); batch: images per call of compute, uint8
-    [batch, h, w, 3] -> an array [batch, d] per output."""
+    """Features of images by the name of an output.
+
+    name: as asked for; identity: what a report says of it; outputs: of
+    pool, spatial and probabilities those that it has ("pool" always);
+    batch: images per call of compute, uint8 [batch, h, w, 3] -> an
+    array [batch, d] per output.
+    """
 
     name: str
     identity: dict[str, object]
     outputs: tuple[str, ...]
     batch: int
-    compute: _Compute
+    compute: Callable[[np.ndarray], Outputs]
 
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 [n, h, w, 3], n of any size -> float32 [n, d] per output; an image's row does
-        not depend on the others.
+        """uint8 [n, h, w, 3], n of any size -> float32 [n, d] per output.
 
-        The last batch is filled up. With several processes each brings its own images, as many
-        as it likes: only its
-        own devices work, and nobody waits for anybody. Raises FeatureError.
+        An image's row does not depend on the others. Raises UserError
+        for other pixels.
         """
+        # With several processes each brings its own images, as many as it
+        # likes: only its own devices work, and nobody waits for anybody.
         if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-            raise FeatureError(
+            raise UserError(
                 f"{self.name} takes uint8 images [n, h, w, 3], not {pixels.dtype} "
                 f"{list(pixels.shape)}"
             )
-        parts: dict[str, list[np.ndarray]] = {output: [] for output in self.outputs}
-        waiting = None
-        for start in range(
-            0, max(len(pixels), 1), self.batch
-        ):  # no images: one empty batch tells the dimensions
+        results: dict[str, list[np.ndarray]] = {output: [] for output in self.outputs}
+        waiting: tuple[Outputs, int] | None = None
+        # No images are one empty batch, which tells the dimensions.
+        for start in range(0, max(len(pixels), 1), self.batch):
             part = pixels[start : start + self.batch]
-            full = np.zeros((self.batch, *pixels.shape[1:]), np.uint8)
-            full[: len(part)] = part
-            found = self.compute(full), len(part)
-            if waiting:  # fetched only now, so that the devices had the next batch before
-                self._fetch(*waiting, parts)
-            waiting = found
-        assert waiting
-        self._fetch(*waiting, parts)
-        return {output: np.concatenate(arrays) for output, arrays in parts.items()}
+            current = self.compute(padded(part, self.batch)), len(part)
+            # Fetched only now, so that the devices had the next batch
+            # before.
+            if waiting is not None:
+                self._fetch(*waiting, results)
+            waiting = current
+        assert waiting is not None
+        self._fetch(*waiting, results)
+        return {output: np.concatenate(arrays) for output, arrays in results.items()}
 
-    def _fetch(
-        self,
-        found: dict[str, jax.Array | np.ndarray],
-        count: int,
-        parts: dict[str, list[np.ndarray]],
-    ) -> None:
-        for output, arrays in parts.items():
-            arrays.append(np.asarray(found[output], np.float32)[:count])
+    def _fetch(self, batch: Outputs, count: int, results: dict[str, list[np.ndarray]]) -> None:
+        for output, arrays in results.items():
+            arrays.append(np.asarray(batch[output], np.float32)[:count])
 
 
 def make_extractor(
     name: str, *, weights: Path | None, mesh: Mesh, batch: int = 0
 ) -> FeatureExtractor:
-    """The extractor of that name. weights: the file of `inception`; mesh: this process's
-    devices of it do the work;
-    batch: images at a time, rounded up to a multiple of them; 0 = 64 on each. Raises
-    FeatureError."""
+    """The extractor of that name.
+
+    weights: the file of `inception`; mesh: this process's devices of it
+    do the work; batch: images at a time, rounded up to a multiple of
+    them; 0 = 64 on each. Raises UserError.
+    """
     if weights is not None and name != "inception":
-        raise FeatureError(
+        raise UserError(
             f"weights of the Inception network are given ({weights}), but the features are "
-            f"{name!r}, not "
-            "'inception'"
+            f"{name!r}, not 'inception'"
         )
-    own = mesh.local_devices
+    devices = mesh.local_devices
     local = jax.make_mesh(
-        (len(own), 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=own
+        (len(devices), 1),
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices,
     )
     batch = -(-batch // local.size) * local.size or DEVICE_BATCH * local.size
-    if name == "inception":
-        return _inception(weights, local, batch)
-    if name == "random-conv":
-        return _random_conv(local, batch)
+    if name in FEATURES:
+        return FEATURES[name](local, batch, weights)
     if ":" in name:
         return _named_function(name, batch)
-    raise FeatureError(
+    raise UserError(
         f"no features {name!r}; there are {', '.join(FEATURES)}, and package.module:function"
     )
 
 
-def _inception(weights: Path | None, mesh: Mesh, batch: int) -> FeatureExtractor:
+def _run(
+    program: Callable[..., Outputs],
+    params: Any,
+    rows: NamedSharding,
+    pixels: np.ndarray,
+) -> Outputs:
+    """A program of parameters and pixels, split over the devices."""
+    return program(params, jax.device_put(pixels, rows))
+
+
+def _inception(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtractor:
     if weights is None:
-        raise FeatureError(inception.WHERE)
-    try:
-        params, sha256 = inception.read_weights(weights)
-    except (FileError, OSError) as error:
-        raise FeatureError(str(error)) from error
-    params = jax.device_put(params, replicated(mesh))
-    # Two programs: images of another size compile the resize again, not the network.
-    resize = jax.jit(inception.resize, out_shardings=batch_sharding(mesh))
-    network = jax.jit(inception.outputs, out_shardings=batch_sharding(mesh))
-    identity: dict[str, object] = {
-        "name": "inception",
-        "network": inception.NETWORK,
-        "sha256": sha256,
-        "resize": inception.RESIZE,
-    }
+        raise UserError(inception.WHERE)
+    params, sha256 = inception.read_weights(weights)
+    rows = batch_sharding(mesh)
+    # Two programs: images of another size compile the resize again, not
+    # the network.
+    resize = jit(inception.resize, mesh, out_shardings=rows)
+    network = jit(inception.outputs, mesh, out_shardings=rows)
     return FeatureExtractor(
         name="inception",
-        identity=identity,
+        identity={
+            "name": "inception",
+            "network": inception.NETWORK,
+            "sha256": sha256,
+            "resize": inception.RESIZE,
+        },
         outputs=("pool", "spatial", "probabilities"),
         batch=batch,
-        compute=lambda full: network(params, resize(jax.device_put(full, batch_sharding(mesh)))),
+        compute=partial(
+            _run,
+            lambda params, pixels: network(params, resize(pixels)),
+            jax.device_put(params, replicated(mesh)),
+            rows,
+        ),
     )
 
 
 def random_weights() -> list[np.ndarray]:
     """Kernels [k, k, in, out] of random-conv, gaussian of variance 2 / (k k in), the same
-    everywhere and for ever.
-
-    RandomState's stream is frozen by numpy; rounding hides the last digit of a machine's logarithm.
-    """
+    everywhere and for ever."""
+    # RandomState's stream is frozen by NumPy; rounding hides the last
+    # digit of a machine's logarithm.
     rng, width_in, kernels = np.random.RandomState(0), 3, list[np.ndarray]()
     for side, width in RANDOM_LAYERS:
-        kernel = rng.standard_normal((side, side, width_in, width)) * np.sqrt(
-            2 / (side * side * width_in)
-        )
-        if (
-            not kernels
-        ):  # half of the first filters see no colour, which would drown fine noise and texture
+        scale = np.sqrt(2 / (side * side * width_in))
+        kernel = rng.standard_normal((side, side, width_in, width)) * scale
+        # Half of the first filters see no colour, which would drown fine
+        # noise and texture.
+        if not kernels:
             kernel[..., ::2] -= kernel[..., ::2].mean(axis=(0, 1))
         kernels.append((np.round(kernel * 1024) / 1024).astype(np.float32))
         width_in = width
     return kernels
 
 
-def _random_conv(mesh: Mesh, batch: int) -> FeatureExtractor:
-    """112 features of images of any size, as they are: three convolutions with rectifiers, and
-    the means of each over all pixels. The first has a stride of 4, the others of 2: they see 4,
-    12 and 28 pixels."""
-    kernels = random_weights()
+def random_features(kernels: list[jax.Array], pixels: jax.Array) -> dict[str, jax.Array]:
+    """112 features of images uint8 [b, h, w, 3] of any size, as they are: float32 [b, 112].
 
-    def compute(kernels: list[jax.Array], pixels: jax.Array) -> dict[str, jax.Array]:
-        x, means = pixels.astype(jnp.float32) / 127.5 - 1, []
-        for kernel, stride in zip(kernels, (4, 2, 2), strict=True):
-            x = jax.nn.relu(
-                jax.lax.conv_general_dilated(
-                    x,
-                    kernel,
-                    (stride, stride),
-                    "SAME",
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    precision=jax.lax.Precision.HIGHEST,
-                )
+    Three convolutions with rectifiers, and the means of each over all
+    pixels. The first has a stride of 4, the others of 2: they see 4, 12
+    and 28 pixels.
+    """
+    x, means = pixels.astype(jnp.float32) / 127.5 - 1, []
+    for kernel, stride in zip(kernels, (4, 2, 2), strict=True):
+        x = jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (stride, stride),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                # Scores of a GPU's TF32 would not be those of a CPU.
+                precision=jax.lax.Precision.HIGHEST,
             )
-            means.append(x.mean(axis=(1, 2)))
-        return {"pool": jnp.concatenate(means, axis=1)}
+        )
+        means.append(x.mean(axis=(1, 2)))
+    return {"pool": jnp.concatenate(means, axis=1)}
 
-    run = jax.jit(compute, out_shardings=batch_sharding(mesh))
-    params = jax.device_put(kernels, replicated(mesh))
+
+def _random_conv(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtractor:
+    kernels, rows = random_weights(), batch_sharding(mesh)
     sha256 = hashlib.sha256(b"".join(k.astype("<f4").tobytes() for k in kernels)).hexdigest()
-    identity: dict[str, object] = {
-        "name": "random-conv",
-        "version": 1,
-        "sha256": sha256,
-        "resize": "none",
-    }
     return FeatureExtractor(
         name="random-conv",
-        identity=identity,
+        identity={
+            "name": "random-conv",
+            "version": 1,
+            "sha256": sha256,
+            "resize": "none",
+        },
         outputs=("pool",),
         batch=batch,
-        compute=lambda full: run(params, jax.device_put(full, batch_sharding(mesh))),
+        compute=partial(
+            _run,
+            jit(random_features, mesh, out_shardings=rows),
+            jax.device_put(kernels, replicated(mesh)),
+            rows,
+        ),
     )
+
+
+# Mesh of this process's devices, images at a time, file of weights ->
+# extractor
+FEATURES: dict[str, Callable[[Mesh, int, Path | None], FeatureExtractor]] = {
+    "inception": _inception,
+    "random-conv": _random_conv,
+}
 
 
 def _named_function(name: str, batch: int) -> FeatureExtractor:
@@ -208,35 +234,41 @@ def _named_function(name: str, batch: int) -> FeatureExtractor:
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
+    # The module is the user's: it may fail in any way.
     except Exception as error:
-        raise FeatureError(
-            f"features {name!r}: {module_name!r} cannot be imported ({error})"
+        raise UserError(
+            f"features {name!r}: {module_name!r} cannot be imported ({one_line(error)})"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise FeatureError(f"features {name!r}: {module_name!r} has no function {function_name!r}")
+        raise UserError(f"features {name!r}: {module_name!r} has no function {function_name!r}")
     file = inspect.getsourcefile(module)
-    sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
-    identity: dict[str, object] = {
-        "name": name,
-        "version": getattr(module, "__version__", None),
-        "sha256": sha256,
-        "resize": "its own",
-    }
-
-    def compute(full: np.ndarray) -> dict[str, jax.Array | np.ndarray]:
-        found = np.asarray(function(full))
-        if (
-            found.ndim != 2
-            or len(found) != len(full)
-            or not np.issubdtype(found.dtype, np.floating)
-        ):
-            raise FeatureError(
-                f"features {name!r}: for images {list(full.shape)} the function must give floats "
-                f"[{len(full)}, d], not {found.dtype} {list(found.shape)}"
-            )
-        return {"pool": found}
-
     return FeatureExtractor(
-        name=name, identity=identity, outputs=("pool",), batch=batch, compute=compute
+        name=name,
+        identity={
+            "name": name,
+            "version": getattr(module, "__version__", None),
+            "sha256": file_sha256(file) if file else None,
+            "resize": "its own",
+        },
+        outputs=("pool",),
+        batch=batch,
+        compute=partial(_checked, name, function),
     )
+
+
+def _checked(
+    name: str, function: Callable[[np.ndarray], Any], pixels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What a user's function makes of a batch. Raises UserError for anything but features."""
+    features = np.asarray(function(pixels))
+    if (
+        features.ndim != 2
+        or len(features) != len(pixels)
+        or not np.issubdtype(features.dtype, np.floating)
+    ):
+        raise UserError(
+            f"features {name!r}: for images {list(pixels.shape)} the function must give floats "
+            f"[{len(pixels)}, d], not {features.dtype} {list(features.shape)}"
+        )
+    return {"pool": features}

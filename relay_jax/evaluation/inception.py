@@ -1,32 +1,38 @@
 """The network of FID, sFID and the inception score: Inception-v3 as TensorFlow published it on
 2015-12-05.
 
-C. Szegedy et al., Rethinking the Inception Architecture for Computer Vision (arXiv 1512.00567).
-Every published score uses this one set of weights, and differs visibly with any other, with
-another resize or with bfloat16. So:
+C. Szegedy et al., Rethinking the Inception Architecture for Computer
+Vision (arXiv 1512.00567). Every published score uses this one set of
+weights, and differs visibly with any other, with another resize or with
+bfloat16. So:
 
-    input     uint8 of any size -> 299 x 299 with TensorFlow 1's bilinear rule (`resize`) -> (x - 128) / 128
-    padding   average pools of 3 x 3 leave the border out of the mean (TensorFlow), so their sum is divided by 4, 6 or 9
-    7c        the pool branch of the last block takes the maximum, that of the block before the mean; this is no
-              mistake of ours but what the published graph does
-    numbers   float32 with full-precision products: a GPU's TF32 and a TPU's bfloat16 passes would shift the scores
+    input     uint8 of any size -> 299 x 299 with TensorFlow 1's bilinear rule (`resize`)
+              -> (x - 128) / 128
+    padding   average pools of 3 x 3 leave the border out of the mean (TensorFlow), so their sum is
+              divided by 4, 6 or 9
+    7c        the pool branch of the last block takes the maximum, that of the block before the
+              mean; this is no mistake here but what the published graph does
+    numbers   float32 with full-precision products: a GPU's TF32 and a TPU's bfloat16 passes would
+              shift the scores
     outputs   pool           [b, 2048]  mean over the last 8 x 8
-              spatial        [b, 2023]  first 7 channels of the 17 x 17 output of "mixed_6/conv", in order y, x, channel
-              probabilities  [b, 1008]  softmax of the pool features times the last matrix
-              WITHOUT its bias (as in ADM's
-                                        evaluator, which gives the published inception scores)
+              spatial        [b, 2023]  first 7 channels of the 17 x 17 output of "mixed_6/conv",
+                                        in order y, x, channel
+              probabilities  [b, 1008]  softmax of the pool features times the last matrix WITHOUT
+                                        its bias (as in ADM's evaluator, which gives the published
+                                        inception scores)
 
-The graph numbers the blocks mixed, mixed_1 ... mixed_10; the PyTorch port whose names we use
-calls them 5b, 5c, 5d, 6a, 6b ... 6e, 7a, 7b, 7c. mixed_6 is thus 6d, and "mixed_6/conv",
-without a tower, its first branch of 1 x 1. In this graph the node named after a scope is the
-last one of that scope, the rectifier after batch normalisation (the convolution alone is
-"mixed_6/conv/Conv2D"), so the numbers are those that enter the concatenation.
+The graph numbers the blocks mixed, mixed_1 ... mixed_10; the PyTorch
+port, whose names are used here, calls them 5b, 5c, 5d, 6a, 6b ... 6e,
+7a, 7b, 7c. mixed_6 is thus 6d, and "mixed_6/conv", without a tower, its
+first branch of 1 x 1. In this graph the node named after a scope is the
+last one of that scope, the rectifier after batch normalisation (the
+convolution alone is "mixed_6/conv/Conv2D"), so the numbers are those
+that enter the concatenation.
 
-Batch normalisation (epsilon 1e-3, fixed statistics) is folded into the kernels in float64 when
-the weights are read.
+Batch normalisation (epsilon 1e-3, fixed statistics) is folded into the
+kernels in float64 when the weights are read.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,8 +41,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relay_jax.official.pickle import FileError
+from relay_jax.errors import UserError, one_line
 from relay_jax.official.torch_files import Tensor, load
+from relay_jax.runtime.files import file_sha256
 
 NETWORK = "Inception-v3 of 2015-12-05, 1008 classes"
 RESIZE = "TensorFlow 1 bilinear (no antialiasing, corners not aligned) to 299 x 299"
@@ -53,12 +60,15 @@ SPATIAL_CHANNELS = 7
 def resize(pixels: jax.Array, side: int = SIDE) -> jax.Array:
     """uint8 [b, h, w, c] -> float32 [b, side, side, c] in [0, 255].
 
-    tf.compat.v1.image.resize_bilinear with its defaults: pixel i of the result lies at i * h /
-    side of the source, not at (i + 1/2) h / side - 1/2; between the two neighbours it
-    interpolates linearly, also when it shrinks.
+    tf.compat.v1.image.resize_bilinear with its defaults: pixel i of the
+    result lies at i * h / side of the source, not at (i + 1/2) h / side
+    - 1/2; between the two neighbours it interpolates linearly, also
+    when it shrinks.
     """
     x = pixels.astype(jnp.float32)
-    for axis in (2, 1):  # along the width first, as TensorFlow
+    # Along the width first, as TensorFlow: the order decides the
+    # rounding.
+    for axis in (2, 1):
         size = x.shape[axis]
         place = np.arange(side, dtype=np.float32) * (np.float32(size) / np.float32(side))
         low = place.astype(int)
@@ -81,9 +91,15 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        # Full precision: see "numbers" above; it costs nothing on CPU.
         return nn.relu(
             nn.Conv(
-                self.width, self.kernel, self.stride, self.padding, precision="highest", name="conv"
+                self.width,
+                self.kernel,
+                self.stride,
+                self.padding,
+                precision="highest",
+                name="conv",
             )(x)
         )
 
@@ -94,6 +110,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def mean_3x3(x: jax.Array) -> jax.Array:
+    # Without the border, as TensorFlow divides; Flax would count its
+    # zeros.
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
@@ -140,7 +158,12 @@ class BlockC(nn.Module):
         b = Conv(192, (7, 1), name="branch7x7_3")(b)
         c = Conv(self.width, name="branch7x7dbl_1")(x)
         for i, (width, kernel) in enumerate(
-            ((self.width, (7, 1)), (self.width, (1, 7)), (self.width, (7, 1)), (192, (1, 7))),
+            (
+                (self.width, (7, 1)),
+                (self.width, (1, 7)),
+                (self.width, (7, 1)),
+                (192, (1, 7)),
+            ),
             start=2,
         ):
             c = Conv(width, kernel, name=f"branch7x7dbl_{i}")(c)
@@ -200,6 +223,8 @@ class Inception(nn.Module):
         x = BlockD(name="Mixed_7a")(x)
         x = BlockE(mean_3x3, name="Mixed_7b")(x)
         x = BlockE(max_3x3, name="Mixed_7c")(x)
+        # The mean over whatever remains of height and width: 8 x 8 for
+        # images of 299.
         pool = x.mean(axis=(1, 2))
         logits = nn.Dense(CLASSES, use_bias=False, precision="highest", name="fc")(pool)
         return logits, pool, branches["6d"]
@@ -208,6 +233,8 @@ class Inception(nn.Module):
 def outputs(params: dict, x: jax.Array) -> dict[str, jax.Array]:
     """Images [b, 299, 299, 3] in [0, 255] -> pool, spatial and probabilities, as at the top of
     this file."""
+    # 128 and not 127.5: the published graph begins with these two
+    # numbers.
     logits, pool, branch = Inception().apply({"params": params}, (x - 128) / 128)
     spatial = branch[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
     return {"pool": pool, "spatial": spatial, "probabilities": jax.nn.softmax(logits)}
@@ -219,67 +246,84 @@ def shapes() -> dict:
 
 
 def convert(state: Mapping[str, np.ndarray]) -> dict:
-    """The state dict of the PyTorch port -> parameters: OIHW kernels become HWIO, batch
-    normalisation goes into them.
+    """The state dict of the PyTorch port -> parameters: OIHW kernels become HWIO.
 
-    fc.bias and the counters of batch normalisation are not used. Raises FileError unless names
-    and shapes are ours.
+    Batch normalisation goes into the kernels. fc.bias and the counters
+    of batch normalisation are not used. Raises UserError for other
+    names and shapes than those of this network.
     """
-    left = {name for name in state if not name.endswith("num_batches_tracked")} - {"fc.bias"}
-
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in left:
-            raise FileError(f"{name} is missing: these are not the weights of Inception-v3")
-        left.remove(name)
-        if state[name].shape != shape:
-            raise FileError(
-                f"{name} has shape {list(state[name].shape)}, not {list(shape)}: these are not "
-                "the weights "
-                "of the network of 2015-12-05"
-            )
-        return np.asarray(state[name], np.float64)
-
-    def walk(tree: Mapping, path: str) -> dict:
-        if path == "fc":
-            return {"kernel": take("fc.weight", tree["kernel"].shape[::-1]).T.astype(np.float32)}
-        if "conv" not in tree:
-            return {
-                name: walk(inner, f"{path}.{name}" if path else name)
-                for name, inner in tree.items()
-            }
-        h, w, wide, width = tree["conv"]["kernel"].shape
-        kernel = take(f"{path}.conv.weight", (width, wide, h, w)).transpose(2, 3, 1, 0)
-        gain, offset, mean, var = (
-            take(f"{path}.bn.{name}", (width,))
-            for name in ("weight", "bias", "running_mean", "running_var")
-        )
-        gain = gain / np.sqrt(var + EPSILON)
-        folded = {"kernel": kernel * gain, "bias": offset - mean * gain}
-        return {"conv": {name: value.astype(np.float32) for name, value in folded.items()}}
-
-    params = walk(shapes(), "")
-    if left:
-        raise FileError(
-            f"{min(left)} has no place in this network: these are not the weights of 2015-12-05"
+    # What is taken is removed: whatever remains at the end belongs to
+    # another network.
+    remaining = {
+        name: array
+        for name, array in state.items()
+        if not name.endswith("num_batches_tracked") and name != "fc.bias"
+    }
+    params = _converted(shapes(), "", remaining)
+    if remaining:
+        raise UserError(
+            f"{min(remaining)} has no place in this network: these are not the weights of "
+            "2015-12-05"
         )
     return params
 
 
+def _converted(tree: Mapping, path: str, remaining: dict[str, np.ndarray]) -> dict:
+    """The parameters of a module and of those in it. path: the port's name of it."""
+    if path == "fc":
+        kernel = _take(remaining, "fc.weight", tree["kernel"].shape[::-1])
+        return {"kernel": kernel.T.astype(np.float32)}
+    if "conv" not in tree:
+        return {
+            name: _converted(inner, f"{path}.{name}" if path else name, remaining)
+            for name, inner in tree.items()
+        }
+    h, w, width_in, width = tree["conv"]["kernel"].shape
+    kernel = _take(remaining, f"{path}.conv.weight", (width, width_in, h, w)).transpose(2, 3, 1, 0)
+    gain, offset, mean, var = (
+        _take(remaining, f"{path}.bn.{name}", (width,))
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    # In float64: the folded kernel is rounded once.
+    gain = gain / np.sqrt(var + EPSILON)
+    folded = {"kernel": kernel * gain, "bias": offset - mean * gain}
+    return {"conv": {name: value.astype(np.float32) for name, value in folded.items()}}
+
+
+def _take(remaining: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Removes an array, and returns it in float64. Raises UserError for another shape."""
+    if name not in remaining:
+        raise UserError(f"{name} is missing: these are not the weights of Inception-v3")
+    array = remaining.pop(name)
+    if array.shape != shape:
+        raise UserError(
+            f"{name} has shape {list(array.shape)}, not {list(shape)}: these are not the weights "
+            "of the network of 2015-12-05"
+        )
+    return np.asarray(array, np.float64)
+
+
 def read_weights(path: Path) -> tuple[dict, str]:
-    """Parameters, and the sha256 of the file, which must be SHA256. Nothing in the file is
-    executed. Raises FileError or OSError."""
+    """Parameters, and the sha256 of the file, which must be SHA256. Raises UserError.
+
+    Nothing in the file is executed.
+    """
     if not path.is_file():
-        raise FileError(f"{path}: there is no such file; {WHERE}")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        raise UserError(f"{path}: there is no such file; {WHERE}")
+    # The hash first: a file that is not the published one is not even
+    # parsed.
+    try:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
     if sha256 != SHA256:
-        raise FileError(f"{path} is not {FILE} (its sha256 begins with {sha256[:8]}); {WHERE}")
+        raise UserError(f"{path} is not {FILE} (its sha256 begins with {sha256[:8]}); {WHERE}")
     try:
         state, _ = load(path)
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(state, dict):
-        raise FileError(f"{path} holds no state dict")
+        raise UserError(f"{path} holds no state dict")
     arrays = {
         name: value.array()
         for name, value in state.items()

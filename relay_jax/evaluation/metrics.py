@@ -1,108 +1,53 @@
-"""Scores of a set of images from their features and class probabilities (SPEC section 9).
+"""Scores of images from their features and class probabilities (docs/math.md section 9).
 
-FID, sFID (arXiv 1706.08500):       |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),   covariances with n - 1, no epsilon
-precision, recall (arXiv 1904.06991): share of one set inside the union of k-nearest-neighbour
-balls of the other inception score (arXiv 1606.03498):  mean over splits of exp(mean over images
-of KL(p(y|x) || p(y)))
+FID, sFID (arXiv 1706.08500):         |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),
+                                      covariances with n - 1, no epsilon
+precision, recall (arXiv 1904.06991): share of one set inside the union of the k-nearest-neighbour
+                                      balls of the other
+inception score (arXiv 1606.03498):   mean over splits of exp(mean over images of
+                                      KL(p(y|x) || p(y)))
 
-Everything is float64 on the host: the matrix root and |a|^2 + |b|^2 - 2 a.b lose half of the
-digits, TPUs have no float64, and counting points on the edge of a ball must not depend on the
-machine. Cost with 2048 features: FID under a minute on two cores; precision and recall of
+Everything is float64 on the host: the matrix root and |a|^2 + |b|^2 - 2
+a.b lose half of the digits, TPUs have no float64, and counting points
+on the edge of a ball must not depend on the machine. Cost with 2048
+features: FID under a minute on two cores; precision and recall of
 50,000 samples 1e13 flops, minutes on a server.
+
+A new metric is a function of two `FeatureSet`s and a line in METRICS.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Mapping
 
 import numpy as np
+from absl import logging
 from scipy import linalg
 from scipy.special import rel_entr
 
-Tick = Callable[[int], None]  # is told how many pairs of points have been compared
-BLOCK = 2048  # rows of features in float64 at a time; a tile of distances is BLOCK x BLOCK (32 MB)
+from relay_jax.errors import DataError
+from relay_jax.evaluation.statistics import (
+    BLOCK,
+    FeatureSet,
+    blocks,
+    checked,
+    feature_stats,
+)
+from relay_jax.runtime.logs import duration
 
-
-def _checked(features: np.ndarray, name: str = "features") -> np.ndarray:
-    """The features as an array [n, d]. Raises ValueError for another shape, an empty one or
-    numbers not finite."""
-    features = np.asarray(features)
-    if features.ndim != 2 or features.size == 0:
-        raise ValueError(
-            f"{name} must be a table of images by features, not of shape {list(features.shape)}"
-        )
-    bad = sum(
-        int(np.count_nonzero(~np.isfinite(rows).all(axis=1))) for rows in _blocks(features, BLOCK)
-    )
-    if bad:
-        raise ValueError(f"{bad} of {len(features)} images have {name} that are not finite")
-    return features
-
-
-def _blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The rows in float64, `size` at a time."""
-    for start in range(0, len(features), size):
-        yield np.asarray(features[start : start + size], np.float64)
-
-
-class Moments:
-    """Mean and covariance of features that arrive in parts, on one host or on several.
-
-    count: rows so far; mean: float64 [d]; scatter: float64 [d, d], sum of (x - mean)(x -
-    mean)^T. Three arrays that hosts may exchange. Parts are combined by their means (Chan,
-    Golub and LeVeque), so that no digits are lost to a large common offset, as in E[x x^T] - m m^T.
-    """
-
-    def __init__(self, dims: int) -> None:
-        self.count, self.mean, self.scatter = 0, np.zeros(dims), np.zeros((dims, dims))
-
-    def update(self, features: np.ndarray) -> None:
-        """Adds features [n, d]. Raises ValueError for another d or numbers that are not finite."""
-        features = _checked(features)
-        if features.shape[1] != len(self.mean):
-            raise ValueError(
-                f"{features.shape[1]} features per image do not fit to {len(self.mean)}"
-            )
-        for rows in _blocks(features, BLOCK):
-            mean = rows.mean(axis=0)
-            centred = rows - mean
-            self._add(len(rows), mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> None:
-        """Adds all that the other has seen; the other is left as it is. Raises ValueError for
-        another d."""
-        if len(other.mean) != len(self.mean):
-            raise ValueError(f"{len(other.mean)} features per image do not fit to {len(self.mean)}")
-        self._add(other.count, other.mean, other.scatter)
-
-    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if count == 0:
-            return
-        total, offset = self.count + count, mean - self.mean
-        self.scatter += scatter + np.outer(offset, offset) * (self.count * count / total)
-        self.mean += offset * (count / total)
-        self.count = total
-
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [d] and covariance [d, d] (divided by n - 1). Raises ValueError for fewer than
-        two images."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, not {self.count}")
-        return self.mean.copy(), self.scatter / (self.count - 1)
-
-
-def feature_stats(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of features [n, d], n >= 2: float64 [d] and [d, d]. Raises ValueError
-    as `Moments` does."""
-    features = _checked(features)
-    moments = Moments(features.shape[1])
-    moments.update(features)
-    return moments.statistics()
+NEIGHBOURS, SPLIT = 3, 5000
+SETTINGS = {
+    "neighbours": NEIGHBOURS,
+    "inception_score_split": SPLIT,
+    "covariance": "divided by n - 1, float64",
+}
+EVERY_SECONDS = 5.0  # between lines of progress
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """F [d, d] with F F^T = covariance, for a symmetric positive semidefinite matrix of
-    whatever rank."""
+    """F [d, d] with F F^T = covariance, for a positive semidefinite matrix of any rank."""
     values, vectors = linalg.eigh(covariance)
-    # Below this the eigenvalue of a singular matrix is rounding; its root would not be.
+    # Below this the eigenvalue of a singular matrix is rounding; its root
+    # would not be.
     values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0
     return vectors * np.sqrt(values)
 
@@ -112,10 +57,8 @@ def frechet_distance(
 ) -> float:
     """Squared Frechet (Wasserstein-2) distance of two gaussians: means [d], covariances [d, d].
 
-    With A = F F^T and B = G G^T, tr (A B)^(1/2) is the sum of the singular values of F^T G.
-    Unlike roots of the eigenvalues of A B, these are exact to rounding also where a covariance
-    is singular (fewer images than features).
-    Never negative. Raises ValueError for shapes that do not fit or numbers that are not finite.
+    Never negative. Raises ValueError for shapes that do not fit or
+    numbers that are not finite.
     """
     arrays = [np.asarray(x, np.float64) for x in (mean_a, cov_a, mean_b, cov_b)]
     d = arrays[0].size
@@ -126,62 +69,79 @@ def frechet_distance(
     if not all(np.isfinite(x).all() for x in arrays):
         raise ValueError("means or covariances are not finite")
     mean_a, cov_a, mean_b, cov_b = arrays
+    # With A = F F^T and B = G G^T, tr (A B)^(1/2) is the sum of the
+    # singular values of F^T G. Unlike roots of the eigenvalues of A B,
+    # these are exact to rounding also where a covariance is singular
+    # (fewer images than features).
     cross = linalg.svdvals(_root(cov_a).T @ _root(cov_b)).sum()
     distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    return max(float(distance), 0.0)  # equal arguments give rounding of either sign
+    # Equal arguments give rounding of either sign.
+    return max(float(distance), 0.0)
 
 
 def fid(features_ref: np.ndarray, features_sample: np.ndarray) -> float:
     """Frechet distance of the gaussians fitted to features [n, d] and [m, d], at least two of each.
 
-    Inception pool features give FID, the 2023 spatial ones sFID. Raises ValueError as the
-    functions above.
+    Inception pool features give FID, the 2023 spatial ones sFID. Raises
+    ValueError as the functions above.
     """
     return frechet_distance(*feature_stats(features_ref), *feature_stats(features_sample))
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a_i - b_j|^2, float64 [n, m]; a: [n, d], b: [m, d]. Rounding below zero is clipped, as
-    in the official code."""
+    """|a_i - b_j|^2, float64 [n, m]; a: [n, d], b: [m, d]. Rounding below zero is clipped."""
     return np.maximum(np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1) - 2 * (a @ b.T), 0)
 
 
-def _radii(features: np.ndarray, neighbours: int, block: int, tick: Tick) -> np.ndarray:
-    """Squared distance of each point to its `neighbours`-th nearest other one, [n]; float32, as
-    officially."""
+class _Work:
+    """Pairs of points compared so far, reported as a share of all."""
+
+    def __init__(self, pairs: int, progress: Callable[[float], None] | None) -> None:
+        self._pairs, self._progress, self._done = pairs, progress, 0
+
+    def add(self, pairs: int) -> None:
+        self._done += pairs
+        if self._progress is not None:
+            self._progress(self._done / self._pairs)
+
+
+def _radii(features: np.ndarray, neighbours: int, block: int, work: _Work) -> np.ndarray:
+    """Squared distance of each point to its `neighbours`-th nearest other one, float32 [n]."""
     radii = []
-    for rows in _blocks(features, block):
+    for rows in blocks(features, block):
         nearest = np.full((len(rows), 0), np.inf)
-        for others in _blocks(features, block):
+        for others in blocks(features, block):
             nearest = np.concatenate([nearest, _squared_distances(rows, others)], axis=1)
-            if nearest.shape[1] > neighbours + 1:  # the point itself is one of them
+            # One more than the neighbours: the point itself is one of
+            # them.
+            if nearest.shape[1] > neighbours + 1:
                 nearest = np.partition(nearest, neighbours, axis=1)[:, : neighbours + 1]
+        # float32 as in the official code: points on the border of a ball
+        # count the same.
         radii.append(nearest.max(axis=1).astype(np.float32))
-        tick(len(rows) * len(features))
+        work.add(len(rows) * len(features))
     return np.concatenate(radii)
 
 
 def precision_recall(
     ref: np.ndarray,
     sample: np.ndarray,
-    neighbours: int = 3,
+    neighbours: int = NEIGHBOURS,
     block: int = BLOCK,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[float, float]:
-    """Improved precision and recall of features: ref [n, d], sample [m, d], n and m above
-    `neighbours`.
+    """Improved precision and recall of features ref [n, d] and sample [m, d]; n, m > neighbours.
 
-    The ball of a point reaches to its `neighbours`-th nearest other point of its own set,
-    border included.
-    Precision: share of samples inside some ball of ref; recall: share of ref inside some ball
-    of the samples.
-    block: points per tile of distances; memory grows with its square and not with n. The
-    official protocol takes
-    10,000 reference images. progress: is told the share of the work that is done, after every
-    row of tiles.
-    Raises ValueError for too few points, other shapes and numbers that are not finite.
+    The ball of a point reaches to its `neighbours`-th nearest other
+    point of its own set, border included. Precision: share of samples
+    inside some ball of ref; recall: share of ref inside some ball of
+    the samples. The official protocol takes 10,000 reference images.
+    block: points per tile of distances (2048: 32 MB); memory grows with
+    its square, not with n. progress: called with the share of the work
+    that is done, after every row of tiles. Raises ValueError for too
+    few points, other shapes and numbers that are not finite.
     """
-    ref, sample = _checked(ref), _checked(sample)
+    ref, sample = checked(ref), checked(sample)
     if ref.shape[1] != sample.shape[1]:
         raise ValueError(
             f"{ref.shape[1]} and {sample.shape[1]} features per image cannot be compared"
@@ -191,47 +151,157 @@ def precision_recall(
     if min(len(ref), len(sample)) <= neighbours:
         raise ValueError(
             f"{len(ref)} and {len(sample)} images are too few for {neighbours} neighbours; "
-            "each set needs "
-            f"at least {neighbours + 1}"
+            f"each set needs at least {neighbours + 1}"
         )
-    total, done = len(ref) ** 2 + len(sample) ** 2 + len(ref) * len(sample), 0
-
-    def tick(pairs: int) -> None:
-        nonlocal done
-        done += pairs
-        if progress is not None:
-            progress(done / total)
-
-    radii_ref, radii_sample = (
-        _radii(ref, neighbours, block, tick),
-        _radii(sample, neighbours, block, tick),
-    )
-    ref_found, sample_found = np.zeros(len(ref), bool), np.zeros(len(sample), bool)
-    for i, a in enumerate(_blocks(ref, block)):
+    work = _Work(len(ref) ** 2 + len(sample) ** 2 + len(ref) * len(sample), progress)
+    radii_ref = _radii(ref, neighbours, block, work)
+    radii_sample = _radii(sample, neighbours, block, work)
+    ref_inside, sample_inside = np.zeros(len(ref), bool), np.zeros(len(sample), bool)
+    for i, a in enumerate(blocks(ref, block)):
         rows = slice(i * block, i * block + len(a))
-        for j, b in enumerate(_blocks(sample, block)):
+        # Each tile of distances serves both: precision looks along one
+        # axis, recall the other.
+        for j, b in enumerate(blocks(sample, block)):
             columns = slice(j * block, j * block + len(b))
             distance = _squared_distances(a, b)
-            sample_found[columns] |= (distance <= radii_ref[rows, None]).any(axis=0)
-            ref_found[rows] |= (distance <= radii_sample[columns]).any(axis=1)
-        tick(len(a) * len(sample))
-    return float(sample_found.mean()), float(ref_found.mean())
+            sample_inside[columns] |= (distance <= radii_ref[rows, None]).any(axis=0)
+            ref_inside[rows] |= (distance <= radii_sample[columns]).any(axis=1)
+        work.add(len(a) * len(sample))
+    return float(sample_inside.mean()), float(ref_inside.mean())
 
 
-def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
+def inception_score(probabilities: np.ndarray, split_size: int = SPLIT) -> float:
     """exp(mean KL(p(y|x) || mean p(y|x))) of each split, then the mean over splits.
 
-    probabilities: [n, classes], rows that sum to 1 (softmax of the logits without bias, as
-    ADM), in the order of the
-    images. The last split may be shorter and counts fully, as in the official code.
-    Raises ValueError for a split_size below 1 or rows that are no distributions.
+    probabilities: [n, classes], rows that sum to 1 (softmax of the
+    logits without bias, as ADM), in the order of the images. Raises
+    ValueError for a split_size below 1 or other rows.
     """
-    probabilities = _checked(probabilities, "probabilities")
+    probabilities = checked(probabilities, "probabilities")
     if split_size < 1:
         raise ValueError(f"split_size must be at least 1, not {split_size}")
     scores = []
-    for p in _blocks(probabilities, split_size):
+    # The last split may be shorter and counts fully, as in the official
+    # code.
+    for p in blocks(probabilities, split_size):
         if p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
             raise ValueError("probabilities of an image must not be negative and must sum to 1")
         scores.append(np.exp(rel_entr(p, p.mean(axis=0)).sum(axis=1).mean()))
     return float(np.mean(scores))
+
+
+# What a report calls scores. Each function takes the reference and the
+# samples, and returns scores by name, none if one of the two has not what
+# it needs; ValueError becomes one line for the user.
+
+Metric = Callable[[FeatureSet, FeatureSet], Mapping[str, float]]
+
+
+def _distance(
+    name: str, output: str, reference: FeatureSet, samples: FeatureSet
+) -> dict[str, float]:
+    """The Frechet distance of one output of the extractor."""
+    if output not in reference.statistics or output not in samples.statistics:
+        return {}
+    dims = len(samples.statistics[output][0])
+    if dims > 1000:
+        # Half a minute without another line.
+        logging.info("%s: matrix roots of %d features", output, dims)
+    pairs = (reference.statistics[output], samples.statistics[output])
+    return {name: frechet_distance(*pairs[0], *pairs[1])}
+
+
+def pool_distance(reference: FeatureSet, samples: FeatureSet) -> dict[str, float]:
+    """FID, if both sets have statistics of the pool features."""
+    return _distance("FID", "pool", reference, samples)
+
+
+def spatial_distance(reference: FeatureSet, samples: FeatureSet) -> dict[str, float]:
+    """sFID, if both sets have statistics of the spatial features."""
+    return _distance("sFID", "spatial", reference, samples)
+
+
+def sample_diversity(reference: FeatureSet, samples: FeatureSet) -> dict[str, float]:
+    """The inception score of the samples, if their class probabilities are known."""
+    if samples.probabilities is None:
+        return {}
+    return {"IS": inception_score(samples.probabilities, SPLIT)}
+
+
+def neighbour_shares(reference: FeatureSet, samples: FeatureSet) -> dict[str, float]:
+    """Precision and recall, if both sets keep rows of features."""
+    if reference.rows is None or samples.rows is None:
+        return {}
+    # One metric for two scores: they share the distances, which take
+    # minutes.
+    values = precision_recall(reference.rows, samples.rows, NEIGHBOURS, progress=_Lines())
+    return dict(zip(("precision", "recall"), values, strict=True))
+
+
+METRICS: dict[str, Metric] = {
+    "FID": pool_distance,
+    "sFID": spatial_distance,
+    "IS": sample_diversity,
+    "precision and recall": neighbour_shares,
+}
+
+
+def score_name(name: str, features: str) -> str:
+    """Inception's scores have their own names; of other features NAME, FID is FD-NAME and so on."""
+    if features == "inception":
+        return name
+    # FID means Inception's features and nothing else.
+    return f"{name.replace('FID', 'FD')}-{features}"
+
+
+def score(reference: FeatureSet, samples: FeatureSet, features: str) -> dict[str, float]:
+    """Every score of METRICS that both sets have what it takes for, by its `score_name`.
+
+    features: name of the extractor. Raises DataError, for instance for
+    too few images.
+    """
+    scores: dict[str, float] = {}
+    for metric in METRICS.values():
+        try:
+            values = metric(reference, samples)
+        except ValueError as error:
+            raise DataError(f"{features} features of {samples.count} samples: {error}") from error
+        scores |= {score_name(name, features): value for name, value in values.items()}
+    return scores
+
+
+def notes(samples: FeatureSet, features: str) -> list[str]:
+    """What a reader of the scores has to know. features: name of the extractor."""
+    dims = len(samples.statistics["pool"][0])
+    lines = []
+    if features != "inception":
+        lines.append(
+            f"FD-{features} is not FID, and its precision and recall are not the published "
+            f"ones: compare them only with those of {features} features of as many images of the "
+            "same size."
+        )
+    if samples.count < 50_000:
+        lines.append(
+            f"{samples.count:,} samples: a Frechet distance falls as the number of images "
+            "grows; published ones are of 50,000 (ImageNet) or 30,000 (CelebA-HQ)."
+        )
+    if samples.count <= dims:
+        lines.append(
+            f"Fewer samples than features ({samples.count} and {dims}): their covariance is "
+            "singular."
+        )
+    return lines
+
+
+class _Lines:
+    """A console line now and then, with the time left."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        now = time.monotonic()
+        if now - self._last > EVERY_SECONDS:
+            self._last = now
+            left = (now - self._begun) * (1 - share) / share
+            logging.info("precision and recall: %.0f%%, %s left", 100 * share, duration(left))

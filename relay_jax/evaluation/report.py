@@ -1,9 +1,10 @@
 """report.json and report.md: scores beside everything that they depend on.
 
-A report has `scores` and `notes`; its settings `samples`, `reference`, `features` and
-`metrics`; and `device`, `versions` and `time`. The same settings on the same machine give the
-same files but for `time`. A folder holds the
-report of one set of settings: another one is refused there before anything is computed.
+A report has `scores` and `notes`; its settings `samples`, `reference`,
+`features` and `metrics`; and `device`, `versions` and `time`. The same
+settings on the same machine give the same files but for `time`. A
+folder holds the report of one set of settings: another one is refused
+there before anything is computed.
 """
 
 import hashlib
@@ -19,12 +20,46 @@ from typing import Any
 import jax
 
 import relay_jax
-from relay_jax.config import ConfigError, Stage, flat
-from relay_jax.data.images import one_line
-from relay_jax.runtime.logs import write_json, write_text
+from relay_jax.errors import UserError, one_line
+from relay_jax.evaluation.features import FeatureExtractor
+from relay_jax.evaluation.images import ImageSet
+from relay_jax.evaluation.metrics import SETTINGS as METRIC_SETTINGS
+from relay_jax.evaluation.references import Reference
+from relay_jax.runtime.files import read_jsonl, write_json, write_text
+from relay_jax.runtime.logs import curve_summary
+from relay_jax.sampling.seeds import parse_seeds
+from relay_jax.stage import Stage
+from relay_jax.workdir import flat
 
 SETTINGS = ("samples", "reference", "features", "metrics")
-_PLACES = ("path", "data_dir")  # the same images elsewhere are the same images
+# Not compared: the same images elsewhere are the same images.
+_PLACES = ("path", "data_dir")
+
+
+def evaluation_settings(
+    samples: ImageSet,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    record: Mapping[str, Any] | None,
+    ema: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All that scores depend on, by the names of SETTINGS.
+
+    record: how the samples were made, as in samples.json, None if that
+    is not known. ema: how their weights were averaged (`averaging`),
+    None for images of a folder.
+    """
+    return {
+        "samples": {
+            **samples.identity,
+            "resolution": samples.resolution,
+            "sampling": record,
+            "ema": ema,
+        },
+        "reference": reference.identity,
+        "features": extractor.identity,
+        "metrics": METRIC_SETTINGS,
+    }
 
 
 def make_report(
@@ -34,8 +69,11 @@ def make_report(
     seconds: Mapping[str, float],
     **more: Any,
 ) -> dict[str, Any]:
-    """The report as plain values. settings: by the names of SETTINGS; more: further sections,
-    after the settings."""
+    """The report as plain values.
+
+    settings: by the names of SETTINGS; seconds: of the parts of the
+    work; more: further sections, after the settings.
+    """
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return {
         "scores": dict(scores),
@@ -58,14 +96,43 @@ def make_report(
 def averaging(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
     """How the weights that are sampled were averaged (EMA), by stage, as the configuration says."""
     return {
-        s.name: {"halflife_images": s.train.ema_halflife_images, "rampup": s.train.ema_rampup}
+        s.name: {
+            "halflife_images": s.train.ema_halflife_images,
+            "rampup": s.train.ema_rampup,
+        }
         for s in stages
+    }
+
+
+def notes_on_record(record: Mapping[str, Any] | None, images: int) -> list[str]:
+    """Notes for a reader who would trust samples.json too much."""
+    if record is None:
+        return ["How the samples were made is not known: there is no samples.json beside them."]
+    # The record may name seeds whose images are still missing, or were
+    # removed.
+    seeds = len(parse_seeds(record["seeds"]))
+    if seeds == images:
+        return []
+    return [f"samples.json speaks of {seeds:,} images, and there are {images:,}."]
+
+
+def training_summary(stage: Stage, meta: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Length, loss and rate of a stage's training. meta: the notes of its checkpoint."""
+    curve = curve_summary(read_jsonl(folder / "metrics.jsonl"))
+    return {
+        "resolution": stage.resolution,
+        "images": meta["images"],
+        "loss": curve["loss"],
+        "steps_skipped": curve["steps_skipped"],
+        "images_per_second": curve["images_per_second"],
     }
 
 
 @cache
 def versions() -> dict[str, str]:
     """Of Python, the libraries that compute, and this package: a hash of its source files."""
+    # Not the package's version number: between two releases the numbers
+    # may change.
     folder, sha = Path(relay_jax.__file__).parent, hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         sha.update(str(file.relative_to(folder)).encode() + b"\n" + file.read_bytes())
@@ -78,43 +145,42 @@ def versions() -> dict[str, str]:
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the folder holds the report of other settings, naming the first
-    that differs."""
+    """Raises UserError if the folder holds a report of other settings, naming the first of them."""
     path = folder / "report.json"
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder")
+        raise UserError(f"--out {folder} is a file; name a folder")
     if not path.exists():
         return
     try:
-        theirs = json.loads(path.read_text())
-        old = flat({name: theirs[name] for name in SETTINGS}, _PLACES)
+        report = json.loads(path.read_text())
+        old = flat({name: report[name] for name in SETTINGS}, _PLACES)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
+        raise UserError(
             f"{path} is no report of this program ({one_line(error)}); use another --out"
         ) from error
+    # Through JSON, as the old ones have come: tuples are lists there.
     new = flat(json.loads(json.dumps({name: settings[name] for name in SETTINGS})), _PLACES)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            raise ConfigError(
+            raise UserError(
                 f"{path} is a report of other settings ({key} is {_short(old.get(key))} there and "
                 f"{_short(new.get(key))} here); use another --out, or remove it"
             )
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes report.json and report.md."""
+    """Writes report.json and report.md. Raises StorageError."""
+    # The JSON last: a training that finds it takes the whole report as
+    # written.
     write_text(folder / "report.md", as_markdown(report))
     write_json(folder / "report.json", dict(report))
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
-    """The report for people: scores, notes, the stages side by side, and a table for each other
-    section."""
-    rest = json.loads(
-        json.dumps(
-            {name: value for name, value in report.items() if name not in ("scores", "notes")}
-        )
-    )
+    """The report for people: scores, notes, the stages side by side, a table for each section."""
+    sections = {name: value for name, value in report.items() if name not in ("scores", "notes")}
+    # A copy, as JSON has it: parts of it move to the table of the stages.
+    rest = json.loads(json.dumps(sections))
     sampling = rest["samples"].get("sampling") or {}
     columns = sampling.pop("stages", {})
     for what, of_stages in (
@@ -134,6 +200,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         by_stage = {stage: flat(values) for stage, values in columns.items()}
         keys = list(dict.fromkeys(key for values in by_stage.values() for key in values))
         groups = list(dict.fromkeys(key.split(".")[0] for key in keys))
+        # Keys of one group stay together, also where one stage alone has
+        # some of them.
         keys.sort(key=lambda key: groups.index(key.split(".")[0]))
         rows = [[key, *(values.get(key, "") for values in by_stage.values())] for key in keys]
         lines += ["", "## Stages", "", *_table(["", *by_stage], rows)]

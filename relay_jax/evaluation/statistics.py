@@ -1,25 +1,26 @@
 """From a set of images to what the metrics need of it: moments, kept features, class probabilities.
 
-Each host takes its share of the images, with its own devices; moments are merged and rows
-gathered at the end, so that every host ends with all of it. Features are float32, as the
-networks give them; moments are float64.
+Each host takes its share of the images, with its own devices; moments
+are merged and rows gathered at the end, so that every host ends with
+all of it. Features are float32, as the networks give them; moments are
+float64 on the host: TPUs have no float64.
 """
 
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
-from relay_jax.data.images import DataError
+from relay_jax.errors import DataError, Stopped
 from relay_jax.evaluation.features import FeatureExtractor
-from relay_jax.evaluation.images import ImageSet, chosen
-from relay_jax.evaluation.metrics import BLOCK, Moments
+from relay_jax.evaluation.images import ImageSet, choice
 from relay_jax.runtime import distributed
 from relay_jax.runtime.logs import Progress
+from relay_jax.runtime.sharding import padded
 
 DECODED_BATCHES = 4  # of the extractor, read at a time
-EVERY_SECONDS = 5.0  # between lines of progress
+BLOCK = 2048  # rows of features in float64 at a time
 STATISTICS = ("pool", "spatial")
 
 
@@ -27,15 +28,100 @@ STATISTICS = ("pool", "spatial")
 class FeatureSet:
     """Features of a set of images.
 
-    statistics: mean [d] and covariance [d, d], float64, by output ("pool", "spatial"). rows:
-    pool features of the images kept for precision and recall, float32 [m, d]. probabilities: of
-    every image, float32 [n, classes].
+    statistics: mean [d] and covariance [d, d], float64, by output
+    ("pool", "spatial"). rows: pool features of the images kept for
+    precision and recall, float32 [m, d]. probabilities: of every image,
+    float32 [n, classes].
     """
 
     count: int
     statistics: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     rows: np.ndarray | None = None
     probabilities: np.ndarray | None = None
+
+
+def checked(features: np.ndarray, name: str = "features") -> np.ndarray:
+    """The features as an array [n, d].
+
+    Raises ValueError for another shape, an empty array or numbers that
+    are not finite.
+    """
+    features = np.asarray(features)
+    if features.ndim != 2 or features.size == 0:
+        raise ValueError(
+            f"{name} must be a table of images by features, not of shape {list(features.shape)}"
+        )
+    bad = sum(
+        int(np.count_nonzero(~np.isfinite(rows).all(axis=1))) for rows in blocks(features, BLOCK)
+    )
+    if bad:
+        raise ValueError(f"{bad} of {len(features)} images have {name} that are not finite")
+    return features
+
+
+def blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """The rows in float64, `size` at a time."""
+    # A whole set in float64 would double the memory of 50,000 images of
+    # Inception.
+    for start in range(0, len(features), size):
+        yield np.asarray(features[start : start + size], np.float64)
+
+
+class Moments:
+    """Mean and covariance of features that arrive in parts, on one host or on several.
+
+    count: rows so far; mean: float64 [d]; scatter: float64 [d, d], the
+    sum of (x - mean)(x - mean)^T. Three arrays that hosts may exchange.
+    """
+
+    def __init__(self, dims: int) -> None:
+        self.count, self.mean, self.scatter = 0, np.zeros(dims), np.zeros((dims, dims))
+
+    def update(self, features: np.ndarray) -> None:
+        """Adds features [n, d]. Raises ValueError for another d or numbers that are not finite."""
+        features = checked(features)
+        if features.shape[1] != len(self.mean):
+            raise ValueError(
+                f"{features.shape[1]} features per image do not fit to {len(self.mean)}"
+            )
+        for rows in blocks(features, BLOCK):
+            mean = rows.mean(axis=0)
+            centred = rows - mean
+            self._add(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> None:
+        """Adds the rows of the other, which stays as it is. Raises ValueError for another d."""
+        if len(other.mean) != len(self.mean):
+            raise ValueError(f"{len(other.mean)} features per image do not fit to {len(self.mean)}")
+        self._add(other.count, other.mean, other.scatter)
+
+    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        if count == 0:
+            return
+        # Parts are combined by their means (Chan, Golub and LeVeque), so
+        # that no digits are lost to a large common offset, as they would
+        # be in E[x x^T] - m m^T.
+        total, offset = self.count + count, mean - self.mean
+        self.scatter += scatter + np.outer(offset, offset) * (self.count * count / total)
+        self.mean += offset * (count / total)
+        self.count = total
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [d] and covariance [d, d] (divided by n - 1). Raises ValueError below two images."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, not {self.count}")
+        return self.mean.copy(), self.scatter / (self.count - 1)
+
+
+def feature_stats(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of features [n, d], n >= 2: float64 [d] and [d, d].
+
+    Raises ValueError as `Moments` does.
+    """
+    features = checked(features)
+    moments = Moments(features.shape[1])
+    moments.update(features)
+    return moments.statistics()
 
 
 def collect(
@@ -49,19 +135,22 @@ def collect(
 ) -> FeatureSet:
     """Features of all images. All processes must call it, with the same set.
 
-    what: names the set in progress and errors. rows: keep so many pool features at most, of
-    images that are always the same (`chosen`). probabilities: keep those of all images, if the
-    extractor has them. stop: answer SIGTERM here.
-    Raises DataError for an unreadable image or features that are not finite, Stopped after SIGTERM.
+    what: names the set in progress and errors. rows: keep so many pool
+    features at most, of images that are always the same (`choice`).
+    probabilities: keep those of all images, if the extractor has them.
+    stop: answer SIGTERM here.
+    Raises DataError for an unreadable image or features that are not
+    finite, Stopped after SIGTERM.
     """
     host, hosts = jax.process_index(), jax.process_count()
     streams = {name: _Stream() for name in STATISTICS if name in extractor.outputs}
-    wanted = chosen(len(images), rows) if rows else np.zeros(0, int)
-    told = probabilities and "probabilities" in extractor.outputs
-    kept, known = _Rows(), _Rows()
-
-    def read() -> None:
-        progress, last, done, spoken = Progress(what, len(images)), time.monotonic(), 0, False
+    kept_positions = choice(len(images), rows) if rows else np.zeros(0, int)
+    kept, guesses = _Rows(), _Rows()
+    with_guesses = probabilities and "probabilities" in extractor.outputs
+    progress, done = Progress(what, len(images)), 0
+    # Only errors: Stopped comes to all processes at once, and must not be
+    # turned into an error.
+    with distributed.agree(errors=(ValueError,)):
         for positions, pixels in images.share(host, hosts, DECODED_BATCHES * extractor.batch):
             if len(pixels):
                 outputs = extractor(pixels)
@@ -70,33 +159,31 @@ def collect(
                         stream.add(outputs[name])
                 except ValueError as error:
                     raise DataError(f"{what}, {extractor.name}: {error}") from error
-                kept.add(positions, outputs["pool"], np.isin(positions, wanted))
-                if told:
-                    known.add(positions, outputs["probabilities"])
+                kept.add(positions, outputs["pool"], np.isin(positions, kept_positions))
+                if with_guesses:
+                    guesses.add(positions, outputs["probabilities"])
             done += len(pixels)
             seen = min(done * hosts, len(images))
-            if time.monotonic() - last > EVERY_SECONDS or (spoken and seen == len(images)):
-                progress.line(seen)
-                last, spoken = time.monotonic(), True
+            progress.update(seen)
+            # Every host has as many parts, so all of them ask equally
+            # often.
             if stop and distributed.stop_requested():
-                raise distributed.Stopped(
+                raise Stopped(
                     f"stopped by SIGTERM after {seen:,} of {len(images):,} images of {what}"
                 )
-
-    distributed.everywhere(
-        read, errors=(ValueError,)
-    )  # an image that one of them cannot read ends all
     return FeatureSet(
         count=len(images),
         statistics={name: _merged(stream.moments(), what) for name, stream in streams.items()},
         rows=kept.gathered() if rows else None,
-        probabilities=known.gathered() if told else None,
+        probabilities=guesses.gathered() if with_guesses else None,
     )
 
 
 class _Stream:
-    """Moments of features that arrive in small parts: a product of few rows with 2048 columns
-    costs as much as of many."""
+    """Moments of features that arrive in small parts."""
+
+    # They wait for each other: a product of few rows with 2048 columns
+    # costs as much as of many.
 
     def __init__(self) -> None:
         self._moments: Moments | None = None
@@ -123,18 +210,18 @@ class _Stream:
         return self._moments
 
 
-def _merged(own: Moments | None, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance over all processes; one may have had no images."""
-    dims = int(distributed.of_all(np.asarray(len(own.mean) if own else 0)).max())
-    own = own or Moments(dims)
+def _merged(part: Moments | None, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance over all processes. part: of this one, None if it had no images."""
+    dims = int(distributed.of_all(np.asarray(len(part.mean) if part else 0)).max())
+    part = part or Moments(dims)
     counts, means, scatters = (
-        distributed.of_all(np.asarray(x)) for x in (own.count, own.mean, own.scatter)
+        distributed.of_all(np.asarray(x)) for x in (part.count, part.mean, part.scatter)
     )
     total = Moments(dims)
     for count, mean, scatter in zip(counts, means, scatters, strict=True):
-        part = Moments(dims)
-        part.count, part.mean, part.scatter = int(count), mean, scatter
-        total.merge(part)
+        of_host = Moments(dims)
+        of_host.count, of_host.mean, of_host.scatter = int(count), mean, scatter
+        total.merge(of_host)
     try:
         return total.statistics()
     except ValueError as error:
@@ -149,7 +236,10 @@ class _Rows:
         self._rows: list[np.ndarray] = []
 
     def add(
-        self, positions: np.ndarray, rows: np.ndarray, keep: np.ndarray | slice = slice(None)
+        self,
+        positions: np.ndarray,
+        rows: np.ndarray,
+        keep: np.ndarray | slice = slice(None),
     ) -> None:
         self._positions.append(positions[keep])
         self._rows.append(rows[keep])
@@ -159,16 +249,18 @@ class _Rows:
         positions = np.concatenate(self._positions) if self._rows else np.zeros(0, int)
         rows = np.concatenate(self._rows) if self._rows else np.zeros((0, 0), np.float32)
         if jax.process_count() > 1:
+            # Arrays travel in one shape: a host may have fewer images
+            # than another, or none.
             counts, dims = distributed.of_all(np.asarray(rows.shape)).T
-            padded, places = (
-                np.zeros((counts.max(), dims.max()), np.float32),
-                np.zeros(counts.max(), int),
+            if not rows.shape[1]:
+                rows = np.zeros((0, dims.max()), np.float32)
+            all_positions, all_rows = (
+                distributed.of_all(padded(x, counts.max())) for x in (positions, rows)
             )
-            padded[: len(rows), : rows.shape[1]], places[: len(rows)] = rows, positions
-            told = zip(distributed.of_all(places), distributed.of_all(padded), counts, strict=True)
-            cut = [(p[:count], r[:count]) for p, r, count in told]
             positions, rows = (
-                np.concatenate([p for p, _ in cut]),
-                np.concatenate([r for _, r in cut]),
+                np.concatenate([x[:count] for x, count in zip(of_hosts, counts, strict=True)])
+                for of_hosts in (all_positions, all_rows)
             )
+        # Features come in the order of the batches, which generated
+        # images take by their seeds.
         return rows[np.argsort(positions)]

@@ -1,23 +1,28 @@
-"""The ADM U-Net of both stages (SPEC section 6; arXiv 2105.05233, appendix).
+"""The ADM U-Net of both stages (arXiv 2105.05233, appendix; docs/math.md section 5).
 
-embedding  = silu(L1(silu(L0(frequencies(c_noise) + A augment_labels))) + M class_labels)
-encoder    : 3x3 conv, then per level [down] and `blocks` residual blocks; every output is kept as a skip
-decoder    : per level in0 (with attention), in1 or [up], then `blocks` + 1 blocks on [x, skip]
-output     = 3x3 conv(silu(norm(x))), zero at initialisation
+embedding = silu(L1(silu(L0(frequencies(c_noise) + A augment_labels))) + M class_labels)
+encoder   : 3x3 conv, then per level [down] and `blocks` residual blocks;
+            every output is kept as a skip
+decoder   : per level in0 (with attention) and in1, or [up],
+            then `blocks` + 1 residual blocks on [x, skip]
+output    = 3x3 conv(silu(norm(x))), zero at initialisation
 """
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from relay_jax.models.blocks import Conv, GroupNorm, Linear, UNetBlock
+from relay_jax.models.blocks import Conv, GroupNorm, Linear, UNetBlock, group_count
 
 
 def noise_embedding(c_noise: jax.Array, channels: int) -> jax.Array:
-    """Cosines, then sines, of c_noise [b] times 10000^(-i / (channels/2)). Returns float32 [b,
-    channels]."""
+    """Cosines, then sines, of c_noise [b] times 10000^(-i / (channels/2)).
+
+    Returns float32 [b, channels].
+    """
     frequency = jnp.exp(
         -math.log(10000.0) * jnp.arange(channels // 2, dtype=jnp.float32) / (channels // 2)
     )
@@ -26,15 +31,17 @@ def noise_embedding(c_noise: jax.Array, channels: int) -> jax.Array:
 
 
 class UNet(nn.Module):
-    """The raw network F(x, c_noise, class_labels, augment_labels).
+    """The raw network F(x, c_noise, class_labels, augment_labels) of docs/math.md section 5.
 
-    channels: base width; multipliers: width of each level, highest resolution first; blocks:
-    per level.
-    attention: resolutions (pixels per side) with attention; heads = width // head_width, none
-    where that is 0.
-    num_classes, num_augment: sizes of the label vectors, 0 = unconditional.
-    dtype: precision of activations; remat: recompute each block in the backward pass to save
-    memory.
+    resolution: pixels per side. channels: base width. multipliers:
+    width of each level in units of it, highest resolution first.
+    blocks: per level.
+    attention: resolutions (pixels per side) with attention; heads =
+    width // head_width, none where that is 0. embedding_multiplier:
+    width of the embedding in units of `channels`. num_classes,
+    num_augment: sizes of the label vectors, 0 = none.
+    dtype: precision of activations. remat: recompute each block in the
+    backward pass to save memory.
     """
 
     resolution: int
@@ -51,6 +58,47 @@ class UNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
+    def check(self) -> None:
+        """Raises ValueError for fields that make no U-Net, naming the key of `model` to change."""
+        for name in ("channels", "blocks", "head_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"model.{name} must be a positive whole number, not {value!r}")
+        if self.channels % 2:
+            raise ValueError(f"model.channels must be even, not {self.channels}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must lie in [0, 1), not {self.dropout}")
+        # Every level but the first halves the image.
+        halvings = len(self.multipliers) - 1
+        if halvings < 0 or self.resolution < 1 or self.resolution % (1 << halvings):
+            raise ValueError(
+                f"resolution {self.resolution} cannot be halved {halvings} times "
+                f"(model.multipliers has {halvings + 1})"
+            )
+        for width in normalised_widths(self.channels, self.multipliers, self.blocks):
+            group_count(width)
+        widths = {
+            self.resolution >> level: self.channels * multiplier
+            for level, multiplier in enumerate(self.multipliers)
+        }
+        for size in self.attention:
+            if size not in widths:
+                raise ValueError(
+                    f"model.attention asks for level {size}, but the levels are {list(widths)}"
+                )
+            if widths[size] < self.head_width:
+                raise ValueError(
+                    f"model.attention at level {size} needs at least head_width {self.head_width} "
+                    f"channels, it has {widths[size]}; widen the level, lower model.head_width or "
+                    "leave the level out"
+                )
+
+    def travels_in_dtype(self, leaf: jax.Array) -> bool:
+        """Whether a parameter is used in `dtype` alone: the kernels of convolutions."""
+        # Alone they have four axes. Gains, biases and the embedding's
+        # layers are used in float32.
+        return leaf.ndim == 4
+
     @nn.compact
     def __call__(
         self,
@@ -60,53 +108,82 @@ class UNet(nn.Module):
         augment_labels: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """x: [b, resolution, resolution, image_channels]; c_noise: [b]; class_labels: [b,
-        num_classes] or None (no label); augment_labels: [b, num_augment] or None (zeros).
-        Returns the shape of x, float32."""
+        """x: [b, resolution, resolution, image_channels]; c_noise: [b]. Returns float32 like x.
+
+        class_labels: [b, num_classes]; augment_labels: [b,
+        num_augment]; None stands for zeros. train: dropout acts, with
+        the rng "dropout".
+        """
+        self._check_inputs(x, c_noise, class_labels, augment_labels)
         embedding = self._embed(c_noise, class_labels, augment_labels)
         x = x.astype(self.dtype)
 
         skips = []
         for level, multiplier in enumerate(self.multipliers):
             size, width = self.resolution >> level, self.channels * multiplier
+            attention = size in self.attention
             if level == 0:
                 x = Conv(width, dtype=self.dtype, name=f"enc_{size}x{size}_conv")(x)
             else:
-                x = self._block(f"enc_{size}x{size}_down", x.shape[-1], size, resample="down")(
-                    x, embedding, train
-                )
+                down = self._block(f"enc_{size}x{size}_down", x.shape[-1], resample="down")
+                x = down(x, embedding, train)
             skips.append(x)
             for i in range(self.blocks):
-                x = self._block(
-                    f"enc_{size}x{size}_block{i}", width, size, attention=size in self.attention
-                )(x, embedding, train)
+                block = self._block(f"enc_{size}x{size}_block{i}", width, attention=attention)
+                x = block(x, embedding, train)
                 skips.append(x)
 
         for level, multiplier in reversed(list(enumerate(self.multipliers))):
             size, width = self.resolution >> level, self.channels * multiplier
+            attention = size in self.attention
             if level == len(self.multipliers) - 1:
-                x = self._block(f"dec_{size}x{size}_in0", width, size, attention=True)(
-                    x, embedding, train
-                )
-                x = self._block(f"dec_{size}x{size}_in1", width, size)(x, embedding, train)
+                # The lowest level has attention here whether or not it is
+                # listed, as in ADM.
+                in0 = self._block(f"dec_{size}x{size}_in0", width, attention=True)
+                in1 = self._block(f"dec_{size}x{size}_in1", width)
+                x = in1(in0(x, embedding, train), embedding, train)
             else:
-                x = self._block(f"dec_{size}x{size}_up", x.shape[-1], size, resample="up")(
-                    x, embedding, train
-                )
+                up = self._block(f"dec_{size}x{size}_up", x.shape[-1], resample="up")
+                x = up(x, embedding, train)
             for i in range(self.blocks + 1):
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = self._block(
-                    f"dec_{size}x{size}_block{i}", width, size, attention=size in self.attention
-                )(x, embedding, train)
+                block = self._block(f"dec_{size}x{size}_block{i}", width, attention=attention)
+                x = block(jnp.concatenate([x, skips.pop()], axis=-1), embedding, train)
 
         x = nn.silu(GroupNorm(name="out_norm")(x))
-        return Conv(self.image_channels, zero_init=True, dtype=self.dtype, name="out_conv")(
-            x
-        ).astype(jnp.float32)
+        x = Conv(self.image_channels, zero_init=True, dtype=self.dtype, name="out_conv")(x)
+        return x.astype(jnp.float32)
+
+    def _check_inputs(
+        self,
+        x: jax.Array,
+        c_noise: jax.Array,
+        class_labels: jax.Array | None,
+        augment_labels: jax.Array | None,
+    ) -> None:
+        """Refuses inputs of other shapes while the network is traced."""
+        # x may be of another size: the network is convolutional, and its
+        # parameters fit any.
+        shape = (None, None, None, self.image_channels)
+        message = f"x must be [b, h, w, {self.image_channels}]"
+        chex.assert_shape(x, shape, custom_message=message)
+        chex.assert_shape(c_noise, (x.shape[0],), custom_message="c_noise must be [b]")
+        for name, labels, size in (
+            ("class_labels", class_labels, self.num_classes),
+            ("augment_labels", augment_labels, self.num_augment),
+        ):
+            # A network without labels ignores them, so that callers need
+            # not ask for its kind.
+            if size and labels is not None:
+                message = f"{name} must be [b, {size}]"
+                chex.assert_shape(labels, (x.shape[0], size), custom_message=message)
 
     def _embed(
-        self, c_noise: jax.Array, class_labels: jax.Array | None, augment_labels: jax.Array | None
+        self,
+        c_noise: jax.Array,
+        class_labels: jax.Array | None,
+        augment_labels: jax.Array | None,
     ) -> jax.Array:
+        """silu(...) of the module's docstring: float32 [b, channels * embedding_multiplier]."""
         embedding = noise_embedding(c_noise, self.channels)
         if self.num_augment:
             if augment_labels is None:
@@ -121,48 +198,34 @@ class UNet(nn.Module):
             if class_labels is None:
                 class_labels = jnp.zeros((c_noise.shape[0], self.num_classes))
             embedding += Linear(
-                width, use_bias=False, kernel_init=nn.initializers.normal(1.0), name="map_label"
+                width,
+                use_bias=False,
+                kernel_init=nn.initializers.normal(1.0),
+                name="map_label",
             )(class_labels)
         return nn.silu(embedding)
 
     def _block(
-        self, name: str, width: int, size: int, resample: str = "", attention: bool = False
+        self, name: str, width: int, resample: str = "", attention: bool = False
     ) -> nn.Module:
-        """A residual block; remat counts the module itself as argument 0, so `train` is 3."""
+        # nn.remat counts the module itself as argument 0, so `train` is
+        # 3.
         block = nn.remat(UNetBlock, static_argnums=(3,)) if self.remat else UNetBlock
-        return block(
-            width,
-            resample,
-            width // self.head_width if attention else 0,
-            self.dropout,
-            self.dtype,
-            name=name,
-        )
+        heads = width // self.head_width if attention else 0
+        return block(width, resample, heads, self.dropout, self.dtype, name=name)
 
 
 def normalised_widths(channels: int, multipliers: tuple[int, ...], blocks: int) -> set[int]:
-    """Channels that some normalisation of a UNet sees: the widths of its levels, and of their
-    sums with the skips."""
-    widths = [channels * m for m in multipliers]
-    skips = [
-        w
-        for level, width in enumerate(widths)
-        for w in [widths[max(level - 1, 0)], *[width] * blocks]
-    ]
+    """Channels that some normalisation of a U-Net sees: of its levels, and of [x, skip]."""
+    widths = [channels * multiplier for multiplier in multipliers]
+    skips: list[int] = []
+    for level, width in enumerate(widths):
+        # The first skip of a level has the width of the level above,
+        # which `down` keeps.
+        skips += [widths[max(level - 1, 0)], *[width] * blocks]
     seen, x = set(widths), widths[-1]
     for width in reversed(widths):
         for _ in range(blocks + 1):
             seen.add(x + skips.pop())
             x = width
     return seen
-
-
-def init_params(network: UNet, key: jax.Array) -> dict:
-    """Fresh parameters. Under jax.eval_shape: their shapes."""
-    image = jnp.zeros((1, network.resolution, network.resolution, network.image_channels))
-    return network.init(key, image, jnp.zeros((1,)))["params"]
-
-
-def parameter_count(params: object) -> int:
-    """Number of parameters in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

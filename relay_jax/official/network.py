@@ -1,13 +1,23 @@
-"""Which U-Net an official network is: from its constructor arguments, compared with a
-configuration, in words."""
+"""Which U-Net an official network is: from its constructor arguments, or a checkpoint's notes.
+
+Also whether two U-Nets have the same parameters, and a U-Net in words.
+The fields of a U-Net are nowhere listed here: models.network.describe
+says what they are.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from relay_jax.config import network_from
+from relay_jax.errors import UserError, one_line
+from relay_jax.models.network import Network as AnyNetwork
+from relay_jax.models.network import describe
 from relay_jax.models.unet import UNet
 from relay_jax.official.files import Network
-from relay_jax.official.pickle import FileError, show
+from relay_jax.official.pickle import show
 
+# Constructor arguments that mean something here; the last two change no
+# weights.
 _KNOWN = {
     "img_resolution",
     "img_channels",
@@ -25,15 +35,22 @@ _KNOWN = {
     "sigma_data",
     "use_fp16",
     "label_dropout",
-}  # the last two change no weights
+}
+# Fields in which two networks may differ and have the same parameters.
+# Attention is compared by its heads on each level: levels listed in
+# another order, or none there, are the same network.
+_NOT_IN_PARAMETERS = {"attention", "head_width", "dropout", "dtype", "remat"}
+# Keys of a configuration that do not lie below `model`.
+_KEYS = {"resolution": "resolution", "num_classes": "dataset.num_classes"}
 
 
 def _whole(
     arguments: Mapping[str, Any], name: str, default: int | None, low: int, high: int
 ) -> int:
     value = arguments.get(name, default)
+    # Not isinstance: True is an int.
     if type(value) is not int or not low <= value <= high:
-        raise FileError(
+        raise UserError(
             f"its constructor argument {name} is {show(value)}, not a whole number from {low} "
             f"to {high}"
         )
@@ -45,132 +62,147 @@ def _wholes(
 ) -> tuple[int, ...]:
     values = arguments.get(name, default)
     if not isinstance(values, list) or not all(type(v) is int and 1 <= v <= high for v in values):
-        raise FileError(
+        raise UserError(
             f"its constructor argument {name} is not a list of whole numbers from 1 to {high}"
         )
     return tuple(values)
 
 
 def network_of(official: Network) -> UNet:
-    """The U-Net that the constructor arguments of an official network describe; absent ones
-    have their defaults.
+    """The U-Net that the constructor arguments of an official network describe.
 
-    Raises FileError for another kind of network, or arguments that no network can have.
+    Absent arguments have the defaults of the official classes. Raises
+    UserError for another kind of network, or arguments that no network
+    can have.
     """
-    given = dict(official.arguments)
-    if "in_channels" in given and given.get("out_channels") == given["in_channels"]:
-        given.setdefault("img_channels", given["in_channels"])
-    kind = given.get("model_type", "DhariwalUNet")
+    arguments = dict(official.arguments)
+    if "in_channels" in arguments and arguments.get("out_channels") == arguments["in_channels"]:
+        arguments.setdefault("img_channels", arguments["in_channels"])
+    kind = arguments.get("model_type", "DhariwalUNet")
     if official.class_name not in ("EDMPrecond", "DhariwalUNet") or kind != "DhariwalUNet":
-        raise FileError(
+        raise UserError(
             f"its network is a {show(kind)} in a {show(official.class_name)}; only the "
-            "DhariwalUNet in an "
-            "EDMPrecond, which all published relay networks are, can be converted"
+            "DhariwalUNet in an EDMPrecond, which all published relay networks are, can be "
+            "converted"
         )
-    if given.get("sigma_data", 0.5) != 0.5:
-        raise FileError(f"its sigma_data is {show(given['sigma_data'])}, not 0.5")
-    multipliers = _wholes(given, "channel_mult", [1, 2, 3, 4], 64)
-    blocks = _whole(given, "num_blocks", 3, 1, 64)
+    if arguments.get("sigma_data", 0.5) != 0.5:
+        raise UserError(f"its sigma_data is {show(arguments['sigma_data'])}, not 0.5")
+    multipliers = _wholes(arguments, "channel_mult", [1, 2, 3, 4], 64)
+    blocks = _whole(arguments, "num_blocks", 3, 1, 64)
+    # Before the network is traced: a hostile file could ask for one that
+    # takes hours.
     if not 1 <= len(multipliers) <= 10 or 2 * blocks * len(multipliers) > len(official.params):
-        raise FileError(
+        raise UserError(
             f"it has {len(official.params)} parameters, too few for {blocks} blocks on each of "
             f"{len(multipliers)} levels"
         )
-    resolution = _whole(given, "img_resolution", None, 1, 4096)
+    resolution = _whole(arguments, "img_resolution", None, 1, 4096)
     if resolution % (1 << (len(multipliers) - 1)):
-        raise FileError(
+        raise UserError(
             f"its resolution {resolution} cannot be halved {len(multipliers) - 1} times"
         )
-    dropout = given.get("dropout", 0.1)
+    dropout = arguments.get("dropout", 0.1)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise FileError(f"its constructor argument dropout is {show(dropout)}")
+        raise UserError(f"its constructor argument dropout is {show(dropout)}")
     return UNet(
         resolution=resolution,
-        channels=_whole(given, "model_channels", 192, 2, 4096),
+        channels=_whole(arguments, "model_channels", 192, 2, 4096),
         multipliers=multipliers,
         blocks=blocks,
-        attention=_wholes(given, "attn_resolutions", [32, 16, 8], 4096),
-        num_classes=_whole(given, "label_dim", 0, 0, 10**6),
-        num_augment=_whole(given, "augment_dim", 0, 0, 1000),
-        image_channels=_whole(given, "img_channels", None, 1, 64),
+        attention=_wholes(arguments, "attn_resolutions", [32, 16, 8], 4096),
+        num_classes=_whole(arguments, "label_dim", 0, 0, 10**6),
+        num_augment=_whole(arguments, "augment_dim", 0, 0, 1000),
+        image_channels=_whole(arguments, "img_channels", None, 1, 64),
         dropout=float(dropout),
-        embedding_multiplier=_whole(given, "channel_mult_emb", 4, 1, 64),
-    )
-
-
-# What a converted checkpoint notes about its network, and what two networks must share to have
-# the same parameters
-_SHAPE_FIELDS = {
-    "resolution": "resolution",
-    "channels": "model.channels",
-    "multipliers": "model.multipliers",
-    "blocks": "model.blocks",
-    "num_classes": "dataset.num_classes",
-    "num_augment": "model.augment_labels",
-    "image_channels": "image channels",
-    "embedding_multiplier": "width of the embedding",
-}
-NOTED_FIELDS = (*_SHAPE_FIELDS, "attention", "head_width", "dropout")
-
-
-def heads_at(network: UNet, head_width: int) -> dict[int, int]:
-    """Attention heads of each level that has any; 0 is the block of the lowest level that
-    always wants attention."""
-    levels = {
-        network.resolution >> i: network.channels * m // head_width
-        for i, m in enumerate(network.multipliers)
-    }
-    wanted = {size: heads for size, heads in levels.items() if size in network.attention}
-    return {size: heads for size, heads in (wanted | {0: min(levels.items())[1]}).items() if heads}
-
-
-def check_same_network(found: UNet, wanted: UNet, stage: str) -> None:
-    """Raises FileError naming the first setting in which the file's network differs from that
-    of a stage."""
-    for field, key in _SHAPE_FIELDS.items():
-        if getattr(found, field) != getattr(wanted, field):
-            raise FileError(
-                f"{key} is {getattr(found, field)} in the file and {getattr(wanted, field)} in "
-                "stage "
-                f"{stage} of the configuration"
-            )
-    ours, theirs = heads_at(wanted, wanted.head_width), heads_at(found, found.head_width)
-    if ours != theirs:
-        raise FileError(
-            f"the heads by attention level are {theirs} in the file and {ours} in stage "
-            f"{stage} of the "
-            "configuration (model.attention, model.head_width)"
-        )
-
-
-def describe(network: UNet) -> str:
-    """Resolution and conditioning in words."""
-    classes = f"{network.num_classes} classes" if network.num_classes else "unconditional"
-    augment = (
-        f"{network.num_augment} augmentation labels"
-        if network.num_augment
-        else "no augmentation labels"
-    )
-    return f"{network.resolution} px, {network.image_channels} channels, {classes}, {augment}"
-
-
-def note(network: UNet) -> dict[str, Any]:
-    """What a checkpoint says about its network, as JSON."""
-    return {field: getattr(network, field) for field in NOTED_FIELDS}
-
-
-def noted_network(meta: Mapping[str, Any]) -> UNet:
-    """The network of a checkpoint with this `meta`. Raises FileError if it does not say."""
-    noted = meta.get("network")
-    if not isinstance(noted, dict) or set(noted) != set(NOTED_FIELDS):
-        raise FileError(
-            "the checkpoint does not say what network it is of; add --config and --stage"
-        )
-    return UNet(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in noted.items()}
+        embedding_multiplier=_whole(arguments, "channel_mult_emb", 4, 1, 64),
     )
 
 
 def unused_arguments(official: Network) -> list[str]:
     """Constructor arguments that nothing here knows."""
     return sorted(set(official.arguments) - _KNOWN)
+
+
+def noted_network(meta: Mapping[str, Any]) -> UNet | None:
+    """The U-Net that the notes of a checkpoint describe, None where they say nothing.
+
+    The notes of earlier versions lack the kind, the precision and
+    remat: all were U-Nets, and the defaults of the others change no
+    parameters. Raises UserError for another kind, and for notes that
+    make no network.
+    """
+    description = meta.get("network")
+    if description is None:
+        return None
+    try:
+        # Other kinds are refused before they are built: a kind may name
+        # any class that can be imported, and the checkpoint may be
+        # somebody else's.
+        _require_unet(description.get("kind", "unet"), "the checkpoint")
+        return unet(network_from(description), "the checkpoint")
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the checkpoint's notes describe no network ({one_line(error)}); add --config and "
+            "--stage"
+        ) from error
+
+
+def unet(network: AnyNetwork, whose: str) -> UNet:
+    """The network itself, if it is one that official names and layouts exist for.
+
+    whose: what the message calls it. Raises UserError for another kind.
+    """
+    _require_unet(describe(network)["kind"], whose)
+    assert isinstance(network, UNet)
+    return network
+
+
+def _require_unet(kind: object, whose: str) -> None:
+    if kind != "unet":
+        raise UserError(
+            f"the network of {whose} is of the kind {show(kind)}; official weights are a U-Net's"
+        )
+
+
+def heads_at(network: UNet, head_width: int) -> dict[int, int]:
+    """Attention heads of each level that has any, if they had so many channels each.
+
+    0 stands for the block of the lowest level, which has attention
+    whether or not it is listed.
+    """
+    levels = {
+        network.resolution >> i: network.channels * m // head_width
+        for i, m in enumerate(network.multipliers)
+    }
+    listed = {size: heads for size, heads in levels.items() if size in network.attention}
+    return {size: heads for size, heads in (listed | {0: min(levels.items())[1]}).items() if heads}
+
+
+def check_same_network(network: UNet, expected: UNet, stage: str, place: str = "file") -> None:
+    """Raises UserError naming the first setting in which a network differs from that of a stage.
+
+    place: where `network` was read, for the message.
+    """
+    fields, stage_fields = describe(network), describe(expected)
+    for field in fields:
+        if field not in _NOT_IN_PARAMETERS and fields[field] != stage_fields[field]:
+            raise UserError(
+                f"{_KEYS.get(field, f'model.{field}')} is {fields[field]} in the {place} and "
+                f"{stage_fields[field]} in stage {stage} of the configuration"
+            )
+    heads = heads_at(network, network.head_width)
+    stage_heads = heads_at(expected, expected.head_width)
+    if heads != stage_heads:
+        raise UserError(
+            f"the heads by attention level are {heads} in the {place} and {stage_heads} in stage "
+            f"{stage} of the configuration (model.attention, model.head_width)"
+        )
+
+
+def in_words(network: UNet) -> str:
+    """Resolution and conditioning of a network."""
+    classes = f"{network.num_classes} classes" if network.num_classes else "unconditional"
+    augment = f"{network.num_augment or 'no'} augmentation labels"
+    return f"{network.resolution} px, {network.image_channels} channels, {classes}, {augment}"

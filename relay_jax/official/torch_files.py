@@ -1,14 +1,13 @@
-"""Files of torch.save and pickled torch modules, read without torch and without running
-anything in them.
+"""Files of torch.save and pickled torch modules, read without torch, running nothing in them.
 
-    .pt   zip of torch.save: <folder>/data.pkl, and one stored member <folder>/data/<key> per storage
+    .pt   zip of torch.save: <folder>/data.pkl, and one stored member <folder>/data/<key> for each
+          storage
     .pkl  plain pickle; each storage is the argument of torch.storage._load_from_bytes, a small
-    pickle stream itself
-    .pth  torch.save before version 1.6: three pickles of header, the object, its storages'
-    keys, then their bytes
+          pickle stream itself
+    .pth  torch.save before version 1.6: three pickles of header, the object, its storages' keys,
+          then their bytes
 
-Tensors are views of the memory-mapped file: nothing is copied unless another precision is asked
-for.
+Tensors are views of the memory-mapped file; only another precision is copied.
 """
 
 import math
@@ -19,12 +18,14 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relay_jax.official.pickle import FileError, Machine, Name, Record, no_storage, show
+from relay_jax.errors import UserError
+from relay_jax.official.pickle import Machine, Name, Record, no_storage, show
 
 MAX_PICKLE = 1 << 28  # bytes of data.pkl in a zip
 MAX_MEMBERS = 100_000  # of a zip
@@ -33,8 +34,10 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclass(eq=False, repr=False)
 class Storage:
-    """Raw little-endian elements. crc: checksum of the bytes, None if there is none or it has
-    been verified."""
+    """Raw little-endian elements.
+
+    crc: checksum of the bytes, None if there is none or it has been verified.
+    """
 
     key: str
     dtype: str
@@ -54,16 +57,20 @@ class Tensor:
     stride: tuple[int, ...]
 
     def array(self) -> np.ndarray:
-        """float32, read-only; a view of the file where that has float32. Raises FileError for
-        integers, damage."""
+        """float32, read-only; a view of the file where that has float32.
+
+        Raises UserError for integers, and for damage.
+        """
         storage = self.storage
         if storage.dtype not in ("<f2", "<f4", "<f8", "bf16"):
-            raise FileError(
+            raise UserError(
                 f"storage {show(storage.key)} has elements of type {storage.dtype}, not "
                 "floating point"
             )
         if storage.crc is not None and zlib.crc32(storage.data) != storage.crc:
-            raise FileError(f"storage {show(storage.key)} is damaged (its checksum differs)")
+            raise UserError(f"storage {show(storage.key)} is damaged (its checksum differs)")
+        # Many tensors may share a storage, which is checked for the first of them
+        # alone.
         storage.crc = None
         flat = np.frombuffer(storage.data, "<u2" if storage.dtype == "bf16" else storage.dtype)
         strides = [step * flat.itemsize for step in self.stride]
@@ -71,6 +78,7 @@ class Tensor:
             flat[self.offset :], self.size, strides, writeable=False
         )
         if storage.dtype == "bf16":
+            # bfloat16 is the upper half of float32; NumPy knows no such type.
             view = (view.astype(np.uint32) << 16).view(np.float32)
         view = view.astype(np.float32, copy=False)
         view.flags.writeable = False
@@ -98,7 +106,7 @@ def _persistent_object(_: Machine, args: tuple) -> Record:
     match args:
         case ({"type": "class", "class_name": str(name), "state": dict(state)},):
             return Record(name[:80], state)
-    raise FileError("a persistent object is not in the expected form")
+    raise UserError("a persistent object is not in the expected form")
 
 
 def _rebuild_tensor(_: Machine, args: tuple) -> Tensor:
@@ -109,46 +117,45 @@ def _rebuild_tensor(_: Machine, args: tuple) -> Tensor:
                 or len(size) != len(stride)
                 or not all(map(is_count, (offset, *size, *stride)))
             ):
-                raise FileError(
+                raise UserError(
                     f"a tensor has an impossible size or stride: {show(size)}, {show(stride)}"
                 )
             count = math.prod(size)
-            end = offset + (
-                sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-                if count
-                else 0
-            )
+            reach = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+            end = offset + (reach if count else 0)
+            # Also the number of elements: a stride of 0 would make a large array of
+            # a few bytes.
             if max(end, count) > storage.count:
-                raise FileError(
-                    f"a tensor of size {show(size)} lies outside its storage "
-                    f"{show(storage.key)} of "
-                    f"{storage.count} elements"
+                raise UserError(
+                    f"a tensor of size {show(size)} lies outside its storage {show(storage.key)} "
+                    f"of {storage.count} elements"
                 )
             return Tensor(storage, offset, size, stride)
-    raise FileError("a tensor is not in the expected form")
+    raise UserError("a tensor is not in the expected form")
 
 
 def _rebuild_parameter(_: Machine, args: tuple) -> Tensor:
     if not args or not isinstance(args[0], Tensor):
-        raise FileError("a parameter is not a tensor")
+        raise UserError("a parameter is not a tensor")
     return args[0]
 
 
 def _load_from_bytes(machine: Machine, args: tuple) -> Storage:
-    """The legacy stream of one storage: magic, protocol, system, the storage, its keys, a count
-    and the raw data."""
+    """The legacy stream of one storage: header, the storage, its keys, a count and the raw data."""
     if len(args) != 1 or not isinstance(args[0], memoryview):
-        raise FileError("torch.storage._load_from_bytes is called without bytes")
+        raise UserError("torch.storage._load_from_bytes is called without bytes")
+    # With the same budget: streams within streams must not multiply what a file may
+    # cost.
     storage, storages = _legacy(Machine(args[0], _STORAGES, no_storage, machine.budget))
     if not isinstance(storage, Storage) or list(storages) != [storage.key]:
-        raise FileError("a storage is not in torch's legacy format")
+        raise UserError("a storage is not in torch's legacy format")
     return storage
 
 
 def _numpy_dtype(_: Machine, args: tuple) -> _Dtype:
     code = args[0] if args else None
     if code not in ("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"):
-        raise FileError(f"numpy type {show(code)} is not on the list")
+        raise UserError(f"numpy type {show(code)} is not on the list")
     return _Dtype(code)
 
 
@@ -158,26 +165,26 @@ def _numpy_scalar(_: Machine, args: tuple) -> object:
             data
         ) == int(code[1]):
             return np.frombuffer(data, "<" + code)[0].item()
-    raise FileError("a numpy number is not in the expected form")
+    raise UserError("a numpy number is not in the expected form")
 
 
 def _encode(_: Machine, args: tuple) -> memoryview:
     match args:
         case (str(text), "latin1") if len(text) <= 8:
             return memoryview(text.encode("latin1"))
-    raise FileError("_codecs.encode is only known for numpy's numbers")
+    raise UserError("_codecs.encode is only known for numpy's numbers")
 
 
 def _set(_: Machine, args: tuple) -> list:
     match args:
         case (list(items),):
             return items
-    raise FileError("a set is not made of a list")
+    raise UserError("a set is not made of a list")
 
 
 def _ordered_dict(_: Machine, args: tuple) -> dict:
     if args:
-        raise FileError("collections.OrderedDict is called with arguments")
+        raise UserError("collections.OrderedDict is called with arguments")
     return {}
 
 
@@ -193,6 +200,8 @@ _CODES = {
     "Byte": "<u1",
     "Bool": "<b1",
 }
+# Storages stand alone in the small streams of a .pkl: no other name may occur
+# there.
 _STORAGES = {
     f"torch.{kind}Storage": Name(f"torch.{kind}Storage", tag=code) for kind, code in _CODES.items()
 }
@@ -218,111 +227,116 @@ NAMES = (
 
 
 def _storage_id(tag: object, length: int) -> tuple[str, str, int]:
-    """('storage', class, key, place, count[, None]) -> key, dtype, count. The place, such as
-    cuda:0, is ignored."""
+    """('storage', class, key, place, count[, None]) -> key, dtype, count.
+
+    The place, such as cuda:0, is ignored. Raises UserError for anything else.
+    """
     if isinstance(tag, tuple) and len(tag) == length and tag[5:] in ((), (None,)):
         match tag[:5]:
             case ("storage", Name(tag=dtype), str(key), str(), int(count)) if dtype and is_count(
                 count
             ):
                 return key, dtype, count
-    raise FileError("a persistent id is not that of a storage")
+    raise UserError("a persistent id is not that of a storage")
 
 
 def _legacy(machine: Machine) -> tuple[object, dict[str, Storage]]:
-    """The object of a legacy stream, and its storages by key, whose data follow it in an order
-    of their own."""
+    """The object of a legacy stream, and its storages by key, whose data follow in their order."""
     magic, protocol, system = [machine.run() for _ in range(3)]
     if magic != LEGACY_MAGIC or protocol != 1001:
-        raise FileError("a storage is not in torch's legacy format")
+        raise UserError("a storage is not in torch's legacy format")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise FileError("a storage is not little-endian")
+        raise UserError("a storage is not little-endian")
     storages: dict[str, Storage] = {}
-
-    def announce(tag: object) -> Storage:
-        key, dtype, count = _storage_id(tag, 6)
-        found = storages.setdefault(key, Storage(key, dtype, count, memoryview(b"")))
-        if (found.dtype, found.count) != (dtype, count):
-            raise FileError(f"storage {show(key)} is announced twice, differently")
-        return found
-
-    machine.persistent = announce
+    machine.persistent = partial(_announce, storages)
     loaded, keys = machine.run(), machine.run()
     if (
         not isinstance(keys, list)
         or not all(isinstance(key, str) for key in keys)
         or sorted(keys) != sorted(storages)
     ):
-        raise FileError("its list of storages does not fit to its tensors")
+        raise UserError("its list of storages does not fit to its tensors")
     for storage in (storages[key] for key in keys):
         if machine.number("<q") != storage.count:
-            raise FileError(
+            raise UserError(
                 f"storage {show(storage.key)} does not have the announced {storage.count} elements"
             )
         storage.data = machine.take(storage.count * _itemsize(storage.dtype))
     return loaded, storages
 
 
+def _announce(storages: dict[str, Storage], tag: object) -> Storage:
+    """A storage whose data are read later, when the object is complete."""
+    key, dtype, count = _storage_id(tag, 6)
+    storage = storages.setdefault(key, Storage(key, dtype, count, memoryview(b"")))
+    if (storage.dtype, storage.count) != (dtype, count):
+        raise UserError(f"storage {show(key)} is announced twice, differently")
+    return storage
+
+
 class _Archive:
-    """A zip of torch.save. Members are views of `whole`, the file: only stored ones are
-    accepted."""
+    """A zip of torch.save. Members are views of `whole`, the file: only stored ones are read."""
 
     def __init__(self, entries: list[zipfile.ZipInfo], whole: memoryview) -> None:
         self.whole, self.members, self.storages = whole, {}, {}  # type: ignore[var-annotated]
         if len(entries) > MAX_MEMBERS:
-            raise FileError(f"it has {len(entries)} members, far more than any official file")
+            raise UserError(f"it has {len(entries)} members, far more than any official file")
         for entry in entries:
             parts = entry.orig_filename.split("/")
             if {"", ".", ".."}.intersection(parts) or any(
                 c in entry.orig_filename for c in "\\:\0"
             ):
-                raise FileError(
+                raise UserError(
                     f"member {show(entry.orig_filename)} has a name that no official file has"
                 )
         if len({entry.orig_filename.partition("/")[0] for entry in entries}) == 1:
             for entry in entries:
                 self._add(entry)
         if "data.pkl" not in self.members:
-            raise FileError(
+            raise UserError(
                 "it is a zip, but not one of torch.save (no single folder with a data.pkl)"
             )
         if "byteorder" in self.members and self._view("byteorder") != b"little":
-            raise FileError("its storages are not little-endian")
+            raise UserError("its storages are not little-endian")
 
     def _add(self, entry: zipfile.ZipInfo) -> None:
         name, inner = show(entry.orig_filename), entry.orig_filename.partition("/")[2]
         if inner == "constants.pkl" or inner.startswith("code/"):
-            raise FileError("it is a TorchScript program, not an official checkpoint")
+            raise UserError("it is a TorchScript program, not an official checkpoint")
         if entry.flag_bits & 0x41:
-            raise FileError(f"member {name} is encrypted")
+            raise UserError(f"member {name} is encrypted")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise FileError(f"member {name} is compressed, which torch.save never does")
+            raise UserError(f"member {name} is compressed, which torch.save never does")
+        # The reader of another program might take the other one of the two.
         if inner in self.members:
-            raise FileError(f"member {name} occurs twice")
+            raise UserError(f"member {name} occurs twice")
         self.members[inner] = entry
 
     def _view(self, name: str) -> memoryview:
+        # By hand, for zipfile copies. Its directory may say anything: both headers
+        # must agree.
         entry = self.members[name]
         at, encoded = entry.header_offset, entry.orig_filename.encode()
         header = self.whole[max(at, 0) : max(at, 0) + 30]
         if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise FileError(f"member {show(name)} is damaged or missing")
+            raise UserError(f"member {show(name)} is damaged or missing")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         start = at + 30 + name_length + extra_length
         end = start + entry.file_size
         if self.whole[at + 30 : at + 30 + name_length] != encoded or end > len(self.whole):
-            raise FileError(f"member {show(name)} is damaged or lies outside the file")
+            raise UserError(f"member {show(name)} is damaged or lies outside the file")
         return self.whole[start:end]
 
     def program(self) -> memoryview:
         entry = self.members["data.pkl"]
+        # The weights lie in members of their own: this is names and numbers alone.
         if entry.file_size > MAX_PICKLE:
-            raise FileError(
+            raise UserError(
                 f"its data.pkl has {entry.file_size} bytes, far more than in any official file"
             )
         program = self._view("data.pkl")
         if zlib.crc32(program) != entry.CRC:
-            raise FileError("its data.pkl is damaged (the checksum differs)")
+            raise UserError("its data.pkl is damaged (the checksum differs)")
         return program
 
     def storage(self, tag: object) -> Storage:
@@ -330,17 +344,18 @@ class _Archive:
         if key not in self.storages:
             entry = self.members.get(f"data/{key}")
             if entry is None:
-                raise FileError(f"storage {show(key)} is missing")
+                raise UserError(f"storage {show(key)} is missing")
             self.storages[key] = Storage(key, dtype, count, self._view(f"data/{key}"), entry.CRC)
-        found = self.storages[key]
-        if found.dtype != dtype or len(found.data) != count * _itemsize(dtype):
-            raise FileError(
-                f"storage {show(key)} has {len(found.data)} bytes, not {count} elements of "
+        storage = self.storages[key]
+        if storage.dtype != dtype or len(storage.data) != count * _itemsize(dtype):
+            raise UserError(
+                f"storage {show(key)} has {len(storage.data)} bytes, not {count} elements of "
                 f"type {dtype}"
             )
-        return found
+        return storage
 
 
+# What people name by mistake, or what a failed download leaves.
 _FOREIGN = {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
@@ -353,17 +368,17 @@ _FOREIGN = {
 
 
 def load(path: Path) -> tuple[Any, mmap.mmap]:
-    """The object in a file of any of the formats, told apart by content: plain containers,
-    Records and Tensors.
+    """The object in a file of any of the formats: plain containers, Records and Tensors.
 
-    Also the mapped file that the tensors view, which must not change while they are in use.
-    Raises FileError or OSError; the errors of zipfile and struct for some damage.
+    Formats are told apart by content. Also returns the mapped file that the tensors view, which
+    must not change while they are in use. Raises UserError or OSError; the errors of zipfile
+    and struct for some damage.
     """
     if not path.is_file():
-        raise FileError("it is not a file" if path.exists() else "there is no such file")
+        raise UserError("it is not a file" if path.exists() else "there is no such file")
     with path.open("rb") as file:
         if not file.seek(0, 2):
-            raise FileError("it is empty")
+            raise UserError("it is empty")
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         whole = memoryview(mapping)
         start = bytes(whole[:32])
@@ -373,12 +388,13 @@ def load(path: Path) -> tuple[Any, mmap.mmap]:
             zipped = _Archive(entries, whole)
             return Machine(zipped.program(), NAMES, zipped.storage).run(), mapping
     if start[:1] == pickle.PROTO and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        # A .pth begins with a pickle of its own, the magic number.
         loaded = Machine(whole, NAMES, no_storage).run()
-        return (
-            _legacy(Machine(whole, NAMES, no_storage))[0] if loaded == LEGACY_MAGIC else loaded
-        ), mapping
+        if loaded == LEGACY_MAGIC:
+            loaded = _legacy(Machine(whole, NAMES, no_storage))[0]
+        return loaded, mapping
     kind = next((kind for magic, kind in _FOREIGN.items() if start.startswith(magic)), "")
+    # Behind the length of its header, which can be any number.
     kind = "a safetensors file" if start[8:10] == b'{"' else kind
-    raise FileError(
-        "it is neither a zip of torch.save nor a pickle" + (f"; it is {kind}" if kind else "")
-    )
+    hint = f"; it is {kind}" if kind else ""
+    raise UserError(f"it is neither a zip of torch.save nor a pickle{hint}")

@@ -1,27 +1,40 @@
-"""Samples on their way through all stages: the noisy states of chosen steps, and what the
-network makes of each.
+"""The picture `filmstrip`: samples on their way through all stages, the noisy states of some
+steps and what the network makes of each.
 
-The states are the sampler's own (Samples.states), so the last frame is the sample itself. Each
-is shown beside D(x, sigma),
-one more call of the guided network. Where the first stage adds churn, its sampler asks the
-network a little above sigma, at the state with the churn's noise; the frame shows the state before.
+The states are the sampler's (Samples.states), so the last frame is the
+sample itself. Each is shown beside D(x, sigma), one more call of the
+guided network. Where the first stage adds churn, its sampler asks the
+network a little above sigma, at the state with the churn's noise; the
+frame shows the state before.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relay_jax.config import Stage
-from relay_jax.sampling.chain import run_stage, stage_denoiser
+from relay_jax.plots import style
+from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.sampling.chain import sample_stage
+from relay_jax.stage import Stage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SEEDS, COLUMNS = 3, 7  # at most: rows, and steps of each stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """One stage of a filmstrip. steps: [k] rising; sigmas: [k]; states, denoised: float32 [k,
-    n, h, w, c], before each of these steps; final: [n, h, w, c]."""
+    """One stage of a filmstrip.
+
+    steps: [k] rising; sigmas: [k]; states, denoised: float32 [k, n, h,
+    w, c], before each of these steps; final: [n, h, w, c].
+    """
 
     stage: str
     steps: np.ndarray
@@ -31,6 +44,21 @@ class Frames:
     denoised: np.ndarray
     final: np.ndarray
 
+    def describe(self) -> dict[str, Any]:
+        """The numbers of the picture: how far each frame is from the sample."""
+        pixels = (2, 3, 4)
+        return {
+            "stage": self.stage,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "sigmas": self.sigmas,
+            "state_std": self.states.std(axis=pixels),
+            "denoised_std": self.denoised.std(axis=pixels),
+            "denoised_rms_to_final": np.sqrt(
+                np.mean((self.denoised - self.final) ** 2, axis=pixels)
+            ),
+        }
+
 
 def spread(total: int, count: int) -> np.ndarray:
     """At most `count` steps of 0 ... total - 1, evenly spread, the first and the last among
@@ -38,53 +66,63 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.unique(np.round(np.linspace(0, total - 1, min(count, total))).astype(int))
 
 
-def filmstrip(
-    stages: Sequence[tuple[Stage, dict]], seeds: Sequence[int], classes: np.ndarray, columns: int
-) -> list[Frames]:
-    """All stages, each with its parameters, for seeds [n] and classes [n]; at most `columns`
-    steps of each stage.
+def _frames(
+    stage: Stage,
+    steps: np.ndarray,
+    params: dict,
+    seed: jax.Array,
+    label: jax.Array,
+    low_res: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """States and denoised images [k, h, w, c] and the sample [h, w, c] of one seed.
 
-    One seed at a time: memory holds all states of one image. Raises ValueError for fewer than
-    two columns.
+    seed, label: [1]; low_res: [1, h/p, w/p, c] or None.
+    """
+    samples = sample_stage(stage, params, seed, label, low_res, return_states=True)
+    assert samples.states is not None
+    states = samples.states[steps]
+    sigmas = jnp.asarray(stage.sampler.levels()[steps], jnp.float32)
+    # One step after the other: the network stands once in the program,
+    # and takes the memory of one image.
+    denoise = stage.denoiser(params, label)
+    denoised = jax.lax.map(lambda frame: denoise(*frame), (states, sigmas))
+    return states[:, 0], denoised[:, 0], samples.final[0]
+
+
+def filmstrip(
+    stages: Sequence[tuple[Stage, dict]],
+    seeds: Sequence[int],
+    classes: np.ndarray,
+    columns: int,
+) -> list[Frames]:
+    """All stages, each with its parameters, for seeds [n] and classes [n].
+
+    columns: steps of each stage, at most. One seed at a time: memory
+    holds all states of one image. Raises ValueError for fewer than two
+    columns.
     """
     if columns < 2:
         raise ValueError(f"a filmstrip needs at least 2 steps of each stage, not {columns}")
-    found: list[Frames] = []
-    low_res: np.ndarray | None = None
+    strip: list[Frames] = []
+    # The samples of one stage, not clipped, are what the next one starts
+    # from, as in the chain.
     for stage, params in stages:
-        sigmas = stage.sampler.sigmas()[:-1]
+        sigmas = stage.sampler.levels()[:-1]
         steps = spread(len(sigmas), columns)
-
-        def one(
-            params: dict,
-            seed: jax.Array,
-            class_: jax.Array,
-            low: jax.Array | None,
-            stage: Stage = stage,
-            steps: np.ndarray = steps,
-            sigmas: np.ndarray = sigmas,
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            samples = run_stage(stage, params, seed, class_, low, return_states=True)
-            assert samples.states is not None
-            states, denoise = samples.states[steps], stage_denoiser(stage, params, class_)
-            chosen = states, jnp.asarray(sigmas[steps], jnp.float32)
-            return (
-                states[:, 0],
-                jax.lax.map(lambda at: denoise(*at), chosen)[:, 0],
-                samples.final[0],
+        run, frames = jax.jit(partial(_frames, stage, steps)), []
+        for n, (seed, label) in enumerate(zip(seeds, classes, strict=True)):
+            low_res = strip[-1].final[n : n + 1] if strip else None
+            one = run(
+                params,
+                np.array([seed], np.uint32),
+                np.array([label], np.int32),
+                low_res,
             )
-
-        run, frames = jax.jit(one), []
-        for n, seed in enumerate(seeds):
-            low = None if low_res is None else low_res[n : n + 1]
-            frames.append(
-                jax.device_get(
-                    run(params, np.array([seed], np.uint32), np.array([classes[n]], np.int32), low)
-                )
-            )
+            # To the host at once, as the states of all seeds may be too
+            # many for a device.
+            frames.append(jax.device_get(one))
         states, denoised, finals = zip(*frames, strict=True)
-        low_res = np.stack(finals)
-        found.append(
+        strip.append(
             Frames(
                 stage=stage.name,
                 steps=steps,
@@ -92,7 +130,76 @@ def filmstrip(
                 sigmas=sigmas[steps],
                 states=np.stack(states, axis=1),
                 denoised=np.stack(denoised, axis=1),
-                final=low_res,
+                final=np.stack(finals),
             )
         )
-    return found
+    return strip
+
+
+def filmstrip_figure(
+    strip: Sequence[Frames], rows: Sequence[str], sigma_data: float, title: str
+) -> "Figure":
+    """Two rows per seed, state above denoised image; a column per step, then the sample.
+
+    rows: what each seed is called. States are shown at the contrast of
+    images: x sigma_data / sqrt(sigma^2 + sigma_data^2).
+    """
+    widths = [width for frames in strip for width in (style.GAP, *[1.0] * len(frames.steps))]
+    widths += [style.GAP, 1.0]
+    figure = style.make_figure(1.15 * sum(widths) + 1, 2.35 * len(rows) + 1, title)
+    grid = figure.add_gridspec(
+        2 * len(rows), len(widths), wspace=0.05, hspace=0.05, width_ratios=widths
+    )
+    # A figure of subplots in a grid, not one large picture: each title
+    # stands over its column whatever the resolutions of the stages.
+    column = 0
+    for number, frames in enumerate(strip):
+        for k in range(len(frames.steps)):
+            column += 2 if k == 0 else 1  # a gap before each stage
+            scale = sigma_data / np.hypot(frames.sigmas[k], sigma_data)
+            for n, name in enumerate(rows):
+                above = figure.add_subplot(grid[2 * n, column - 1])
+                below = figure.add_subplot(grid[2 * n + 1, column - 1])
+                style.show(above, frames.states[k, n] * scale)
+                style.show(below, frames.denoised[k, n])
+                if n == 0:
+                    head = _head(frames, k, handoff=number > 0)
+                    above.set_title(head, fontsize="small", loc="left")
+                if number == k == 0:
+                    above.set_ylabel(f"{name}\nstate", fontsize="small")
+                    below.set_ylabel("denoised", fontsize="small")
+    for n in range(len(rows)):
+        axes = figure.add_subplot(grid[2 * n : 2 * n + 2, -1])
+        style.show(axes, strip[-1].final[n])
+        axes.set_title("sample", fontsize="small", loc="left")
+    return figure
+
+
+def _head(frames: Frames, k: int, handoff: bool) -> str:
+    """Three lines above a column; the first names the stage at its first step alone."""
+    name = f"{frames.stage}, {frames.final.shape[1]} px" + (" (hand-off)" if handoff else "")
+    step = f"step {frames.steps[k] + 1}/{frames.total_steps}"
+    return f"{name if k == 0 else ''}\n{step}\nsigma {frames.sigmas[k]:.3g}"
+
+
+def plot_filmstrip(inputs: Inputs) -> None:
+    """filmstrip.png and filmstrip.json, of a few seeds."""
+    seeds = inputs.seeds(SEEDS)
+    classes = inputs.classes(seeds)
+    stages = [(stage, inputs.params(stage)[0]) for stage in inputs.stages]
+    strip = filmstrip(stages, seeds, classes, COLUMNS)
+    rows = [f"seed {seed}" for seed in seeds]
+    if inputs.stages[-1].num_classes:
+        rows = [f"{row}\nclass {label}" for row, label in zip(rows, classes, strict=True)]
+    title = "Samples on their way through the stages (states scaled to the contrast of images)"
+    figure = filmstrip_figure(strip, rows, inputs.stages[0].process.sigma_data, title)
+    style.save(figure, inputs.out / "filmstrip.png")
+    numbers = {
+        "seeds": seeds,
+        "classes": classes,
+        "stages": [each.describe() for each in strip],
+    }
+    inputs.write("filmstrip", numbers)
+
+
+PICTURE = Picture(plot_filmstrip, ("all checkpoints",))

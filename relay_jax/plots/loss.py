@@ -1,29 +1,38 @@
-"""The training loss of a stage by noise level, from its averaged weights (SPEC section 4).
+"""The picture `loss`: the training loss of a stage by noise level, from its averaged weights.
 
 For levels sigma_1 < sigma_2 < ... over the range that training draws from, every image is
-corrupted at every level as in training (loss.corrupt) and gives one weighted loss w |D - x0|^2,
-the mean of its pixels. Then
+corrupted at every level as in training (docs/math.md section 5) and gives one weighted loss
+w |D - x0|^2, the mean of its pixels. Then
 (1)  quartiles and mean over the images, for each level
-(2)  expected loss = sum_j share_j mean_j,     share_j = chance that training draws a sigma nearest to level j (in ln sigma)
+(2)  expected loss = sum_j share_j mean_j,
+     share_j = chance that training draws a sigma nearest to level j (in ln sigma)
 (2) is what the training curve would show without dropout, label dropout and augmentation, for
 the averaged weights.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
-from scipy.special import ndtr, ndtri
 
-from relay_jax.config import Stage
-from relay_jax.data.transforms import to_float
+from relay_jax.data.images import to_float
 from relay_jax.diffusion.loss import corrupt, draw, loss_map
-from relay_jax.diffusion.precondition import precondition
-from relay_jax.diffusion.process import EdmProcess, RelayProcess
+from relay_jax.diffusion.process import EdmProcess
+from relay_jax.plots import style
+from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.runtime.devices import jit
 from relay_jax.runtime.sharding import batch_sharding, from_all, to_host
+from relay_jax.stage import Stage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LEVELS = 20
 TAIL = 1e-3  # share of the draws of an unbounded schedule that is left out at each end
@@ -32,38 +41,37 @@ TAIL = 1e-3  # share of the draws of an unbounded schedule that is left out at e
 def level_draws(process: EdmProcess, count: int = LEVELS) -> tuple[np.ndarray, np.ndarray]:
     """sigma of the levels, rising and even in ln sigma, and the draws behind them
     (loss.Draws.level): float64 [count]."""
-    if not isinstance(process, RelayProcess):
-        normal = np.linspace(ndtri(TAIL), -ndtri(TAIL), count)
-        return np.exp(process.P_mean + process.P_std * normal), normal
-    lowest = float(process.sigma_from_u(jnp.float32(process.u_min)))
-    highest = min(process.sigma_full_blur, math.exp(process.P_mean - process.P_std * ndtri(TAIL)))
-    sigma = np.geomspace(lowest, highest, count)
-    return sigma, np.minimum(process.u_from_sigma(sigma), 1.0)
+    # Even in ln sigma like the horizontal axis: the network sees sigma as
+    # its logarithm.
+    sigma = np.geomspace(*process.sigma_range(TAIL), count)
+    return sigma, process.draw_at(sigma)
 
 
 def shares(process: EdmProcess, sigma: np.ndarray) -> np.ndarray:
-    """share_j of equation (2), [levels], summing to 1. The clamped draws of a relay all count
-    to its lowest level."""
-    edges = np.log(np.sqrt(sigma[1:] * sigma[:-1]))
-    below = ndtr((edges - process.P_mean) / process.P_std)
-    if isinstance(process, RelayProcess):
-        below = below / process.cdf_max
+    """share_j of equation (2), [levels], summing to 1."""
+    below = process.cdf(np.sqrt(sigma[1:] * sigma[:-1]))
+    # What lies outside the levels, or is clamped, counts to the nearest
+    # of them.
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossBySigma:
-    """Losses of one stage. sigma, share: [levels]; losses: weighted, one for each image,
-    [levels, n]."""
+    """Losses of one stage.
+
+    images: seen in training; sigma, share: [levels]; losses: weighted,
+    one for each image, [levels, n].
+    """
 
     stage: str
-    images: int  # seen in training
+    images: int
     sigma: np.ndarray
     share: np.ndarray
     losses: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
+        """Over the images, [levels]."""
         return self.losses.mean(axis=1)
 
     @property
@@ -76,55 +84,153 @@ class LossBySigma:
         """Equation (2)."""
         return float(self.share @ self.mean)
 
+    def describe(self) -> dict[str, Any]:
+        """The numbers of the picture; not the loss of each image."""
+        return {
+            "stage": self.stage,
+            "images_seen": self.images,
+            "images": self.losses.shape[1],
+            "sigma": self.sigma,
+            "share": self.share,
+            "mean": self.mean,
+            "quartiles": self.quartiles,
+            "expected": self.expected,
+        }
+
+
+def losses_at(
+    stage: Stage, params: dict, inputs: dict[str, jax.Array], key: jax.Array
+) -> jax.Array:
+    """The weighted loss of each image, float32 [b] at chosen levels.
+
+    inputs: image uint8 [b, h, w, c]; label int [b]; place int [b], in
+    the whole set; level [b], the raw draw of the process.
+    """
+    # Without augmentation, dropout and dropped labels: what they add
+    # differs from image to image, and would hide the differences between
+    # levels.
+    images = to_float(inputs["image"])
+    denoise = partial(_with_labels, stage.preconditioned(params), stage.one_hot(inputs["label"]))
+    draws = draw(stage.process, key, images.shape, inputs["place"])
+    corrupted = corrupt(stage.process, images, draws._replace(level=inputs["level"]))
+    return jnp.mean(loss_map(denoise, images, corrupted), axis=(1, 2, 3))
+
+
+def _with_labels(
+    denoise: Any, labels: jax.Array | None, x: jax.Array, sigma: jax.Array
+) -> jax.Array:
+    return denoise(x, sigma, labels)
+
 
 def loss_by_sigma(
     stage: Stage,
     params: dict,
     mesh: Mesh,
-    pixels: np.ndarray,
-    labels: np.ndarray,
+    real: tuple[np.ndarray, np.ndarray],
+    *,
     images_seen: int,
     batch: int,
     seed: int = 0,
 ) -> LossBySigma:
-    """pixels: uint8 [n, h, w, c], real images; labels: int [n]; batch: images per call, at
-    most, rounded up to the devices.
+    """Equations (1) and (2) for one stage.
 
-    The noise of an image depends on the seed, the level and its place alone.
+    real: uint8 [n, h, w, c] and labels int [n]; images_seen: by the
+    training; batch: images per call, at most, rounded up to the
+    devices. The noise of an image depends on the seed, the level and
+    its place alone.
     """
+    pixels, labels = real
     sigma, level = level_draws(stage.process)
     batch = -(-min(batch, len(pixels)) // mesh.size) * mesh.size
-
-    def losses(params: dict, inputs: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        images = to_float(inputs["image"])
-        classes = stage.network.num_classes
-        one_hot = jax.nn.one_hot(inputs["label"], classes) if classes else None
-        denoise = precondition(
-            lambda *args: stage.network.apply({"params": params}, *args), stage.process.sigma_data
-        )
-        draws = draw(stage.process, key, images.shape, inputs["place"])
-        corrupted = corrupt(stage.process, images, draws._replace(level=inputs["level"]))
-        return jnp.mean(
-            loss_map(lambda x, s: denoise(x, s, one_hot), images, corrupted), axis=(1, 2, 3)
-        )
-
-    run = jax.jit(losses, out_shardings=batch_sharding(mesh))
-    found = np.empty((len(level), len(pixels)))
+    run = jit(partial(losses_at, stage), mesh, out_shardings=batch_sharding(mesh))
+    losses = np.empty((len(level), len(pixels)))
     for start in range(0, len(pixels), batch):
         place = np.arange(start, start + batch)
-        chosen = place % len(pixels)  # the last batch is filled up
-        inputs = from_all(
-            {"image": pixels[chosen], "label": labels[chosen], "place": place.astype(np.int32)},
-            mesh,
-        )
+        rows = place % len(pixels)  # the last batch is filled up
+        arrays = {
+            "image": pixels[rows],
+            "label": labels[rows],
+            "place": place.astype(np.int32),
+        }
+        # Images go to the devices once, not once for each level.
+        inputs = from_all(arrays, mesh)
         for j, value in enumerate(level):
             inputs |= from_all({"level": np.full(batch, value, np.float32)}, mesh)
             values = to_host(run(params, inputs, jax.random.fold_in(jax.random.key(seed), j)))
-            found[j, start : start + batch] = values[: len(pixels) - start]
+            losses[j, start : start + batch] = values[: len(pixels) - start]
     return LossBySigma(
         stage=stage.name,
         images=images_seen,
         sigma=sigma,
         share=shares(stage.process, sigma),
-        losses=found,
+        losses=losses,
     )
+
+
+def _panel(axes: "Axes", result: LossBySigma) -> None:
+    sigma = result.sigma
+    # Losses of images are skewed: quartiles show most of them, the mean
+    # is what training lowers.
+    low, middle, high = result.quartiles
+    half = "middle half of the images"
+    axes.fill_between(sigma, low, high, color="tab:blue", alpha=0.25, lw=0, label=half)
+    axes.plot(sigma, middle, color="tab:blue", label="median")
+    axes.plot(sigma, result.mean, color="tab:red", label="mean")
+    expected = f"mean over the training's sigmas: {result.expected:.3g}"
+    axes.axhline(result.expected, color="tab:red", lw=1, ls=":", label=expected)
+    # The shares have a scale without ticks and keep to the lowest third:
+    # their shape is enough.
+    behind = axes.twinx()
+    share = "share of the training"
+    behind.fill_between(
+        sigma, 0, result.share, color="grey", alpha=0.2, lw=0, step="mid", label=share
+    )
+    behind.set(ylim=(0, 3 * result.share.max()), yticks=[])
+    style.power_axis(axes)
+    axes.set(
+        ylabel="weighted loss per image",
+        title=f"stage {result.stage}, {result.images:,} images seen",
+    )
+    style.sigma_axis(axes, sigma)
+    handles = [
+        *axes.get_legend_handles_labels()[0],
+        *behind.get_legend_handles_labels()[0],
+    ]
+    axes.legend(handles=handles, fontsize="small")
+
+
+def loss_figure(results: Sequence[LossBySigma], title: str) -> "Figure":
+    """One panel per stage: quartiles and mean by sigma, and how often training draws each sigma."""
+    figure = style.make_figure(7 * len(results), 5, title)
+    for number, result in enumerate(results):
+        _panel(figure.add_subplot(1, len(results), number + 1), result)
+    return figure
+
+
+def plot_loss(inputs: Inputs) -> None:
+    """loss.png and loss.json, of the stages that have a checkpoint."""
+    results = []
+    for stage in inputs.trained:
+        logging.info("loss: stage %s", stage.name)
+        params, notes = inputs.params(stage)
+        results.append(
+            loss_by_sigma(
+                stage,
+                params,
+                inputs.mesh,
+                inputs.real(stage.resolution),
+                images_seen=notes["images"] or 0,
+                batch=inputs.settings.sample.batch,
+                seed=inputs.settings.seed,
+            )
+        )
+    count = len(inputs.positions())
+    title = f"Training loss by noise level: averaged weights, {count} images of the data set"
+    style.save(loss_figure(results, title), inputs.out / "loss.png")
+    inputs.write(
+        "loss",
+        inputs.describe() | {"stages": [result.describe() for result in results]},
+    )
+
+
+PICTURE = Picture(plot_loss, ("real images", "a checkpoint"))

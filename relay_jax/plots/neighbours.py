@@ -1,4 +1,5 @@
-"""Nearest real images of samples, to see whether a network copies what it was trained on.
+"""The picture `neighbours`: the nearest real images of samples, to see whether a network copies
+what it was trained on.
 
 (1)  d(a, b) = sqrt(mean over the entries of (a - b)^2)
 of pixels in [-1, 1], reduced to at most 32 x 32 by box averages, or of features, each divided
@@ -7,25 +8,43 @@ image counts as well (pixels only).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source
-from relay_jax.data.transforms import to_float
+from relay_jax.evaluation.features import make_extractor
+from relay_jax.plots import style
+from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.runtime.logs import Progress
+from relay_jax.sampling.pixels import to_uint8
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIDE = 32
 BLOCK = 1024  # real images compared at a time
-TYPICAL_IMAGES = 64  # real images whose own nearest neighbour is looked for, as a scale
+TYPICAL_IMAGES = 64  # real images whose nearest other one is searched for, as a scale
+SEEDS, SEARCHED, COUNT = (
+    8,
+    10_000,
+    4,
+)  # samples, real images by default, neighbours of each
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [n, r, r, 3] -> float [n, d]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """By one distance. positions: int [m, k], in the source, nearest first; distances: [m, k];
-    typical: the median distance of a real image to the nearest other one."""
+    """By one distance.
+
+    positions: int [m, k], in the source, nearest first; distances: [m,
+    k]; typical: the median distance of a real image to the nearest
+    other one.
+    """
 
     name: str
     positions: np.ndarray
@@ -40,55 +59,57 @@ def reduce(pixels: np.ndarray, side: int) -> np.ndarray:
     factor = next(f for f in range(-(-resolution // side), resolution + 1) if resolution % f == 0)
     n, c, size = len(pixels), pixels.shape[-1], resolution // factor
     means = pixels.reshape(n, size, factor, size, factor, c).mean(axis=(2, 4), dtype=np.float32)
-    return (
-        np.round(means).astype(np.uint8) if pixels.dtype == np.uint8 else means.astype(pixels.dtype)
-    )
+    if pixels.dtype == np.uint8:
+        means = np.round(means)
+    return means.astype(pixels.dtype)
 
 
-def _blocks(references: list[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray]]]:
+def _blocks(references: Sequence[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(first index, each of the alternatives as float64 [BLOCK, d])."""
     for start in range(0, len(references[0]), BLOCK):
-        yield (
-            start,
-            [
-                r[start : start + BLOCK].reshape(len(r[start : start + BLOCK]), -1)
-                for r in references
-            ],
-        )
+        parts = [reference[start : start + BLOCK] for reference in references]
+        yield start, [part.reshape(len(part), -1).astype(np.float64) for part in parts]
 
 
 def nearest(
-    queries: np.ndarray, references: list[np.ndarray], count: int
+    queries: np.ndarray, references: Sequence[np.ndarray], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices int [m, count] and distances [m, count], nearest first. queries: [m, ...];
-    references: alternatives of the
-    same n things, each [n, ...]: the nearer one counts. At least `count` of them."""
+    """Indices int [m, count] and distances [m, count] by equation (1), nearest first.
+
+    queries: [m, ...]; references: alternatives of the same n things,
+    each [n, ...], of which the nearer one counts; n >= count.
+    """
     a = queries.reshape(len(queries), -1).astype(np.float64)
-    best = np.zeros((len(a), 0))
-    index = np.zeros((len(a), 0), int)
+    best, index = np.zeros((len(a), 0)), np.zeros((len(a), 0), int)
+    # Block by block, with only the best kept: all distances at once would
+    # need the differences of every pair in memory.
     for start, parts in _blocks(references):
         squared = np.minimum.reduce(
-            [
-                ((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T))
-                for b in (part.astype(np.float64) for part in parts)
-            ]
+            [(a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T) for b in parts]
         )
-        best = np.concatenate([best, squared], axis=1)
-        index = np.concatenate(
-            [index, np.broadcast_to(np.arange(start, start + len(parts[0])), squared.shape)], axis=1
-        )
+        here = np.broadcast_to(np.arange(start, start + squared.shape[1]), squared.shape)
+        best, index = np.hstack([best, squared]), np.hstack([index, here])
         order = np.argsort(best, axis=1, kind="stable")[:, :count]
-        best, index = np.take_along_axis(best, order, 1), np.take_along_axis(index, order, 1)
+        best, index = (
+            np.take_along_axis(best, order, 1),
+            np.take_along_axis(index, order, 1),
+        )
+    # The squares of equal images may come out a little below zero.
     return index, np.sqrt(np.maximum(best, 0) / a.shape[1])
 
 
 def _compare(
-    name: str, samples: np.ndarray, real: list[np.ndarray], positions: Sequence[int], count: int
+    name: str,
+    samples: np.ndarray,
+    real: Sequence[np.ndarray],
+    positions: Sequence[int],
+    count: int,
 ) -> Neighbours:
     index, distances = nearest(samples, real, count)
-    own = np.linspace(0, len(positions) - 1, min(TYPICAL_IMAGES, len(positions))).astype(int)
-    _, among = nearest(
-        real[0][own], real, min(2, len(positions))
-    )  # the nearest is the image itself
+    probes = np.linspace(0, len(positions) - 1, min(TYPICAL_IMAGES, len(positions))).astype(int)
+    # The nearest of a real image is the image itself, so the second one
+    # is meant.
+    _, among = nearest(real[0][probes], real, min(2, len(positions)))
     return Neighbours(
         name=name,
         positions=np.asarray(positions)[index],
@@ -110,32 +131,114 @@ def neighbours(
     """By pixels, and by every kind of features. samples: uint8 [m, r, r, 3]; positions: [n],
     where to look, n >= count.
 
-    each: called with the number of images read, now and then.
+    each: called with the number of images read, now and then. Raises
+    DataError.
     """
     resolution = samples.shape[1]
     small: list[np.ndarray] = []
-    found: dict[str, list[np.ndarray]] = {name: [] for name in features}
+    computed: dict[str, list[np.ndarray]] = {name: [] for name in features}
+    # Only what is compared is kept: 10,000 images of 256 x 256 would take
+    # 2 GB.
     for start in range(0, len(positions), BLOCK // 4):
         pixels, _ = read(source, positions[start : start + BLOCK // 4], resolution)
         small.append(reduce(pixels, SIDE))
         for name, compute in features.items():
-            found[name].append(compute(pixels))
+            computed[name].append(compute(pixels))
         each(start + len(pixels))
 
     low = to_float(np.concatenate(small))
-    results = [
-        _compare(
-            "pixels",
-            to_float(reduce(samples, SIDE)),
-            [low, low[:, :, ::-1]] if mirrored else [low],
-            positions,
-            count,
-        )
-    ]
-    for name, parts in found.items():
-        real = np.concatenate(parts)
-        scale = np.maximum(real.std(axis=0), 1e-12)
-        results.append(
-            _compare(name, features[name](samples) / scale, [real / scale], positions, count)
-        )
+    real = [low, low[:, :, ::-1]] if mirrored else [low]
+    queries = to_float(reduce(samples, SIDE))
+    results = [_compare("pixels", queries, real, positions, count)]
+    for name, parts in computed.items():
+        values = np.concatenate(parts)
+        scale = np.maximum(values.std(axis=0), 1e-12)
+        queries = features[name](samples) / scale
+        results.append(_compare(name, queries, [values / scale], positions, count))
     return results
+
+
+def neighbours_figure(
+    results: Sequence[Neighbours],
+    samples: np.ndarray,
+    real: Sequence[np.ndarray],
+    rows: Sequence[str],
+    title: str,
+) -> "Figure":
+    """A row per sample: the sample, then its nearest real images by each distance.
+
+    real: [m, k, r, r, 3] for each of the results; rows: what each
+    sample is called.
+    """
+    counts = [result.positions.shape[1] for result in results]
+    columns = 1 + sum(counts)
+    figure = style.make_figure(1.25 * columns + 0.8, 1.5 * len(samples) + 1.2, title)
+    widths = [
+        1.0,
+        *(width for count in counts for width in (style.GAP, *[1.0] * count)),
+    ]
+    grid = figure.add_gridspec(
+        len(samples), len(widths), wspace=0.05, hspace=0.05, width_ratios=widths
+    )
+    for n, sample in enumerate(samples):
+        axes = figure.add_subplot(grid[n, 0])
+        style.show(axes, sample)
+        axes.set_ylabel(rows[n], fontsize="small")
+        if n == 0:
+            axes.set_title("sample", fontsize="small", loc="left")
+        column = 1
+        for result, images in zip(results, real, strict=True):
+            for k in range(images.shape[1]):
+                axes = figure.add_subplot(grid[n, column + 1 + k])
+                style.show(axes, images[n, k])
+                axes.set_xlabel(f"{result.distances[n, k]:.3f}", fontsize="small", labelpad=2)
+                # Without the distance among real images nobody can say
+                # whether one is small.
+                if n == k == 0:
+                    axes.set_title(
+                        f"nearest real images by {result.name}\n(between real images: "
+                        f"{result.typical:.3f})",
+                        fontsize="small",
+                        loc="left",
+                    )
+            column += 1 + images.shape[1]
+    return figure
+
+
+def plot_neighbours(inputs: Inputs) -> None:
+    """neighbours.png and neighbours.json, of a few samples of the last stage."""
+    seeds = inputs.seeds(SEEDS)
+    last = inputs.stages[-1].name
+    samples = to_uint8(inputs.samples(seeds, inputs.classes(seeds))[last])
+    positions = inputs.positions(SEARCHED)
+    # Random convolutions: features that see structure, and need no
+    # download.
+    extract = make_extractor("random-conv", weights=None, mesh=inputs.mesh)
+    results = neighbours(
+        samples,
+        inputs.source,
+        positions,
+        min(COUNT, len(positions)),
+        mirrored=inputs.settings.dataset.x_flip,
+        each=Progress("neighbours", len(positions)).update,
+        features={"random-conv features": lambda pixels: extract(pixels)["pool"]},
+    )
+    resolution = samples.shape[1]
+    # The pixels were not kept while searching; the few that are shown are
+    # read again.
+    real = []
+    for result in results:
+        images, _ = read(inputs.source, result.positions.reshape(-1).tolist(), resolution)
+        real.append(images.reshape(*result.positions.shape, *images.shape[1:]))
+    title = f"Samples and their nearest of {len(positions):,} real images"
+    figure = neighbours_figure(results, samples, real, [f"seed {seed}" for seed in seeds], title)
+    style.save(figure, inputs.out / "neighbours.png")
+    numbers = {
+        "seeds": seeds,
+        "searched": len(positions),
+        "distances": [asdict(result) for result in results],
+    }
+    inputs.write("neighbours", inputs.describe() | numbers)
+
+
+PICTURE = Picture(plot_neighbours, ("real images", "all checkpoints"))

@@ -1,5 +1,8 @@
-"""Where and with what a program runs, for the record beside its results: versions, devices,
-command line, commit."""
+"""Where and with what a program runs: versions, devices, command line, commit.
+
+The record stands beside what the program has made, so that its numbers
+can be made again.
+"""
 
 import os
 import platform
@@ -27,16 +30,18 @@ PACKAGES = (
     "grain",
     "numpy",
 )
-VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # those that change what is computed, or how fast
+# Those that change what is computed, or how fast.
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-    """Plain values, ready for JSON."""
+    """What runs on the devices of a mesh, as plain values, ready for JSON."""
+    versions = {name: _version(name) for name in PACKAGES}
     return {
         "command": shlex.join(sys.argv),
         "git": revision(Path(__file__).parents[2]),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: text for name, text in versions.items() if text},
         "devices": describe(mesh),
         "host": socket.gethostname(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -51,54 +56,52 @@ def _version(package: str) -> str:
 
 
 def revision(root: Path) -> str:
-    """The commit of a checkout, with "-dirty" if tracked files differ from it; "" where `root`
-    is no checkout.
+    """The commit of a checkout, with "-dirty" if tracked files differ; "" where there is none.
 
-    Without the git program the commit is read from its files, and changes are not seen.
+    Without the git program the commit is read from its files, and
+    changes are not seen.
     """
-    if not (root / ".git").exists():  # git itself would go on to look in the folders above
+    # git itself would go on to look in the folders above, which may be a
+    # checkout of another project that holds this package as a dependency.
+    if not (root / ".git").exists():
         return ""
+    # A tag must not stand for the commit: tags move, and a commit can be
+    # looked up without them.
+    options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
-        asked = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(root),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--exclude=*",
-            ],
+        description = subprocess.run(
+            ["git", "-C", str(root), "describe", *options],
             capture_output=True,
             text=True,
             timeout=20,
             check=True,
         )
-        return asked.stdout.strip()
-    except (
-        OSError,
-        subprocess.SubprocessError,
-    ):  # no git, or a checkout that belongs to someone else
+        return description.stdout.strip()
+    # No git, or a checkout that belongs to someone else.
+    except (OSError, subprocess.SubprocessError):
         pass
     try:
-        folder = root / ".git"
-        if folder.is_file():  # a worktree
-            folder = root / folder.read_text().removeprefix("gitdir:").strip()
-        head = (folder / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        shared = folder / "commondir"
-        for place in (
-            (folder, folder / shared.read_text().strip()) if shared.exists() else (folder,)
-        ):
-            if (place / name).exists():
-                return (place / name).read_text().strip()
-            packed = place / "packed-refs"
-            for line in packed.read_text().splitlines() if packed.exists() else []:
-                if line.endswith(f" {name}"):
-                    return line.split()[0]
+        return _commit_in_files(root)
     except OSError:
-        pass
+        return ""
+
+
+def _commit_in_files(root: Path) -> str:
+    """What .git/HEAD stands for; "" where it stands for nothing. Raises OSError."""
+    folder = root / ".git"
+    if folder.is_file():  # a worktree: the file names its folder
+        folder = root / folder.read_text().removeprefix("gitdir:").strip()
+    head = (folder / "HEAD").read_text().strip()
+    if not head.startswith("ref: "):
+        return head
+    name = head.removeprefix("ref: ")
+    shared = folder / "commondir"
+    # A worktree keeps its branches in the checkout that it belongs to.
+    for place in (folder, folder / shared.read_text().strip()) if shared.exists() else (folder,):
+        if (place / name).exists():
+            return (place / name).read_text().strip()
+        packed = place / "packed-refs"
+        for line in packed.read_text().splitlines() if packed.exists() else []:
+            if line.endswith(f" {name}"):
+                return line.split()[0]
     return ""

@@ -1,5 +1,9 @@
-"""What accelerators can do, and what a traced program asks of them: published peaks, counted
-FLOPs."""
+"""What accelerators can do, and what a traced program asks of them.
+
+The first are peaks that vendors publish, the second FLOPs counted in
+the program before it is compiled: what a compiler makes of it is its
+own affair, and two backends would not be comparable.
+"""
 
 import math
 import re
@@ -10,11 +14,11 @@ from jax.extend import core
 
 @dataclass(frozen=True)
 class Device:
-    """One chip or card as its vendor publishes it. peak: dense bfloat16 FLOP/s; memory: bytes
-    of HBM.
+    """One chip or card as its vendor publishes it.
 
-    clock: Hz, of TPUs; peak over the FLOPs per cycle of the compiler's own estimate for a large
-    matrix product.
+    peak: dense bfloat16 FLOP/s. memory: bytes of HBM. clock: Hz, of
+    TPUs: the peak over the FLOPs per cycle of the compiler's own
+    estimate for a large matrix product.
     """
 
     name: str
@@ -32,8 +36,8 @@ DEVICES = (  # sources:
     Device("H100", 989e12, 80e9),  # NVIDIA H100 SXM datasheet: 1,979 with sparsity, halved
 )
 
-# What JAX calls a device -> the entry with its peak. An A100 of 40 GB and an H200 compute like
-# the cards named; an H100 on PCIe does not.
+# What JAX calls a device -> the entry with its peak. An A100 of 40 GB and
+# an H200 compute like the cards named; an H100 on PCIe does not.
 _KINDS = {
     r"TPU v4": "v4",
     r"TPU v5( lite|e)": "v5e",
@@ -53,35 +57,32 @@ def peak_flops(kind: str) -> float | None:
 
 
 def matmul_flops(jaxpr: core.Jaxpr) -> int:
-    """Twice the multiply-adds of every convolution and matrix product of a program, those with
-    padding included.
+    """Twice the multiply-adds of every convolution and matrix product of a program.
 
-    Loops of a known length count that often, of branches the dearest one, of formulations for
-    several platforms the plain one; a `while` counts once.
+    Those with padding are included. Loops of a known length count that
+    often, of branches the dearest one, of formulations for several
+    platforms the plain one; a `while` counts once.
     """
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            total += (
-                2
-                * equation.outvars[0].aval.size
-                * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            )
+            shape = equation.invars[0].aval.shape
+            products = math.prod(shape[axis] for axis in contracted)
+            total += 2 * equation.outvars[0].aval.size * products
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * equation.outvars[0].aval.size * kernel.size // outputs
         else:
             inner = [matmul_flops(sub) for sub in core.jaxprs_in_params(params)]
-            if platforms := params.get(
-                "branches_platforms"
-            ):  # lax.platform_dependent: its default has no name
+            # lax.platform_dependent: the default, which stands for all
+            # platforms, has no name.
+            if platforms := params.get("branches_platforms"):
                 inner = [inner[platforms.index(None)]]
-            total += (max(inner, default=0) if name == "cond" else sum(inner)) * params.get(
-                "length", 1
-            )
+            once = max(inner, default=0) if name == "cond" else sum(inner)
+            total += once * params.get("length", 1)
     return total
 
 

@@ -1,35 +1,35 @@
-"""Progress on the console, scalars to JSONL and TensorBoard, pictures as PNG."""
+"""What a run says while it runs: progress lines, and scalars to JSON lines and TensorBoard."""
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 import numpy as np
 from absl import logging
-from PIL import Image
+
+from relay_jax.errors import StorageError
+from relay_jax.runtime import distributed
+from relay_jax.runtime.files import cannot_write, read_jsonl, write_text
 
 
 def quieten() -> None:
-    """Keeps our lines and drops those of the libraries, which would bury them, up to warnings."""
-    ours = str(Path(__file__).parents[1])
-    logging.get_absl_handler().addFilter(lambda r: r.levelno >= 40 or r.pathname.startswith(ours))
+    """Keeps the lines of this package, and of the libraries errors alone."""
+    # Orbax and JAX log several lines for every checkpoint: the progress
+    # would be buried.
+    package = str(Path(__file__).parents[1])
+    handler = logging.get_absl_handler()
+    handler.addFilter(lambda line: line.levelno >= 40 or line.pathname.startswith(package))
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr and an exit status: 2 for a mistake of the
-    user's."""
+    """Ends the program with one line on stderr; status 2 is for a mistake of the user's."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     sys.exit(status)
-
-
-def is_writer() -> bool:
-    """True on the one process that writes files and console lines."""
-    return jax.process_index() == 0
 
 
 def duration(seconds: float) -> str:
@@ -42,120 +42,126 @@ def duration(seconds: float) -> str:
 
 
 class ScalarLog:
-    """metrics.jsonl and TensorBoard event files in one folder. Lines past `images` (of a run
-    that was killed after its last checkpoint) are dropped at the start, so a continued run
-    leaves one gapless curve."""
+    """metrics.jsonl and TensorBoard's event files in one folder, on process 0; nothing elsewhere.
+
+    images: those that the run has seen. Lines past them, of a run that
+    was killed after its last checkpoint, are dropped, so that a
+    continued run leaves one gapless curve. All methods raise
+    StorageError for what cannot be written.
+    """
 
     def __init__(self, folder: Path, images: int) -> None:
-        self._path, self._events = folder / "metrics.jsonl", None
-        if not is_writer():
+        self._folder, self._path, self._events = folder, folder / "metrics.jsonl", None
+        if not distributed.is_first():
             return
-        from tensorboardX import SummaryWriter  # imported late: only one process of a run writes
+        # Imported here: slow, and only one process of a run writes.
+        from tensorboardX import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_jsonl(self._path) if line["images"] <= images]
-        _replace_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._events = SummaryWriter(str(folder), purge_step=images + 1)
+        lines = [line for line in read_jsonl(self._path) if line["images"] <= images]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        with self._writing():
+            self._events = SummaryWriter(str(folder), purge_step=images + 1)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+
+    @contextmanager
+    def _event_file(self) -> Iterator[Any]:
+        """TensorBoard's writer, if this process has one that works."""
+        # It writes in a thread of its own, which a full disk ends:
+        # further events would wait for it in a queue for ever.
+        assert self._events is not None
+        if not self._events.file_writer.event_writer._worker.is_alive():
+            raise StorageError(
+                f"the event file in {self._folder} cannot be written; the same command continues"
+            )
+        with self._writing():
+            yield self._events
 
     def write(self, images: int, scalars: dict[str, float]) -> None:
         """One line: the images seen, the time, and the scalars."""
         if self._events is None:
             return
-        with self._path.open("a") as file:
-            file.write(
-                json.dumps({"images": images, "time": round(time.time(), 3), **scalars}) + "\n"
-            )
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, images)
+        line = {"images": images, "time": round(time.time(), 3), **scalars}
+        # Appended, not replaced like other files: there is a line for
+        # every few steps, and half a line at the end is dropped by the
+        # next
+        # start.
+        with self._writing(), self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        with self._event_file() as events:
+            for name, value in scalars.items():
+                events.add_scalar(name, value, images)
 
     def picture(self, images: int, name: str, pixels: np.ndarray) -> None:
         """pixels: uint8 [h, w, 3], for TensorBoard."""
         if self._events is not None:
-            self._events.add_image(name, pixels, images, dataformats="HWC")
+            with self._event_file() as events:
+                events.add_image(name, pixels, images, dataformats="HWC")
 
     def text(self, images: int, name: str, value: Any) -> None:
         """Plain values, for TensorBoard: JSON in a block of Markdown."""
         if self._events is not None:
-            self._events.add_text(name, f"```json\n{json.dumps(value, indent=1)}\n```", images)
+            with self._event_file() as events:
+                events.add_text(name, f"```json\n{json.dumps(value, indent=1)}\n```", images)
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a JSONL file; a half-written last line and a missing file are no lines."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+        """Writes what waits, and closes the event file."""
+        if self._events is None:
+            return
+        writer = self._events.file_writer.event_writer
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            with self._event_file() as events:
+                events.close()
+        finally:
+            # Where it failed, TensorBoard and its thread would try again
+            # at the interpreter's exit, and print tracebacks under the
+            # one line that says what is wrong.
+            writer._closed = True
+            if writer._worker is not None and writer._worker.is_alive():
+                writer._worker.stop()
 
 
 def curve_summary(lines: list[dict]) -> dict[str, Any]:
-    """The lines of metrics.jsonl in a few numbers: medians of the rates, loss of the last
-    tenth, the loader's share of the time."""
-    lines = [line for line in lines if "images_per_second" in line]  # not those of an evaluation
+    """The lines of metrics.jsonl in a few numbers.
+
+    They are medians of the rates, the mean loss of the last tenth, and
+    the loader's share of the time.
+    """
+    # Lines of an evaluation hold scores alone.
+    lines = [line for line in lines if "images_per_second" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
     tail = losses[-max(len(losses) // 10, 1) :]
     rates = np.asarray([line["images_per_second"] for line in lines])
     images = np.diff([0, *(line["images"] for line in lines)])
     seconds = images / np.maximum(rates, 1e-9)
     shares = np.asarray([line.get("loader_share", 0.0) for line in lines])
-
-    def median(key: str) -> float | None:
-        found = [line[key] for line in lines if key in line]
-        return float(np.median(found)) if found else None
-
     return {
-        "images_per_second": median("images_per_second") or 0.0,
-        "tflops_per_device": median("tflops_per_device") or 0.0,
-        "utilisation": median("utilisation"),
+        "images_per_second": _median(lines, "images_per_second") or 0.0,
+        "tflops_per_device": _median(lines, "tflops_per_device") or 0.0,
+        "utilisation": _median(lines, "utilisation"),
         "loader_share": round(float((shares * seconds).sum() / max(seconds.sum(), 1e-9)), 4),
         "steps_skipped": lines[-1]["steps_skipped"] if lines else 0,
         "loss": round(float(np.mean(tail)), 5) if tail else None,
     }
 
 
-def append_jsonl(path: Path, value: dict) -> None:
-    """Adds a line to a file that stays whole, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_text(path, "".join(json.dumps(line) + "\n" for line in [*read_jsonl(path), value]))
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_text(path, text)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Writes a whole file or nothing."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """uint8 [h, w, 3] to a PNG; the file appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(pixels).save(temporary, format="png")
-    temporary.replace(path)
+def _median(lines: list[dict], key: str) -> float | None:
+    values = [line[key] for line in lines if key in line]
+    return float(np.median(values)) if values else None
 
 
 class Progress:
     """Rate and time left of a long loop, as one console line now and then.
 
-    of_rate: what else to say that follows from the rate. steady: nothing is compiled on the way
-    and results come in
-    bursts, so every rate is that since the beginning.
+    total, done: images. of_rate: further words that follow from the
+    rate. steady: nothing is compiled on the way and results come in
+    bursts, so every rate is that since the beginning. every: seconds
+    between the lines of `update`.
     """
 
     def __init__(
@@ -163,33 +169,39 @@ class Progress:
         what: str,
         total: int,
         done: int = 0,
+        *,
         clock: Callable[[], float] = time.monotonic,
         of_rate: Callable[[float], str] = lambda rate: "",
         steady: bool = False,
+        every: float = 5.0,
     ) -> None:
-        self._what, self._total, self._clock, self._of_rate, self._steady = (
-            what,
-            total,
-            clock,
-            of_rate,
-            steady,
-        )
+        self._what, self._total, self._clock = what, total, clock
+        self._of_rate, self._steady, self._every = of_rate, steady, every
         self._start_done, self._last_done, self._last = done, done, clock()
         self._start: float | None = self._last if steady else None
+        self._spoken = False
+
+    def update(self, done: int) -> None:
+        """A line if `every` seconds have passed since the last, and at the end of a long loop."""
+        ends = done >= self._total and (self._spoken or self._steady) and done > self._last_done
+        if self._clock() - self._last > self._every or ends:
+            self.line(done)
 
     def line(self, done: int, extra: str = "") -> float:
-        """Prints one line and returns the rate since the last one. The first interval holds the
-        compilation and does not count towards the time left."""
+        """Prints one line and returns the rate since the last one, images per second."""
         now = self._clock()
+        self._spoken = True
         rate = (done - self._last_done) / max(now - self._last, 1e-9)
+        # The first interval holds the compilation: the time left is
+        # counted from its end.
         if self._start is None:
             self._start, self._start_done, overall = now, done, rate
         else:
             overall = (done - self._start_done) / max(now - self._start, 1e-9)
         rate = overall if self._steady else rate
         self._last_done, self._last = done, now
-        left = (self._total - done) / overall if overall > 0 else math.inf
-        if is_writer():
+        remaining = (self._total - done) / overall if overall > 0 else math.inf
+        if distributed.is_first():
             further = self._of_rate(rate)
             logging.info(
                 "%s: %s of %s images%s, %.4g img/s%s, %s left",
@@ -199,6 +211,6 @@ class Progress:
                 f", {extra}" if extra else "",
                 rate,
                 f", {further}" if further else "",
-                duration(left),
+                duration(remaining),
             )
         return rate

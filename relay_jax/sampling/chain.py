@@ -1,75 +1,86 @@
-"""The chain of stages: seeds and classes in, images of every stage out.
+"""The one chain of stages: seeds and classes in, images of every stage out.
 
-Image i depends on its seed (and class) alone: every draw comes from the key
-fold_in(fold_in(key(0), seed), stage). Stages hand over float images, neither clipped nor
-quantised in between (SPEC section 5.2).
+Files, the notebook, evaluation and previews draw through `Chain`, so
+that they get the same bits. Image i depends on its seed (and class)
+alone: every draw comes from the key fold_in(fold_in(key(0), seed),
+stage index), with purpose and step folded in by `seeded_noise`. Stages
+hand over float images, neither clipped nor quantised in between
+(docs/math.md section 6).
+
+The image of a seed is computed in row `seed mod batch` of its batch,
+whatever other seeds are asked for. Rows do not see each other, so on
+the same devices with the same batch size an image has the same bits in
+a run that was interrupted, extended, or asked for it alone.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from relay_jax.config import Stage
-from relay_jax.diffusion.guidance import classifier_free
-from relay_jax.diffusion.precondition import precondition
-from relay_jax.diffusion.process import RelayProcess
-from relay_jax.diffusion.sampler import (
-    EdmSampler,
-    NoiseFn,
-    RelaySampler,
-    Samples,
-    handoff,
-    sample_edm,
-    sample_relay,
-    seeded_noise,
+from relay_jax.diffusion.process import NoiseFn
+from relay_jax.diffusion.sampler import Samples, seeded_noise
+from relay_jax.errors import UserError
+from relay_jax.runtime import distributed
+from relay_jax.runtime.checkpoint import load_ema
+from relay_jax.runtime.devices import jit
+from relay_jax.runtime.sharding import (
+    batch_sharding,
+    from_all,
+    replicated,
+    state_shardings,
+    to_host,
 )
-from relay_jax.models.unet import init_params
-from relay_jax.runtime.devices import compiler_options
-from relay_jax.runtime.sharding import batch_sharding, from_all, state_shardings, to_host
+from relay_jax.sampling.pixels import to_uint8_on_device
+from relay_jax.stage import Stage
+
+RUN_AHEAD = 1  # batches queued on the devices beyond the one that is waited for
 
 
-def _noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
-    """The noise of a stage for seeds [b] uint32."""
+class Inputs(NamedTuple):
+    """What a batch starts from besides its seeds: classes int32 [n], and low_res float32
+    [n, h, w, c] or None."""
+
+    classes: np.ndarray
+    low_res: np.ndarray | None
+
+
+class Pixels(NamedTuple):
+    """Finished images: seeds int64 [n], classes int32 [n], pixels uint8 [n, h, w, c], the same on
+    every process."""
+
+    seeds: np.ndarray
+    classes: np.ndarray
+    pixels: np.ndarray
+
+
+def stage_noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
+    """The noise of a stage for seeds uint32 [b]."""
     base = jax.random.key(0)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(base, seed), stage.index))(
         seeds
     )
-    return seeded_noise(keys, (stage.resolution, stage.resolution, stage.network.image_channels))
+    shape = (stage.resolution, stage.resolution, stage.network.image_channels)
+    return seeded_noise(keys, shape)
 
 
-def stage_denoiser(
-    stage: Stage, params: dict, classes: jax.Array
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(x [b, h, w, c], scalar sigma) -> denoised images, guided as the stage is sampled.
-    classes: int32 [b]."""
-    denoise = precondition(
-        lambda *inputs: stage.network.apply({"params": params}, *inputs), stage.process.sigma_data
-    )
-    labels = (
-        jax.nn.one_hot(classes, stage.network.num_classes) if stage.network.num_classes else None
-    )
-    return classifier_free(denoise, labels, stage.guidance.weight, stage.guidance.interval)
+def initial_state(stage: Stage, seeds: jax.Array, low_res: jax.Array | None = None) -> jax.Array:
+    """The state from which a stage is sampled, float32 [b, h, w, c].
 
-
-def run_stage(
-    stage: Stage,
-    params: dict,
-    seeds: jax.Array,
-    classes: jax.Array,
-    low_res: jax.Array | None = None,
-    return_states: bool = False,
-) -> Samples:
-    """`sample_stage`, and on request the states of all steps, which take their memory."""
-    guided, noise_fn = stage_denoiser(stage, params, classes), _noise(stage, seeds)
-    if isinstance(stage.sampler, EdmSampler):
-        return sample_edm(guided, noise_fn(0, "latents"), noise_fn, stage.sampler, return_states)
-    assert low_res is not None and isinstance(stage.sample_process, RelayProcess)
-    return sample_relay(
-        guided, low_res, noise_fn, stage.sample_process, stage.sampler, return_states
+    seeds: uint32 [b]; low_res: [b, h/p, w/p, c] for a stage that starts
+    from images.
+    """
+    noise_fn = stage_noise(stage, jnp.asarray(seeds, jnp.uint32))
+    return stage.sample_process.initial_state(
+        float(stage.sampler.levels()[0]),
+        noise_fn,
+        None if low_res is None else jnp.asarray(low_res),
     )
 
 
@@ -77,51 +88,113 @@ def sample_stage(
     stage: Stage,
     params: dict,
     seeds: jax.Array,
-    classes: jax.Array,
+    classes: jax.Array | None = None,
     low_res: jax.Array | None = None,
-) -> jax.Array:
-    """One stage as a pure function.
+    return_states: bool = False,
+) -> Samples:
+    """One stage as a pure function, to be jitted by the caller.
 
-    seeds: uint32 [b]; classes: int32 [b], ignored by an unconditional network; low_res: images
-    of the stage before, [b, h/p, w/p, c], for relay stages. Returns images [b, h, w, c], about
-    [-1, 1], not clipped.
+    seeds: uint32 [b]; classes: int32 [b], ignored by an unconditional
+    network; low_res: images of the stage before, [b, h/p, w/p, c], for
+    a stage that starts from images. Returns images [b, h, w, c], about
+    [-1, 1], not clipped, and on request the states of all steps.
     """
-    return run_stage(stage, params, seeds, classes, low_res).final
-
-
-def handoff_images(stage: Stage, seeds: np.ndarray, low_res: np.ndarray) -> np.ndarray:
-    """The state from which `sample_stage` starts for the same seeds and low_res, float32 [b, h,
-    w, c]."""
-    assert isinstance(stage.sampler, RelaySampler) and isinstance(
-        stage.sample_process, RelayProcess
+    return stage.sampler(
+        stage.denoiser(params, classes),
+        initial_state(stage, seeds, low_res),
+        stage.sample_process,
+        stage_noise(stage, seeds),
+        return_states,
     )
-    noise_fn = _noise(stage, jnp.asarray(seeds, jnp.uint32))
-    return np.asarray(handoff(jnp.asarray(low_res), noise_fn, stage.sample_process, stage.sampler))
 
 
-class StageSampler:
-    """`sample_stage`, compiled once for batches of one size, over all devices of a mesh."""
+def arrange(seeds: Iterable[int], batch: int) -> list[np.ndarray]:
+    """The seeds in as few batches as hold each in row `seed mod batch`, about in rising order.
 
-    def __init__(self, stage: Stage, mesh: Mesh, batch: int) -> None:
-        """batch: images per call of the compiled program; rounded up to a multiple of the
-        devices."""
-        self.stage, self.mesh = stage, mesh
+    Consecutive seeds fill their batches wherever they begin. Returns
+    int64 arrays.
+    """
+    rising = np.unique(np.fromiter(seeds, np.int64))
+    by_row = np.argsort(rising % batch, kind="stable")
+    rows = (rising % batch)[by_row]
+    turn = np.empty(len(rising), np.int64)  # how many seeds of the same row come before
+    turn[by_row] = np.arange(len(rising)) - np.searchsorted(rows, rows)
+    by_turn = np.argsort(turn, kind="stable")
+    if not len(rising):
+        return []
+    return np.split(rising[by_turn], np.cumsum(np.bincount(turn))[:-1])
+
+
+class Chain:
+    """Consecutive stages with their parameters, compiled once for batches of one size.
+
+    stages: the whole relay, or a part of it whose first stage may
+    continue given images. params: averaged parameters by stage name, on
+    the mesh. batch: images per call of the compiled programs, over all
+    devices; rounded up to a multiple of them.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        params: Mapping[str, dict],
+        mesh: Mesh,
+        batch: int,
+    ) -> None:
+        self.stages, self.mesh = list(stages), mesh
         self.batch = -(-batch // mesh.size) * mesh.size
-        self._run: Callable[..., jax.Array] = jax.jit(
-            lambda *inputs: sample_stage(stage, *inputs),
-            out_shardings=batch_sharding(mesh),
-            compiler_options=compiler_options(mesh),
-        )
+        self.params = dict(params)
+        self.notes: dict[str, dict] = {}  # of the checkpoints that the parameters come from
+        rows = batch_sharding(mesh)
+        self._programs: dict[str, Callable[..., jax.Array]] = {
+            stage.name: jit(_final_of(stage), mesh, out_shardings=rows) for stage in self.stages
+        }
+        self._finish = jax.jit(_pixels_and_finite, out_shardings=replicated(mesh))
+
+    @classmethod
+    def load(
+        cls,
+        stages: Sequence[Stage],
+        folders: Mapping[str, Path],
+        mesh: Mesh,
+        batch: int,
+    ) -> "Chain":
+        """With the averaged parameters of checkpoints. folders: by stage name, as in `load_ema`.
+
+        Raises UserError for a stage without a checkpoint that can be
+        read and fits.
+        """
+        weights = {s.name: load_ema(folders[s.name], s.shapes(), mesh) for s in stages}
+        chain = cls(stages, {name: params for name, (params, _) in weights.items()}, mesh, batch)
+        chain.notes = {name: notes for name, (_, notes) in weights.items()}
+        return chain
+
+    @property
+    def weights(self) -> dict[str, tuple[dict, dict]]:
+        """Parameters and notes of their checkpoint by stage name, for records."""
+        return {name: (params, self.notes.get(name, {})) for name, params in self.params.items()}
+
+    def with_params(self, params: Mapping[str, dict]) -> "Chain":
+        """The same compiled programs with other parameters."""
+        other = object.__new__(Chain)
+        other.__dict__.update(self.__dict__)
+        other.params, other.notes = dict(params), {}
+        return other
 
     def compile(self) -> None:
-        """Compiles now, so that several stages can do it at once, for parameters as
-        checkpoint.load_ema places them."""
-        if isinstance(self._run, jax.stages.Compiled):
-            return
-        net, rows = self.stage.network, batch_sharding(self.mesh)
-        shapes = jax.eval_shape(partial(init_params, net), jax.random.key(0))
+        """Compiles every stage now; at once, where a process need not mind the order of others."""
+        waiting = [
+            s for s in self.stages if not isinstance(self._programs[s.name], jax.stages.Compiled)
+        ]
+        threads = 1 if distributed.joined() else max(len(waiting), 1)
+        with ThreadPoolExecutor(threads) as pool:
+            for stage, program in zip(waiting, pool.map(self._compiled, waiting), strict=True):
+                self._programs[stage.name] = program
+
+    def _compiled(self, stage: Stage) -> Any:
+        rows, shapes = batch_sharding(self.mesh), stage.shapes()
         params = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,
             state_shardings(shapes, self.mesh),
         )
@@ -129,57 +202,114 @@ class StageSampler:
             jax.ShapeDtypeStruct((self.batch,), dtype, sharding=rows)
             for dtype in (np.uint32, np.int32)
         ]
-        if isinstance(self.stage.process, RelayProcess):
-            side = self.stage.resolution // self.stage.process.patch
-            inputs.append(
-                jax.ShapeDtypeStruct(
-                    (self.batch, side, side, net.image_channels), np.float32, sharding=rows
-                )
-            )
-        self._run = self._run.lower(params, *inputs).compile()  # type: ignore[attr-defined]
+        if stage.starts_from_images:
+            side = stage.low_resolution
+            shape = (self.batch, side, side, stage.network.image_channels)
+            inputs.append(jax.ShapeDtypeStruct(shape, np.float32, sharding=rows))
+        program: Any = self._programs[stage.name]
+        return program.lower(params, *inputs).compile()
 
-    def start(
-        self, params: dict, seeds: jax.Array, classes: jax.Array, low_res: jax.Array | None = None
-    ) -> jax.Array:
-        """One batch that is on the devices already, as by sharding.from_all; the result stays
-        there, and may not be finished yet. float32 [batch, h, w, c]."""
-        given = [low_res] if isinstance(self.stage.process, RelayProcess) else []
-        return self._run(params, seeds, classes, *given)
+    def _start(self, seeds: np.ndarray, inputs: Inputs) -> dict[str, jax.Array]:
+        """One batch through all stages; its images stay on the devices, and may not be finished.
 
-    def __call__(
+        Each of the seeds stands in its row; empty rows repeat the first
+        image.
+        """
+        source = np.zeros(self.batch, int)
+        source[seeds % self.batch] = np.arange(len(seeds))
+        values = {
+            "seeds": seeds.astype(np.uint32),
+            "classes": inputs.classes.astype(np.int32),
+        }
+        if inputs.low_res is not None:
+            values["low_res"] = inputs.low_res.astype(np.float32)
+        arrays = from_all({key: value[source] for key, value in values.items()}, self.mesh)
+        images, previous = {}, arrays.get("low_res")
+        for stage in self.stages:
+            more = [previous] if stage.starts_from_images else []
+            program, params = self._programs[stage.name], self.params[stage.name]
+            previous = program(params, arrays["seeds"], arrays["classes"], *more)
+            images[stage.name] = previous
+        return images
+
+    def images(
         self,
-        params: dict,
         seeds: Sequence[int] | np.ndarray,
         classes: np.ndarray,
         low_res: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Any number of seeds, the same on all processes; the last batch is filled up.
+    ) -> dict[str, np.ndarray]:
+        """Float images of every stage by its name, float32 [n, h, w, c], whole on every process.
 
-        Returns float32 [n, h, w, c], whole on every process.
+        seeds: [n], any number, the same on all processes, repeats
+        allowed; classes: int [n]; low_res: [n, h/p, w/p, c], what the
+        first stage starts from, if it continues images.
         """
-        inputs = {"seeds": np.asarray(seeds, np.uint32), "classes": np.asarray(classes, np.int32)}
-        if low_res is not None:
-            inputs["low_res"] = np.asarray(low_res, np.float32)
-        parts = []
-        for start in range(0, len(inputs["seeds"]), self.batch):
-            part = {k: v[start : start + self.batch] for k, v in inputs.items()}
-            count = len(part["seeds"])
-            full = {k: np.resize(v, (self.batch, *v.shape[1:])) for k, v in part.items()}
-            parts.append(to_host(self.start(params, **from_all(full, self.mesh)))[:count])
-        return np.concatenate(parts)
+        seeds = np.asarray(seeds, np.int64)
+        results: dict[str, np.ndarray] = {}
+        for part in _turns(seeds, self.batch):
+            inputs = Inputs(np.asarray(classes)[part], None if low_res is None else low_res[part])
+            for name, batch in self._start(seeds[part], inputs).items():
+                rows = to_host(batch)[seeds[part] % self.batch]
+                whole = results.setdefault(
+                    name, np.empty((len(seeds), *rows.shape[1:]), rows.dtype)
+                )
+                whole[part] = rows
+        return results
+
+    def stream(
+        self, seeds: Iterable[int], inputs: Callable[[np.ndarray], Inputs]
+    ) -> Iterator[Pixels]:
+        """Images of the last stage as bytes, batch after batch; the next one is computed while one
+        is fetched. Only the bytes leave the devices.
+
+        inputs: called for the seeds of each batch, while the devices
+        are at the one before. Raises UserError for images that are not
+        finite numbers.
+        """
+        waiting: deque[tuple[np.ndarray, np.ndarray, tuple[jax.Array, jax.Array]]] = deque()
+        for batch in arrange(seeds, self.batch):
+            start = inputs(batch)
+            result = self._finish(self._start(batch, start)[self.stages[-1].name])
+            for array in result:
+                array.copy_to_host_async()
+            waiting.append((batch, start.classes, result))
+            if len(waiting) > RUN_AHEAD:
+                yield self._fetch(*waiting.popleft())
+        while waiting:
+            yield self._fetch(*waiting.popleft())
+
+    def _fetch(
+        self,
+        seeds: np.ndarray,
+        classes: np.ndarray,
+        result: tuple[jax.Array, jax.Array],
+    ) -> Pixels:
+        pixels, finite = (
+            np.asarray(array.addressable_data(0))[seeds % self.batch] for array in result
+        )
+        if not finite.all():
+            raise UserError(
+                f"the image of seed {seeds[~finite][0]} is not finite: the weights are damaged, "
+                "or need model.dtype=float32"
+            )
+        return Pixels(seeds, classes, pixels)
 
 
-def generate(
-    samplers: Sequence[tuple[StageSampler, dict]],
-    seeds: Sequence[int] | np.ndarray,
-    classes: np.ndarray,
-    low_res: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Runs consecutive stages, each a sampler and its parameters. low_res: what the first of
-    them starts from, if it is a relay stage. Returns the float32 images [n, h, w, c] of every
-    stage by its name."""
-    images: dict[str, np.ndarray] = {}
-    for sampler, params in samplers:
-        low_res = sampler(params, seeds, classes, low_res)
-        images[sampler.stage.name] = low_res
-    return images
+def _turns(seeds: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Places of seeds, in as few turns as hold each in row `seed mod batch`."""
+    waiting = np.arange(len(seeds))
+    while len(waiting):
+        rows = seeds[waiting] % batch
+        _, first = np.unique(rows, return_index=True)
+        yield waiting[np.sort(first)]
+        waiting = np.delete(waiting, first)
+
+
+def _final_of(stage: Stage) -> Callable[..., jax.Array]:
+    return lambda params, seeds, classes, low_res=None: (
+        sample_stage(stage, params, seeds, classes, low_res).final
+    )
+
+
+def _pixels_and_finite(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return to_uint8_on_device(images), jnp.isfinite(images).all((1, 2, 3))

@@ -4,7 +4,8 @@
     out/000000/000012.png           seed 12, in folders of a thousand (here)
     out/000000-000999.npz ...       files of many seeds (shards.py)
 
-A file under its name is complete, whenever the run is killed, and is never written again.
+A file under its name is complete, whenever the run is killed, and is
+never written again.
 """
 
 import os
@@ -17,18 +18,19 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from relay_jax.config import ConfigError
-from relay_jax.data.transforms import to_float
-from relay_jax.runtime.logs import write_png
+from relay_jax.data.images import decode_picture, to_float
+from relay_jax.errors import UserError
+from relay_jax.runtime.files import write_png
 
 FORMATS = ("png", "npz", "arrayrecord")
 
 
 class ImageFolder(Protocol):
-    """A folder that finished images go to. `owns` and `add` are for seeds that `plan` was
-    called with."""
+    """A folder that finished images go to.
+
+    `owns` and `add` are for seeds that `plan` was called with.
+    """
 
     def finished(self, seeds: Iterable[int]) -> set[int]:
         """Those of the seeds whose images are there."""
@@ -40,8 +42,10 @@ class ImageFolder(Protocol):
         """Whether this process writes the image of a seed."""
 
     def add(self, seed: int, pixels: np.ndarray, label: int) -> None:
-        """Takes the image uint8 [h, w, c] of a seed; threads may call it. Raises ConfigError if
-        it cannot be written."""
+        """Takes the image uint8 [h, w, c] of a seed; threads may call it.
+
+        Raises StorageError if it cannot be written.
+        """
 
     def flush(self) -> None:
         """Writes what `add` has kept back, before the run is stopped."""
@@ -57,17 +61,16 @@ class PngFolder:
         by_folder: dict[Path, list[int]] = {}
         for seed in seeds:
             by_folder.setdefault(image_path(self._out, seed).parent, []).append(seed)
-        there = set()
-        for (
-            folder,
-            wanted,
-        ) in by_folder.items():  # one look into each folder, not one for each image
+        present: set[int] = set()
+        # One look into each folder, not one for each image: file systems
+        # of clusters are slow.
+        for folder, members in by_folder.items():
             try:
                 names = {entry.name for entry in os.scandir(folder)}
             except FileNotFoundError:
                 continue
-            there |= {seed for seed in wanted if image_path(self._out, seed).name in names}
-        return there
+            present |= {seed for seed in members if image_path(self._out, seed).name in names}
+        return present
 
     def plan(self, seeds: Iterable[int]) -> None:
         pass
@@ -76,22 +79,10 @@ class PngFolder:
         return seed % jax.process_count() == jax.process_index()
 
     def add(self, seed: int, pixels: np.ndarray, label: int) -> None:
-        path = image_path(self._out, seed)
-        try:
-            write_png(path, pixels)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        write_png(image_path(self._out, seed), pixels)
 
     def flush(self) -> None:
         pass
-
-
-def cannot_write(path: Path, error: Exception) -> ConfigError:
-    """For a full disk and the like."""
-    why = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return ConfigError(
-        f"{path} cannot be written ({why}); what is finished stays, the same command continues"
-    )
 
 
 def image_path(folder: Path, seed: int) -> Path:
@@ -103,26 +94,24 @@ def holds_images(folder: Path) -> bool:
     """Whether a folder has images in any of the formats, or below folders of numbers."""
     if not folder.is_dir():
         return False
-    ours = re.compile(r"\d+(-\d+)?\.(png|npz|array_record)")
+    image_name = re.compile(r"\d+(-\d+)?\.(png|npz|array_record)")
     for entry in os.scandir(folder):
-        if ours.fullmatch(entry.name):
+        if image_name.fullmatch(entry.name):
             return True
-        if (
-            entry.is_dir()
-            and entry.name.isdecimal()
-            and any(ours.fullmatch(name) for name in os.listdir(entry))
-        ):
+        numbered = entry.is_dir() and entry.name.isdecimal()
+        if numbered and any(image_name.fullmatch(name) for name in os.listdir(entry)):
             return True
     return False
 
 
 class Background:
-    """Threads that do what is handed to `submit`, a bounded number of calls at a time. Use as a
-    context."""
+    """Threads that do what is handed to `submit`, a bounded number of calls at a time.
+
+    Use as a context. threads: 0 for one per core, 16 at most. waiting:
+    calls that may be unfinished before `submit` waits.
+    """
 
     def __init__(self, threads: int = 0, waiting: int = 256) -> None:
-        """threads: 0 for one per core, 16 at most. waiting: calls that may be unfinished before
-        `submit` waits."""
         self._pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16), "write")
         self._waiting, self._free = waiting, threading.Semaphore(waiting)
         self._failed: list[BaseException] = []
@@ -160,28 +149,23 @@ class Background:
 def read_images(folder: Path, seeds: Iterable[int], resolution: int) -> np.ndarray:
     """PNG images of the given seeds, float32 [n, resolution, resolution, 3] in [-1, 1].
 
-    Raises ConfigError for one that is missing, damaged or of another size.
+    Raises UserError for one that is missing, damaged or of another
+    size.
     """
     images = []
     for seed in seeds:
         path = image_path(folder, seed)
-        if not path.exists():
-            raise ConfigError(
+        try:
+            picture = decode_picture(path.read_bytes(), str(path))
+        except FileNotFoundError as error:
+            raise UserError(
                 f"no image of seed {seed} in {folder} ({path} is missing); write it with "
                 "--stage=base first"
-            )
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise ConfigError(
-                f"{path} cannot be decoded ({' '.join(str(error).split())}); remove it"
             ) from error
-        if pixels.shape != (resolution, resolution, 3):
-            raise ConfigError(
-                f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels; this stage "
-                "continues images of "
-                f"{resolution} x {resolution}"
+        if picture.size != (resolution, resolution):
+            raise UserError(
+                f"{path} has {picture.width} x {picture.height} pixels; this stage continues "
+                f"images of {resolution} x {resolution}"
             )
-        images.append(pixels)
+        images.append(np.asarray(picture))
     return to_float(np.stack(images))

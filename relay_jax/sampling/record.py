@@ -1,15 +1,14 @@
-"""What a set of samples was made with, as plain values: samples.json beside the images, and
-part of a report.
+"""What a set of samples was made with, as plain values: samples.json beside the images, and part of
+a report.
 
-Two records that differ in nothing but their seeds belong to one set of images: image i of both
-is the same.
+Two records that differ in nothing but their seeds belong to one set of
+images: image i of both is the same.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,35 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from relay_jax.config import ConfigError, Stage, flat
-from relay_jax.diffusion.sampler import EdmSampler
-from relay_jax.runtime.logs import write_json
-from relay_jax.sampling.folder import cannot_write, holds_images
+from relay_jax.errors import UserError, one_line
+from relay_jax.runtime.files import write_json
+from relay_jax.sampling.folder import holds_images
 from relay_jax.sampling.seeds import parse_seeds, seeds_text
+from relay_jax.stage import Stage
+from relay_jax.workdir import flat
 
 RECORD = "samples.json"
-# How noise follows from the seed: key(0) folded with seed, stage index, purpose and step
-# (sampling/chain.py, diffusion/sampler.py `seeded_noise`). To be raised when that changes.
+# How noise follows from the seed: key(0) folded with seed, stage index,
+# purpose and step (sampling/chain.py, diffusion/sampler.py
+# `seeded_noise`). To be raised when that changes.
 NOISE_RULE = 1
-_NOT_COMPARED = (
-    "seeds",
-    "checkpoint.step",
-    "checkpoint.images",
-)  # the hash of the weights says more
+# The hash of the weights says more than their step.
+_NOT_COMPARED = ("seeds", "checkpoint.step", "checkpoint.images")
+# What does not change an image, or what earlier versions wrote under
+# another name.
+_NO_EFFECT = ("network.remat", "network.dropout", "network.dtype", "network.resolution")
+_RENAMED = {"sampler.sde_scale": "sampler.fresh_noise"}
 
 
 def parameters_hash(params: Mapping[str, Any]) -> str:
-    """sha256, in hexadecimal, over names, shapes, types and bytes of all parameters, in the
-    order of their names.
+    """SHA-256, in hexadecimal, over names, shapes, types and bytes of all parameters, by name.
 
-    The same for arrays of numpy and of devices, however they are laid out. All processes must
-    call it.
+    The same for arrays of numpy and of devices, however they are laid
+    out. All processes must call it.
     """
     digest = hashlib.sha256()
-    for path, leaf in sorted(
-        (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)
-    ):
+    leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
+    for path, leaf in sorted(leaves.items()):
         value = np.ascontiguousarray(_whole(leaf))
         little = value.astype(value.dtype.newbyteorder("<"), copy=False)
         digest.update(f"{path} {list(value.shape)} {value.dtype.name}\n".encode())
@@ -65,58 +65,28 @@ def describe_sampling(
     weights: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]],
     seeds: Iterable[int],
     class_rule: str,
-    *,
-    pixel_edit: str = "none",
-    low_res: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of a sampling, all of it JSON. All processes must call it (`parameters_hash`).
 
-    stages: those that are sampled, in order. weights: by stage name, what checkpoint.load_ema
-    returns: the averaged parameters and the notes of their checkpoint; a stage without an entry
-    is described without them.
-    class_rule: see classes.py, or 'own' for the classes of the real images that a relay starts
-    from.
-    low_res: where a relay that is sampled alone starts from, as plain values.
+    stages: those that are sampled, in order. weights: by stage name, as
+    Chain.weights: the averaged parameters and the notes of their
+    checkpoint; a stage without an entry is described without them.
+    class_rule: see seeds.py, or 'own' for the classes of the real
+    images that a relay starts from.
     """
     record = {
         "seeds": seeds_text(seeds),
         "class_rule": class_rule,
-        "num_classes": stages[-1].network.num_classes,
-        "stages": {
-            s.name: describe_stage(s) | _describe_weights(weights.get(s.name)) for s in stages
+        "num_classes": stages[-1].num_classes,
+        "stages": {s.name: s.describe() | _describe_weights(weights.get(s.name)) for s in stages},
+        "pixel_edit": "none",
+        "low_res": {},
+        "noise": {
+            "rule": NOISE_RULE,
+            "generator": str(jax.config.jax_default_prng_impl),
         },
-        "pixel_edit": pixel_edit,
-        "low_res": dict(low_res or {}),
-        "noise": {"rule": NOISE_RULE, "generator": str(jax.config.jax_default_prng_impl)},
     }
-    return json.loads(json.dumps(_plain(record)))
-
-
-def describe_stage(stage: Stage) -> dict[str, Any]:
-    """What a stage does to its input, but for its weights."""
-    net = stage.network
-    network = {
-        name: getattr(net, name)
-        for name in (
-            "channels",
-            "multipliers",
-            "blocks",
-            "attention",
-            "head_width",
-            "num_classes",
-            "num_augment",
-        )
-    }
-    kind = "edm" if isinstance(stage.sampler, EdmSampler) else "relay"
-    return {
-        "resolution": stage.resolution,
-        "index": stage.index,
-        "dtype": np.dtype(net.dtype).name,
-        "network": network,
-        "process": {"kind": kind, **asdict(stage.sample_process)},
-        "sampler": asdict(stage.sampler) | {"steps": len(stage.sampler.sigmas()) - 1},
-        "guidance": asdict(stage.guidance),
-    }
+    return json.loads(json.dumps(plain(record)))
 
 
 def _describe_weights(
@@ -134,78 +104,82 @@ def _describe_weights(
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists, infinities as text: JSON knows neither."""
     if isinstance(value, Mapping):
-        return {key: _plain(child) for key, child in value.items()}
+        return {key: plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
+        return [plain(child) for child in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """samples.json of a folder, None if there is none. Raises ConfigError if it is damaged."""
+    """samples.json of a folder, None if there is none. Raises UserError if it is damaged."""
     path = folder / RECORD
     try:
         record = json.loads(path.read_text())
         parse_seeds(record["seeds"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); use another folder"
-        ) from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}); use another folder") from error
     return record
 
 
 def first_difference(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], weights: bool = True
+    before: Mapping[str, Any], now: Mapping[str, Any], weights: bool = True
 ) -> str | None:
-    """'KEY is VALUE there and VALUE here' for the first that differs, None if both belong to
-    one set of images.
+    """'KEY is VALUE there and VALUE here' for the first difference, None for one set of images.
 
-    weights: False leaves out what `describe_sampling` says of checkpoints, for a record made
-    before they are loaded.
+    weights: False leaves out what `describe_sampling` says of
+    checkpoints, for a record made before they are loaded.
     """
-    old, new = flat(theirs), flat(ours)
+    old, new = flat(before), flat(now)
+    for name, renamed in _RENAMED.items():
+        for key in [key for key in old if key.endswith(name)]:
+            old[key.removesuffix(name) + renamed] = old.pop(key)
+    # Records of earlier versions say less of network and sampler; the
+    # hash of the weights and the keys that they do have decide.
+    says_less = not any(key.endswith("sampler.kind") for key in old)
     for key in [*new, *(key for key in old if key not in new)]:
-        if key.endswith(_NOT_COMPARED) or (not weights and ".checkpoint." in key):
+        if key.endswith((*_NOT_COMPARED, *_NO_EFFECT)):
+            continue
+        if not weights and ".checkpoint." in key:
+            continue
+        if says_less and key not in old and (".network." in key or ".sampler." in key):
             continue
         if key not in old or key not in new or old[key] != new[key]:
             there, here = (
-                "not there" if key not in of else json.dumps(of[key])[:80] for of in (old, new)
+                "not there" if key not in pairs else json.dumps(pairs[key])[:80]
+                for pairs in (old, new)
             )
             return f"{key} is {there} in its {RECORD} and {here} now"
     return None
 
 
-def check_folder(folder: Path, ours: Mapping[str, Any], weights: bool = True) -> None:
-    """Raises ConfigError if the folder holds images of other settings than `ours`, or of
-    unknown ones."""
+def check_folder(folder: Path, record: Mapping[str, Any], weights: bool = True) -> None:
+    """Raises UserError if the folder holds images of other settings, or of unknown ones."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder")
-    theirs = read_record(folder)
-    if theirs is None and holds_images(folder):
-        raise ConfigError(
-            f"{folder} holds images, but no {RECORD} that says how they were made; name "
-            "another --out"
+        raise UserError(f"--out {folder} is a file; name a folder")
+    before = read_record(folder)
+    if before is None and holds_images(folder):
+        raise UserError(
+            f"{folder} holds images, but no {RECORD} that says how they were made; name another "
+            "--out"
         )
-    difference = first_difference(theirs, ours, weights) if theirs else None
+    difference = first_difference(before, record, weights) if before else None
     if difference:
-        raise ConfigError(f"{folder} holds other images: {difference}; name another --out")
+        raise UserError(f"{folder} holds other images: {difference}; name another --out")
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes samples.json, or adds the seeds to the one there: those asked for, whose images
-    may still be missing.
+    """Writes samples.json, or adds the seeds to the one there.
 
-    Raises ConfigError if it cannot be written.
+    Its seeds are those asked for: images may still be missing. Raises
+    StorageError.
     """
     before = read_record(folder)
     seeds = parse_seeds(record["seeds"]) + (parse_seeds(before["seeds"]) if before else [])
     merged = {**record, "seeds": seeds_text(seeds)}
     if merged != before:
-        try:
-            write_json(folder / RECORD, merged)
-        except OSError as error:
-            raise cannot_write(folder / RECORD, error) from error
+        write_json(folder / RECORD, merged)

@@ -1,166 +1,162 @@
 """What is to be sampled: the user's words, checked, and what every batch starts from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relay_jax.config import ConfigError, Stage
+from relay_jax.config import Settings
+from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
-from relay_jax.data.source import Source
-from relay_jax.data.transforms import to_float
-from relay_jax.diffusion.process import RelayProcess
-from relay_jax.sampling.classes import classes_for, parse_class_rule
+from relay_jax.data.source import Source, describe_source, open_source
+from relay_jax.errors import UserError
+from relay_jax.sampling.chain import Inputs
 from relay_jax.sampling.folder import read_images
-from relay_jax.sampling.pixels import PIXEL_EDITS
 from relay_jax.sampling.record import describe_sampling, read_record
-from relay_jax.sampling.seeds import parse_seeds
-from relay_jax.sampling.stream import Inputs
+from relay_jax.sampling.seeds import classes_for, parse_class_rule, parse_seeds
+from relay_jax.stage import Stage
 
 OWN = "own"  # class rule: an image has the class of the real image that its relay starts from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """stages: the whole relay, or one of its stages. seeds: one image each. class_rule: see
-    classes.py, or OWN.
+    """Images to sample.
 
-    low_resolution: of the images that a relay stage alone starts from, else 0. low_res: their
-    folder, None for real
-    images. start: what those images are, as plain values for the record.
+    stages: the whole relay, or one of its stages. seeds: one image
+    each. class_rule: see seeds.py, or OWN. low_res: folder of the
+    images that a relay stage alone starts from, None for real images.
+    start: what those images are, as plain values for the record.
     """
 
     stages: Sequence[Stage]
-    num_classes: int
     seeds: Sequence[int]
-    class_rule: str
-    pixel_edit: str
-    low_resolution: int
-    low_res: Path | None
-    start: Mapping[str, Any]
+    class_rule: str = "mod"
+    pixel_edit: str = "none"
+    low_res: Path | None = None
+    start: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the networks, 0 if they are unconditional."""
+        return self.stages[-1].num_classes
+
+    @property
+    def low_resolution(self) -> int:
+        """Pixels per side of the images that the first of the stages continues, else 0."""
+        return self.stages[0].low_resolution
 
     @property
     def from_real_images(self) -> bool:
+        """Whether a relay stage alone starts from down-sampled real images."""
         return bool(self.low_resolution) and self.low_res is None
 
+    def open_source(self, settings: Settings) -> Source | None:
+        """The real images, if they are needed. Raises DataError or UserError."""
+        if not self.from_real_images:
+            return None
+        return open_source(settings.dataset.keys, settings.resolutions, settings.seed)
+
     def record(self, weights: Mapping[str, tuple[dict, dict]]) -> dict[str, Any]:
-        """`describe_sampling` of all this. weights: parameters and notes by stage; empty before
-        they are loaded."""
-        return describe_sampling(
-            self.stages,
-            weights,
-            self.seeds,
-            self.class_rule,
-            pixel_edit=self.pixel_edit,
-            low_res=self.start,
-        )
+        """`describe_sampling` of all this.
+
+        weights: parameters and notes by stage (Chain.weights); empty
+        before they are loaded.
+        """
+        record = describe_sampling(self.stages, weights, self.seeds, self.class_rule)
+        return record | {"pixel_edit": self.pixel_edit, "low_res": dict(self.start)}
 
     def inputs(self, seeds: np.ndarray, source: Source | None) -> Inputs:
-        """What the images of some seeds start from. source: the real images, if they are
-        needed: number seed mod size.
+        """What the images of some seeds start from.
 
-        Raises ConfigError for a low-resolution image that is missing or damaged, DataError for
-        a real one.
+        source: the real images, if they are needed: number seed mod
+        size. Raises UserError for a low-resolution image that is
+        missing or damaged.
         """
         if self.low_res is not None:
             low_res = read_images(self.low_res, seeds.tolist(), self.low_resolution)
             return Inputs(classes_for(seeds, self.num_classes, self.class_rule), low_res)
         if source is None:
             return Inputs(classes_for(seeds, self.num_classes, self.class_rule), None)
-        pixels, labels = read(
-            source, [int(seed) % len(source) for seed in seeds], self.low_resolution
-        )
-        own = np.asarray(labels, np.int32)
-        classes = (
-            own if self.class_rule == OWN else classes_for(seeds, self.num_classes, self.class_rule)
-        )
+        positions = [int(seed) % len(source) for seed in seeds]
+        pixels, labels = read(source, positions, self.low_resolution)
+        if self.class_rule == OWN:
+            classes = np.asarray(labels, np.int32)
+        else:
+            classes = classes_for(seeds, self.num_classes, self.class_rule)
         return Inputs(classes, to_float(pixels))
 
 
 def of_one_stage(stage: Stage, count: int) -> Request:
-    """Seeds 0, 1, ... of a stage by itself, as while it is trained; a relay starts from
-    down-sampled real images."""
-    num_classes, process = stage.network.num_classes, stage.process
-    alone = isinstance(process, RelayProcess)
-    return Request(
-        stages=[stage],
-        num_classes=num_classes,
-        seeds=range(count),
-        class_rule=OWN if alone and num_classes else "mod",
-        pixel_edit="none",
-        low_res=None,
-        start={},
-        low_resolution=stage.resolution // process.patch
-        if isinstance(process, RelayProcess)
-        else 0,
-    )
+    """Seeds 0, 1, ... of a stage by itself, as while it is trained.
+
+    A stage that starts from images starts from down-sampled real ones,
+    with their classes.
+    """
+    rule = OWN if stage.starts_from_images and stage.num_classes else "mod"
+    return Request(stages=[stage], seeds=range(count), class_rule=rule)
 
 
 def parse_request(
-    stages: Sequence[Stage],
+    settings: Settings,
     only: Stage | None,
     *,
     seeds: str,
-    class_rule: str,
-    pixel_edit: str,
-    low_res: Path | None,
-    data: Mapping[str, Any],
+    class_rule: str = "",
+    low_res: Path | None = None,
 ) -> Request:
-    """Checks what can be checked without data and weights. Raises ConfigError.
+    """Checks what can be checked without data and weights. Raises UserError.
 
-    only: a stage alone. class_rule: '' for 'mod', for the rule of the images in `low_res`, or
-    for the classes of the real images that a relay stage alone starts from otherwise. data:
-    describes those.
+    only: a stage alone. class_rule: '' for 'mod', for the rule of the
+    images in `low_res`, or for the classes of the real images that a
+    relay stage alone starts from otherwise.
     """
-    if pixel_edit not in PIXEL_EDITS:
-        raise ConfigError(
-            f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, not {pixel_edit!r}"
-        )
+    stages = settings.stages
     chosen = [only] if only else stages
-    relay_alone = isinstance(chosen[0].process, RelayProcess)
-    num_classes = stages[-1].network.num_classes
-    wanted = parse_seeds(seeds)
+    continues = chosen[0].starts_from_images
+    num_classes = stages[-1].num_classes
     rule = parse_class_rule(class_rule, num_classes) if class_rule else ""
     start: dict[str, Any] = {}
-    if low_res is not None and not relay_alone:
-        raise ConfigError("--low_res is for --stage of a relay; the first stage starts from noise")
+    if low_res is not None and not continues:
+        raise UserError("--low_res is for --stage of a relay; the first stage starts from noise")
     if low_res is not None:
-        before = read_record(low_res)
-        if before is None:
-            start = {"made_by": "unknown"}
-        else:
-            theirs, kind = (
-                str(before.get("class_rule")),
-                before.get("output", {}).get("format", "png"),
-            )
-            if kind != "png":
-                raise ConfigError(
-                    f"--low_res {low_res} holds {kind} files; write the images before with "
-                    "--format=png"
-                )
-            if rule and rule != theirs:
-                raise ConfigError(
-                    f"--class={rule}: the images in {low_res} have the classes of rule {theirs!r}"
-                )
-            start = {"made_by": {key: value for key, value in before.items() if key != "seeds"}}
-            rule = theirs
-    elif relay_alone:
-        start = {"made_by": "down-sampled real images", "data": dict(data)}
+        rule, start = _continued(low_res, rule)
+    elif continues:
+        dataset = describe_source(settings.dataset.keys, settings.resolutions[-1], settings.seed)
+        start = {"made_by": "down-sampled real images", "data": dataset}
         rule = rule or (OWN if num_classes else "mod")
-    if rule == OWN and low_res is not None:
-        raise ConfigError(
-            f"--low_res {low_res} holds images with the classes of real ones; name a rule with "
-            "--class"
-        )
     return Request(
         stages=chosen,
-        num_classes=num_classes,
-        seeds=wanted,
+        seeds=parse_seeds(seeds),
         class_rule=rule or "mod",
-        pixel_edit=pixel_edit if chosen[-1] is stages[-1] else "none",
-        low_resolution=stages[chosen[0].index - 1].resolution if relay_alone else 0,
+        pixel_edit=settings.sample.pixel_edit if chosen[-1] is stages[-1] else "none",
         low_res=low_res,
         start=start,
     )
+
+
+def _continued(low_res: Path, rule: str) -> tuple[str, dict[str, Any]]:
+    """Class rule and start of samples that continue those of a folder. Raises UserError."""
+    record = read_record(low_res)
+    if record is None:
+        return rule, {"made_by": "unknown"}
+    previous, kind = (
+        str(record.get("class_rule")),
+        record.get("output", {}).get("format", "png"),
+    )
+    if kind != "png":
+        raise UserError(
+            f"--low_res {low_res} holds {kind} files; write the images before with --format=png"
+        )
+    if rule and rule != previous:
+        raise UserError(
+            f"--class={rule}: the images in {low_res} have the classes of rule {previous!r}"
+        )
+    if previous == OWN:
+        raise UserError(
+            f"--low_res {low_res} holds images with the classes of real ones; name a rule with "
+            "--class"
+        )
+    return previous, {"made_by": {key: value for key, value in record.items() if key != "seeds"}}

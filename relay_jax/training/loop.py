@@ -1,10 +1,23 @@
-"""Trains one stage: one path from nothing, or from the newest checkpoint, to the last image."""
+"""Trains one stage: one path from nothing, or from the newest checkpoint, to the last image.
+
+    open   state (fresh, or of the checkpoint) and loader (at the same batch)
+    step   next batch -> devices -> train_step; the host runs ahead of the devices
+    then   report -> give up? -> checkpoint -> stop? -> preview -> evaluation
+
+The order after a step is that of what may not be lost. The report comes
+first, since it fetches the numbers that say whether the training is
+worth saving: a checkpoint of a training that has diverged would push a
+good one out. The checkpoint comes before the answer to SIGTERM, which
+promises one, and before previews and evaluations, which take long: a
+machine may be taken away meanwhile.
+"""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +25,15 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from relay_jax.config import Stage
-from relay_jax.data.loader import Loader
+from relay_jax.config import Settings
+from relay_jax.data.loader import Loader, Stream
 from relay_jax.data.source import Source
-from relay_jax.models.unet import parameter_count
+from relay_jax.errors import Stopped, UserError
+from relay_jax.models.network import describe as describe_network
+from relay_jax.models.network import parameter_count
 from relay_jax.runtime import distributed
-from relay_jax.runtime.checkpoint import CheckpointError, Checkpoints, load_ema
-from relay_jax.runtime.devices import compiler_options
+from relay_jax.runtime.checkpoint import Checkpoints, load_ema
+from relay_jax.runtime.devices import jit
 from relay_jax.runtime.flops import matmul_flops
 from relay_jax.runtime.sharding import (
     batch_sharding,
@@ -27,47 +42,36 @@ from relay_jax.runtime.sharding import (
     state_shardings,
     to_devices,
 )
-from relay_jax.training.optimizer import optimizer_of
+from relay_jax.stage import Stage
+from relay_jax.training.layers import not_finite, parts_table
 from relay_jax.training.profile import Profiler
 from relay_jax.training.report import StageProgress
-from relay_jax.training.state import TrainState, make_init
+from relay_jax.training.state import TrainState, init_state
 from relay_jax.training.step import make_train_step
 
-
-class TrainingError(RuntimeError):
-    """The training cannot go on; the message is one line for the user."""
+RUN_AHEAD = 2  # steps queued on the devices beyond the one that they compute
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """What does not change the result: reading, saving, telling."""
+class Observers:
+    """What looks at the averaged parameters now and then; all processes call them.
 
-    seed: int
-    x_flip: bool
-    threads: int
-    workers: int
-    checkpoint_every_images: int
-    keep: int
-    keep_every_images: int
-    log_every_steps: int
-    profile_first: int
-    profile_steps: int
-    grid_every_images: int
-    evaluate_every_images: int = 0
-    about: Mapping[str, Any] = field(default_factory=dict)  # plain values to keep with the logs
+    preview: -> picture, uint8 [H, W, 3]; every log.grid_every_images.
+    evaluation: -> scores by name, on process 0; every evaluate.every
+    images. None: never.
+    """
+
+    preview: Callable[[dict], np.ndarray] | None = None
+    evaluation: Callable[[dict], dict[str, float]] | None = None
 
 
-RUN_AHEAD = 2  # steps queued on the devices beyond the one that they compute
-Preview = Callable[[dict], np.ndarray]  # averaged parameters -> picture, uint8 [H, W, 3]
-Evaluation = Callable[
-    [dict], dict[str, float]
-]  # averaged parameters -> scores, on the process that writes
+class Start(NamedTuple):
+    """Where a training begins: its state, steps and seconds so far, and the notes on its data."""
 
-
-def _split(state: TrainState) -> dict[str, dict]:
-    """The state as checkpoint items: the average apart, since sampling reads only that."""
-    fields = state._asdict()
-    return {"ema": fields.pop("ema"), "train": fields}
+    state: TrainState
+    step: int
+    seconds: float
+    data: dict[str, Any] | None
 
 
 def is_finished(stage: Stage, folder: Path) -> bool:
@@ -84,176 +88,228 @@ def train_stage(
     source: Source,
     mesh: Mesh,
     folder: Path,
-    settings: LoopSettings,
-    preview: Preview,
+    settings: Settings,
+    observers: Observers = Observers(),
     start_from: Path | None = None,
-    evaluation: Evaluation | None = None,
 ) -> None:
     """Trains `stage` to its end; a stage that is finished returns at once.
 
-    start_from: folder of another training, or of converted weights, whose averaged parameters
-    replace the random ones.
-    folder: of this stage (checkpoints, logs, grids). Continues from the newest readable
-    checkpoint there, with the
-    batches that an uninterrupted run would have had.
-    Raises Stopped after SIGTERM, at the end of a step and with a checkpoint of it;
-    TrainingError when too many steps in
-    a row were not finite, CheckpointError when no checkpoint of several can be read, DataError
-    for an unreadable image.
+    folder: of this stage (checkpoints, logs, grids). Continues from the
+    newest readable checkpoint there, with the batches that an
+    uninterrupted run would have had. start_from: folder of another
+    training, or of converted weights, whose averaged parameters replace
+    the random ones. Raises Stopped after SIGTERM, at the end of a step
+    and with a checkpoint of it; UserError when too many steps in a row
+    were not finite or no checkpoint of several can be read, DataError
+    for an unreadable image, StorageError for what cannot be written.
     """
     if is_finished(stage, folder):
         logging.info("stage %s is finished (%s)", stage.name, folder)
         return
-    train = stage.train
-    # Made by a compiled program, so that the keys belong to all processes, like everything else
-    # that is computed with.
-    init_key, step_key = jax.jit(
-        lambda: tuple(
-            jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), stage.index))
-        ),
-        out_shardings=replicated(mesh),
-    )()
-    optimizer = optimizer_of(train)
-    init = make_init(stage.network, optimizer)
-    shapes = jax.eval_shape(init, init_key)
+    train, log = stage.train, settings.log
+    # Made by a compiled program, so that the keys belong to all
+    # processes, like everything else that is computed with.
+    make_keys = partial(_keys, settings.seed, stage.index)
+    init_key, step_key = jax.jit(make_keys, out_shardings=replicated(mesh))()
+    shapes = jax.eval_shape(partial(init_state, stage), init_key)
     shardings = state_shardings(shapes, mesh)
+    stays = partial(_stays, train.batch, settings.checkpoint.keep_every_images)
 
-    def stays(step: int) -> bool:
-        return _due((step - 1) * train.batch, step * train.batch, settings.keep_every_images)
-
-    with Checkpoints(folder / "checkpoints", settings.keep, keep_always=stays) as checkpoints:
-        restored = checkpoints.restore(_split(shapes), _split(shardings))
-        if restored is None:
-            state, step, seconds = jax.jit(init, out_shardings=shardings)(init_key), 0, 0.0
-            if start_from is not None:
-                params, _ = load_ema(start_from, stage.network, mesh)
-                logging.info(
-                    "stage %s starts from the averaged weights in %s", stage.name, start_from
-                )
-                state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
-        else:
-            step, items = restored
-            state, seconds = (
-                TrainState(ema=items["ema"], **items["train"]),
-                items["meta"]["seconds"],
-            )
-
-        def open_loader() -> Loader:
-            loader = Loader(
-                source,
-                resolution=stage.resolution,
-                batch_size=train.batch,
-                seed=settings.seed,
-                x_flip=settings.x_flip,
-                start=step,
-                rows=host_rows(train.batch, mesh),
-                threads=settings.threads,
-                workers=settings.workers,
-            )
-            if restored is not None and items["meta"]["data"] != loader.state:
-                loader.close()
-                raise CheckpointError(
-                    f"the data set has changed since {folder} was begun (was "
-                    f"{items['meta']['data']}, "
-                    f"is {loader.state}); use the same data or another --workdir"
-                )
-            return loader
-
-        loader = distributed.everywhere(open_loader)
-        logging.info(
-            "stage %s: %d px, %.2fM parameters, batch %d, %s, %s",
-            stage.name,
-            stage.resolution,
-            parameter_count(state.params) / 1e6,
-            train.batch,
-            f"{mesh.size} x {jax.devices()[0].device_kind}",
-            f"continues at {step * train.batch:,} images" if step else "begins",
+    with Checkpoints(folder / "checkpoints", settings.checkpoint.keep, keep_always=stays) as saved:
+        # The state before the loader: its checkpoint says at which batch
+        # the data goes on.
+        state, step, seconds, data = _continued(saved, shapes, shardings) or _fresh(
+            stage, shapes, shardings, mesh, init_key, start_from
         )
-        train_step = jax.jit(
-            make_train_step(stage, optimizer, mesh),
+        with distributed.agree():
+            loader = _open_loader(stage, source, mesh, settings, step)
+            _check_data(loader, data, folder)
+        _describe_start(stage, mesh, shapes, step)
+        train_step = jit(
+            make_train_step(stage, mesh),
+            mesh,
             donate_argnums=0,
             in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
             out_shardings=(shardings, replicated(mesh)),
-            compiler_options=compiler_options(mesh),
         )
-
         progress = StageProgress(stage, mesh, folder, step * train.batch)
-        progress.begin(settings.about, step * train.batch)
-        # Steps that may wait in the queue: each holds a batch on the devices and delays the
-        # answer to SIGTERM. Queued collectives of virtual devices deadlock.
+        # Each step that waits in the queue holds a batch on the devices
+        # and delays the answer to SIGTERM. Queued collectives of virtual
+        # devices deadlock.
         ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else RUN_AHEAD
         begun, asked = time.monotonic() - seconds, False
-        pending: list[dict] = []
-        with (
-            loader,
-            progress,
-            Profiler(folder, settings.profile_first, settings.profile_steps) as profiler,
-        ):
+        pending: list[dict] = []  # metrics of the steps since the last report, still on the devices
+        profiler = Profiler(folder, log.profile_first, log.profile_steps)
+        # Opened before anything is written: whatever fails from here on,
+        # a full disk too, closes the loader's threads and the event file.
+        with loader, progress, profiler:
+            progress.begin(settings.plain, step * train.batch)
             while step < train.steps:
+                # Before the step, so that a trace holds whole steps,
+                # their loading included.
                 profiler.before(step + 1, asked, pending)
                 asked = False
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     with progress.waiting():
                         host_batch = next(loader)
                     batch = to_devices(dict(host_batch), mesh)
-                    if (
-                        progress.step_flops is None
-                    ):  # the program that the next line compiles is this trace
-                        progress.step_flops = matmul_flops(
-                            train_step.trace(state, batch, step_key).jaxpr.jaxpr
-                        )
+                    # Counted in the trace that the first call compiles,
+                    # and so traced only once.
+                    if progress.step_flops is None:
+                        traced = train_step.trace(state, batch, step_key)
+                        progress.step_flops = matmul_flops(traced.jaxpr.jaxpr)
                     state, metrics = train_step(state, batch, step_key)
                     pending.append(metrics)
                     before, step = step * train.batch, step + 1
                     images, last = step * train.batch, step == train.steps
+                    # The devices compute while the host loads and
+                    # reports, but not arbitrarily far behind it.
                     if len(pending) > ahead:
                         jax.block_until_ready(pending[-1 - ahead])
 
-                if step % settings.log_every_steps == 0 or last:
+                # Such a step has left the parameters as they were, so
+                # that it can be looked into. To ask waits for every step,
+                # which only a search for a mistake can afford.
+                if settings.debug and not float(metrics["finite"]):
+                    raise not_finite(stage, state.params, batch, step, step_key, folder, mesh)
+
+                if step % log.every_steps == 0 or last:
                     asked = progress.report(images, state, pending, profiler.requested())
                     pending = []
-                    row = int(state.nonfinite_row)
-                    if row >= train.max_nonfinite:
-                        raise TrainingError(
-                            f"stage {stage.name}: {row} steps in a row had a loss or gradient "
-                            "that is not "
-                            f"finite, last at {images:,} images; lower train.learning_rate, or "
-                            "continue "
-                            f"from the checkpoint in {folder} with other settings"
-                        )
+                    _check_finite(stage, state, images, folder)
+
+                # Asked at every step by all processes alike: JAX lets
+                # them agree on one.
                 stop = distributed.stop_requested() and not last
-                if (
-                    _due(before, images, settings.checkpoint_every_images)
-                    or stays(step)
-                    or last
-                    or stop
-                ):
-                    meta = {
+                save = _due(before, images, settings.checkpoint.every_images) or stays(step)
+                if save or last or stop:
+                    notes = {
                         "images": images,
                         "data": dict(loader.state),
                         "seconds": time.monotonic() - begun,
+                        "network": describe_network(stage.network),
                     }
-                    checkpoints.save(step, **_split(state), meta=meta)
+                    saved.save(step, **_items(state), meta=notes)
                 if stop:
+                    # The steps since the last report would be missing in
+                    # the curve.
                     if pending:
                         progress.report(images, state, pending, False)
-                    raise distributed.Stopped(
+                    raise Stopped(
                         f"stage {stage.name}: stopped by SIGTERM and saved at {images:,} images"
                     )
-                if settings.grid_every_images and (
-                    _due(before, images, settings.grid_every_images) or last
-                ):
-                    progress.picture(images, preview(state.ema))
-                if (
-                    evaluation
-                    and settings.evaluate_every_images
-                    and (_due(before, images, settings.evaluate_every_images) or last)
-                ):
-                    progress.scores(images, evaluation(state.ema))
+
+                every = log.grid_every_images
+                if observers.preview and every and (_due(before, images, every) or last):
+                    progress.picture(images, observers.preview(state.ema))
+                every = settings.evaluate.every
+                if observers.evaluation and every and (_due(before, images, every) or last):
+                    progress.scores(images, observers.evaluation(state.ema))
         seconds = time.monotonic() - begun
-    progress.finish(seconds)  # its last checkpoint is complete
+    # After the context of the checkpoints: now the last one is complete.
+    progress.finish(seconds)
+
+
+def _keys(seed: int, index: int) -> tuple[jax.Array, jax.Array]:
+    """Keys of a stage, for its initial parameters and for its steps."""
+    init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+    return init_key, step_key
+
+
+def _items(state: TrainState) -> dict[str, dict]:
+    """The state as items of a checkpoint."""
+    # The average apart: sampling reads nothing else.
+    fields = state._asdict()
+    return {"ema": fields.pop("ema"), "train": fields}
+
+
+def _continued(saved: Checkpoints, shapes: TrainState, shardings: TrainState) -> Start | None:
+    """The newest readable checkpoint, None if there is none at all. Raises UserError."""
+    restored = saved.restore(_items(shapes), _items(shardings))
+    if restored is None:
+        return None
+    step, items = restored
+    state, notes = TrainState(ema=items["ema"], **items["train"]), items["meta"]
+    return Start(state, step, notes["seconds"], notes["data"])
+
+
+def _fresh(
+    stage: Stage,
+    shapes: TrainState,
+    shardings: TrainState,
+    mesh: Mesh,
+    key: jax.Array,
+    start_from: Path | None,
+) -> Start:
+    """Random parameters, or the averaged ones of another folder. Raises UserError."""
+    state = jax.jit(partial(init_state, stage), out_shardings=shardings)(key)
+    if start_from is not None:
+        params, _ = load_ema(start_from, shapes.params, mesh)
+        logging.info("stage %s starts from the averaged weights in %s", stage.name, start_from)
+        state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    return Start(state, 0, 0.0, None)
+
+
+def _open_loader(stage: Stage, source: Source, mesh: Mesh, settings: Settings, step: int) -> Loader:
+    return Loader(
+        source,
+        Stream(
+            resolution=stage.resolution,
+            batch_size=stage.train.batch,
+            seed=settings.seed,
+            x_flip=settings.dataset.x_flip,
+        ),
+        start=step,
+        rows=host_rows(stage.train.batch, mesh),
+        threads=settings.dataset.threads,
+        workers=settings.dataset.workers,
+    )
+
+
+def _check_data(loader: Loader, data: dict[str, Any] | None, folder: Path) -> None:
+    """Raises UserError if a run would go on with other batches than it was begun with."""
+    if data is not None and data != loader.state:
+        loader.close()
+        raise UserError(
+            f"the data set has changed since {folder} was begun (was {data}, is {loader.state}); "
+            "use the same data or another --workdir"
+        )
+
+
+def _describe_start(stage: Stage, mesh: Mesh, shapes: TrainState, step: int) -> None:
+    # Before the compilation, which takes minutes: a network of the wrong
+    # size is seen at once.
+    if distributed.is_first():
+        logging.info("stage %s:\n%s", stage.name, parts_table(stage, shapes.params))
+    logging.info(
+        "stage %s: %d px, %.2fM parameters, batch %d, %s, %s",
+        stage.name,
+        stage.resolution,
+        parameter_count(shapes.params) / 1e6,
+        stage.train.batch,
+        f"{mesh.size} x {jax.devices()[0].device_kind}",
+        f"continues at {step * stage.train.batch:,} images" if step else "begins",
+    )
+
+
+def _check_finite(stage: Stage, state: TrainState, images: int, folder: Path) -> None:
+    """Raises UserError if too many steps in a row were skipped."""
+    # The same number on all processes, so that all of them end here.
+    row = int(state.nonfinite_row)
+    if row >= stage.train.max_nonfinite:
+        raise UserError(
+            f"stage {stage.name}: {row} steps in a row had a loss or gradient that is not finite, "
+            f"last at {images:,} images; lower train.learning_rate, look for the layer with "
+            f"--debug, or continue from the checkpoint in {folder} with other settings",
+            agreed=True,
+        )
 
 
 def _due(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of `every` images was reached in this step."""
+    """Whether a multiple of `every` images was reached in a step; never for 0."""
     return every > 0 and now // every > before // every
+
+
+def _stays(batch: int, every: int, step: int) -> bool:
+    """Whether the checkpoint of a step stays for ever."""
+    return _due((step - 1) * batch, step * batch, every)

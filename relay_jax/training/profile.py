@@ -1,5 +1,8 @@
-"""Profiler traces of a few training steps: planned ones, and those asked for while the training
-runs."""
+"""Profiler traces of a few training steps: planned ones, and those asked for during a training.
+
+All processes trace the same steps, so that waits of one for another can
+be seen.
+"""
 
 import socket
 from pathlib import Path
@@ -9,15 +12,19 @@ import jax
 from absl import logging
 
 from relay_jax.runtime import distributed
-from relay_jax.runtime.logs import is_writer
+from relay_jax.runtime.distributed import is_first
+from relay_jax.runtime.files import cannot_write
 
-REQUEST = "profile.request"  # created in a stage's folder by the user
+# Created in a stage's folder by the user: a long training need not be
+# stopped to be looked into.
+REQUEST = "profile.request"
 
 
 class Profiler:
     """Traces below FOLDER/profile, of all processes and the same steps; to be used as a context.
 
-    first: step where the planned trace begins, 0 for none; steps: length of each trace.
+    first: step where the planned trace begins, 0 for none; steps:
+    length of each trace.
     """
 
     def __init__(self, folder: Path, first: int, steps: int) -> None:
@@ -32,11 +39,18 @@ class Profiler:
             self._stop()
 
     def requested(self) -> bool:
-        """On the process that writes: whether a trace was asked for. The request is taken away."""
+        """On process 0: whether a trace was asked for; the request is removed.
+
+        Raises StorageError where it cannot be.
+        """
         path = self._folder / REQUEST
-        if not is_writer() or not path.exists():
+        if not is_first() or not path.exists():
             return False
-        path.unlink(missing_ok=True)
+        # A request that stays would be answered after every report.
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         return True
 
     def before(self, step: int, asked: bool, running: Any) -> None:
@@ -51,24 +65,28 @@ class Profiler:
             jax.block_until_ready(running)
             options = jax.profiler.ProfileOptions()
             options.session_id, options.python_tracer_level = self._session(step), 0
+            # A training is worth more than a trace of it: it goes on
+            # without.
             try:
                 jax.profiler.start_trace(self._folder / "profile", profiler_options=options)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 logging.warning("no profiler trace: %s", error)
             else:
                 self._end = step + self._steps
 
     def _session(self, step: int) -> str:
-        """Folder of a trace. One for all hosts, whose files bear their names; further processes
-        of a host have others."""
-        hosts, own = distributed.tell(socket.gethostname()), jax.process_index()
-        return f"step_{step}" if hosts[own] not in hosts[:own] else f"step_{step}_process_{own}"
+        """The name of a trace's folder, the same for all hosts."""
+        # Their files bear the hosts' names; only further processes of one
+        # host need folders of their own.
+        hosts, index = distributed.tell(socket.gethostname()), jax.process_index()
+        alone = hosts[index] not in hosts[:index]
+        return f"step_{step}" if alone else f"step_{step}_process_{index}"
 
     def _stop(self) -> None:
         self._end = None
         try:
             jax.profiler.stop_trace()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             logging.warning("no profiler trace: %s", error)
         else:
             logging.info(

@@ -1,5 +1,10 @@
-"""What a stage tells while it trains, and at its end: console, metrics.jsonl, TensorBoard,
-training.json."""
+"""What a stage reports while it trains, and at its end: to the console and to its folder.
+
+STAGE/starts.jsonl    configuration and environment of every start
+STAGE/metrics.jsonl   a line for every few steps; the same for TensorBoard
+STAGE/grids/          previews
+STAGE/training.json   the whole training in a few numbers
+"""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,42 +17,38 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from relay_jax.config import Stage
 from relay_jax.runtime import distributed
+from relay_jax.runtime.distributed import is_first
+from relay_jax.runtime.environment import environment
+from relay_jax.runtime.files import append_jsonl, read_jsonl, write_json, write_png
 from relay_jax.runtime.flops import peak_flops, si
-from relay_jax.runtime.logs import (
-    Progress,
-    ScalarLog,
-    append_jsonl,
-    curve_summary,
-    duration,
-    is_writer,
-    read_jsonl,
-    write_json,
-    write_png,
-)
+from relay_jax.runtime.logs import Progress, ScalarLog, curve_summary, duration
 from relay_jax.runtime.sharding import describe
+from relay_jax.stage import Stage
 from relay_jax.training.state import TrainState
 
 
 class StageProgress:
     """One report for every few steps of a stage; to be used as a context.
 
-    images: those seen before this start; later lines of the curve, of a run that was killed,
-    are dropped.
+    images: those seen before this start; later lines of the curve, of a
+    run that was killed, are dropped. step_flops: of a step, on all
+    devices together; set by the loop when it is traced. All methods
+    that write raise StorageError.
     """
 
     def __init__(self, stage: Stage, mesh: Mesh, folder: Path, images: int) -> None:
-        self.step_flops: int | None = (
-            None  # of a step, on all devices together; to be set when it is traced
-        )
+        self.step_flops: int | None = None
         self._stage, self._mesh, self._folder = stage, mesh, folder
         self._peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._log = ScalarLog(folder, images)
         self._loader_share = self._waited = 0.0
         self._since = time.monotonic()
         self._progress = Progress(
-            stage.name, stage.train.steps * stage.train.batch, images, of_rate=self._cost
+            stage.name,
+            stage.train.steps * stage.train.batch,
+            images,
+            of_rate=self._cost,
         )
 
     def __enter__(self) -> "StageProgress":
@@ -56,45 +57,52 @@ class StageProgress:
     def __exit__(self, *_: object) -> None:
         self._log.close()
 
-    def begin(self, about: Mapping[str, Any], images: int) -> None:
-        """Keeps what is told `about` this start, such as its configuration: starts.jsonl and
-        TensorBoard's texts."""
-        if is_writer():
-            append_jsonl(
-                self._folder / "starts.jsonl",
-                {"images": images, "time": round(time.time(), 3), **about},
-            )
-        for name, value in about.items():
+    def begin(self, config: Mapping[str, Any], images: int) -> None:
+        """Keeps the configuration and the environment of this start."""
+        # A training that is continued on other machines, or with another
+        # version, has a record of each: a kink in the curve can be
+        # explained later.
+        record = {"config": dict(config), "environment": environment(self._mesh)}
+        if is_first():
+            line = {"images": images, "time": round(time.time(), 3), **record}
+            append_jsonl(self._folder / "starts.jsonl", line)
+        for name, value in record.items():
             self._log.text(images, name, value)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what the loop waits for the loader."""
+        """Around the time that the loop waits for the loader."""
         begun = time.monotonic()
         with jax.profiler.TraceAnnotation("loader"):
             yield
         self._waited += time.monotonic() - begun
 
     def report(self, images: int, state: TrainState, pending: list[dict], asked: bool) -> bool:
-        """One console line and one line of scalars for the steps since the last report. All
-        processes must call it.
+        """One console line and one line of scalars for the steps since the last report.
 
-        asked: whether this process was asked for something. Returns whether process 0 was.
+        pending: metrics of those steps. asked: whether this process was
+        asked for something. Returns whether process 0 was. All
+        processes must call it.
         """
+        # Fetched all at once, and only here: each transfer would make the
+        # loop wait.
         metrics, skipped = jax.device_get((pending, state.nonfinite_total))
         now = time.monotonic()
-        own = np.asarray([self._waited / max(now - self._since, 1e-9), asked])
-        everyone = distributed.of_all(own)
-        self._loader_share = float(everyone[:, 0].max())  # the slowest host makes all of them wait
+        share = self._waited / max(now - self._since, 1e-9)
+        everyone = distributed.of_all(np.asarray([share, asked]))
+        # The slowest host makes all of them wait.
+        self._loader_share = float(everyone[:, 0].max())
         self._since, self._waited = now, 0.0
 
         values = {k: np.asarray([float(m[k]) for m in metrics]) for k in metrics[0]}
+        # Steps that were skipped would make the mean NaN, which is no
+        # JSON.
         finite = values.pop("finite") > 0
-        known = {k: float(v[finite].mean()) for k, v in values.items()} if finite.any() else {}
-        loss = f"loss {known['loss']:.4f}" if known else "loss not finite"
+        means = {k: float(v[finite].mean()) for k, v in values.items()} if finite.any() else {}
+        loss = f"loss {means['loss']:.4f}" if means else "loss not finite"
         rate = self._progress.line(images, loss + (f", {skipped} steps skipped" if skipped else ""))
         scalars = {
-            **known,
+            **means,
             "images_per_second": round(rate, 3),
             "steps_skipped": int(skipped),
             "loader_share": round(self._loader_share, 4),
@@ -110,15 +118,14 @@ class StageProgress:
         self._log.write(images, values)
 
     def picture(self, images: int, pixels: np.ndarray) -> None:
-        """A grid of samples: PNG and TensorBoard."""
-        if is_writer():
+        """A grid of samples, uint8 [H, W, 3]: PNG and TensorBoard."""
+        if is_first():
             write_png(self._folder / "grids" / f"{images:012d}.png", pixels)
         self._log.picture(images, "samples", pixels)
 
     def finish(self, seconds: float) -> None:
-        """Sums up the whole training of the stage, earlier starts included. seconds: all that
-        it took."""
-        if not is_writer():
+        """Sums up the whole training of the stage. seconds: of all its starts together."""
+        if not is_first():
             return
         train = self._stage.train
         summary = {
@@ -126,28 +133,24 @@ class StageProgress:
             "images": train.steps * train.batch,
             "steps": train.steps,
             "seconds": round(seconds, 1),
+            # From the files, which hold the earlier starts too.
             **curve_summary(read_jsonl(self._folder / "metrics.jsonl")),
             "starts": len(read_jsonl(self._folder / "starts.jsonl")),
             "devices": describe(self._mesh),
             "checkpoint": f"checkpoints/{train.steps}",
         }
         write_json(self._folder / "training.json", summary)
-        used = (
-            f"{summary['utilisation']:.1%} of the peak, "
-            if summary["utilisation"] is not None
-            else ""
-        )
+        share = summary["utilisation"]
         loss = f"{summary['loss']:.4f}" if summary["loss"] is not None else "not finite"
         logging.info(
             "stage %s is trained: %s images in %s, median %.4g img/s, %sFLOP/s per device, "
-            "%sloader %.1f%%, "
-            "%d steps skipped, loss %s, last checkpoint %s",
+            "%sloader %.1f%%, %d steps skipped, loss %s, last checkpoint %s",
             summary["stage"],
             f"{summary['images']:,}",
             duration(seconds),
             summary["images_per_second"],
             si(summary["tflops_per_device"] * 1e12),
-            used,
+            f"{share:.1%} of the peak, " if share is not None else "",
             100 * summary["loader_share"],
             summary["steps_skipped"],
             loss,
@@ -160,5 +163,5 @@ class StageProgress:
 
     def _cost(self, rate: float) -> str:
         flops = self._flops(rate)
-        used = f" ({flops / self._peak:.1%} of the peak)" if self._peak else ""
-        return f"{si(flops)}FLOP/s per device{used}, loader {self._loader_share:.1%}"
+        share = f" ({flops / self._peak:.1%} of the peak)" if self._peak else ""
+        return f"{si(flops)}FLOP/s per device{share}, loader {self._loader_share:.1%}"

@@ -1,158 +1,175 @@
-"""--mode=train: every stage in order, then the summary."""
+"""--mode=train: every stage in order, then samples of the whole relay and a report.
 
-import json
+WORKDIR/STAGE/              each stage's training (training/loop.py, training/report.py)
+WORKDIR/samples/grid.png    samples of all stages
+WORKDIR/loss.png            the loss of all stages
+WORKDIR/report.{json,md}    their scores (evaluation/evaluate.py)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from relay_jax.config import ConfigError, Stage, describe_source
+from relay_jax.config import Settings
 from relay_jax.data.source import Source
-from relay_jax.evaluation.during import EvaluationSettings, make_evaluation
+from relay_jax.errors import Stopped, UserError
+from relay_jax.evaluation.evaluate import StageEvaluation, generate_first, summarize
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
-from relay_jax.evaluation.summary import SummarySettings, Trained, summarize
-from relay_jax.plots.grids import grid
+from relay_jax.plots.grids import grid, loss_curves, relay_picture
 from relay_jax.runtime import distributed
-from relay_jax.runtime.checkpoint import load_ema
 from relay_jax.runtime.devices import training_devices
-from relay_jax.runtime.environment import environment
+from relay_jax.runtime.files import write_png
 from relay_jax.runtime.sharding import describe, make_mesh, place
-from relay_jax.sampling.chain import StageSampler
+from relay_jax.sampling.chain import Chain, Inputs
 from relay_jax.sampling.request import of_one_stage
-from relay_jax.training.loop import LoopSettings, Preview, is_finished, train_stage
+from relay_jax.stage import Stage
+from relay_jax.training.loop import Observers, is_finished, train_stage
+
+PREVIEW_COLUMNS = 8
 
 
 def train(
-    config: ConfigDict,
-    stages: list[Stage],
+    settings: Settings,
     only: Stage | None,
     source: Source,
     workdir: Path,
-    weights: dict[str, Path],
+    weights: Mapping[str, Path],
 ) -> None:
-    """Trains `only`, or all stages in order, and draws samples when every stage is finished.
+    """Trains `only`, or all stages in order, and generates samples when every stage is finished.
 
-    weights: folders from whose averaged weights a stage starts, if it has no checkpoint of its
-    own yet. Stages do not depend on each other for training; finished ones are skipped.
+    weights: folders by stage name from whose averaged weights a stage
+    starts, if it has no checkpoint of its own yet. Stages do not depend
+    on each other for training; finished ones are skipped. Raises
+    UserError, DataError, StorageError, and Stopped after SIGTERM.
     """
-    mesh = distributed.everywhere(lambda: make_training_mesh(config, stages))
-    all_devices = distributed.everywhere(
-        lambda: make_mesh(config.mesh.fsdp)
-    )  # more on CPU: see cpu_devices.py
+    # Everything that may be a mistake of the user's, before the first
+    # stage trains for days.
+    with distributed.agree():
+        mesh = training_mesh(settings)
+        # On CPU sampling uses more devices than training: see
+        # runtime/devices.py.
+        sampling_mesh = make_mesh(settings.fsdp)
+        extractor = features_of(settings, sampling_mesh)
     batches = ", ".join(
-        f"{s.name} {s.train.batch} = {mesh.size} x {s.train.batch // mesh.size}" for s in stages
+        f"{s.name} {s.train.batch} = {mesh.size} x {s.train.batch // mesh.size}"
+        for s in settings.stages
     )
     logging.info("%s; batches: %s", describe(mesh), batches)
-    settings = LoopSettings(
-        seed=config.seed,
-        x_flip=config.dataset.x_flip,
-        threads=config.dataset.threads,
-        workers=config.dataset.workers,
-        checkpoint_every_images=config.checkpoint.every_images,
-        keep=config.checkpoint.keep,
-        keep_every_images=config.checkpoint.keep_every_images,
-        log_every_steps=config.log.every_steps,
-        grid_every_images=config.log.grid_every_images,
-        profile_first=config.log.profile_first,
-        profile_steps=config.log.profile_steps,
-        evaluate_every_images=config.evaluate.every,
-        about={
-            "config": json.loads(config.to_json_best_effort()),
-            "environment": environment(mesh),
-        },
-    )
-    extractor = distributed.everywhere(lambda: make_features(config, all_devices))
-    evaluating = EvaluationSettings(
-        samples=config.evaluate.every_samples,
-        reference_images=config.evaluate.reference_images,
-        batch=config.sample.batch,
-        threads=config.dataset.threads,
-        cache=workdir / "cache",
-        description=describe_source(config, stages),
-    )
-    for stage in [only] if only else stages:
-        preview = make_preview(stage, source, all_devices, config.log.grid_images)
-        evaluation = make_evaluation(stage, source, all_devices, extractor, evaluating)
-        train_stage(
-            stage,
-            source,
-            mesh,
-            workdir / stage.name,
-            settings,
-            preview,
-            weights.get(stage.name),
-            evaluation,
+    for stage in [only] if only else settings.stages:
+        evaluation = StageEvaluation(
+            stage=stage,
+            source=source,
+            mesh=sampling_mesh,
+            extractor=extractor,
+            settings=settings,
+            cache=workdir / "cache",
         )
-        distributed.barrier(f"trained {stage.name}")  # its last checkpoint is there for all
+        preview = Preview(stage, source, sampling_mesh, settings.log.grid_images)
+        observers = Observers(preview=preview, evaluation=evaluation)
+        folder, start_from = workdir / stage.name, weights.get(stage.name)
+        train_stage(stage, source, mesh, folder, settings, observers, start_from)
+        # The stage's last checkpoint is there for all before one of them
+        # looks for it.
+        distributed.barrier(f"trained {stage.name}")
         if distributed.stop_requested():
-            raise distributed.Stopped(f"stopped by SIGTERM after stage {stage.name}")
+            raise Stopped(f"stopped by SIGTERM after stage {stage.name}")
+    finish(settings, source, extractor, sampling_mesh, workdir)
 
-    waiting = [stage.name for stage in stages if not is_finished(stage, workdir / stage.name)]
+
+def finish(
+    settings: Settings,
+    source: Source,
+    extractor: FeatureExtractor,
+    mesh: Mesh,
+    workdir: Path,
+) -> None:
+    """Samples, pictures and report of a relay whose stages are all finished, once."""
+    stages = settings.stages
+    unfinished = [stage.name for stage in stages if not is_finished(stage, workdir / stage.name)]
+    # Process 0 has written it, and the others may not see it yet.
     reported = distributed.of_first((workdir / "report.json").exists())
-    if waiting:
-        logging.info("still to train: %s", ", ".join(waiting))
-    elif reported:
+    if unfinished:
+        logging.info("still to train: %s", ", ".join(unfinished))
+        return
+    if reported:
         logging.info(
-            "all stages are finished; see %s (remove report.json to draw the samples again)",
+            "all stages are finished; see %s (remove report.json to generate the samples again)",
             workdir / "report.md",
         )
-    else:
-        trained = []
-        for stage in stages:
-            params, meta = load_ema(workdir / stage.name, stage.network, all_devices)
-            sampler = StageSampler(stage, all_devices, config.sample.batch)
-            trained.append(
-                Trained(sampler=sampler, params=params, notes=meta, folder=workdir / stage.name)
+        return
+    folders = {stage.name: workdir / stage.name for stage in stages}
+    chain = Chain.load(stages, folders, mesh, settings.sample.batch)
+    generated = generate_first(chain, settings.evaluate.samples)
+    # The pictures before the report: they need no features, which may
+    # take long or fail.
+    with distributed.agree():
+        if distributed.is_first():
+            images, seeds, classes = (
+                dict(generated.images),
+                generated.seeds,
+                generated.classes,
             )
-        report = summarize(
-            trained,
-            source,
-            describe_source(config, stages),
-            extractor,
-            workdir,
-            SummarySettings(
-                samples=config.evaluate.samples,
-                class_check=config.evaluate.class_check,
-                threads=config.dataset.threads,
-                reference_images=config.evaluate.reference_images,
-                cache=workdir / "cache",
-            ),
-        )
-        logging.info(
-            "done: %s", ", ".join(f"{name} {value:.4g}" for name, value in report["scores"].items())
-        )
-        logging.info("look at %s and %s", workdir / "samples" / "grid.png", workdir / "report.md")
+            picture = relay_picture(stages, images, seeds, classes)
+            write_png(workdir / "samples" / "grid.png", picture)
+            logs = [(name, folder / "metrics.jsonl") for name, folder in folders.items()]
+            loss_curves(logs, workdir / "loss.png")
+    report = summarize(generated, chain, source, extractor, settings, workdir)
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in report["scores"].items())
+    logging.info("done: %s", scores)
+    logging.info("look at %s and %s", workdir / "samples" / "grid.png", workdir / "report.md")
 
 
-def make_features(config: ConfigDict, mesh: Mesh) -> FeatureExtractor:
-    """What evaluate.features and evaluate.inception name. Raises FeatureError."""
-    weights = Path(config.evaluate.inception) if config.evaluate.inception else None
-    return make_extractor(config.evaluate.features, weights=weights, mesh=mesh)
+def features_of(settings: Settings, mesh: Mesh) -> FeatureExtractor:
+    """What evaluate.features and evaluate.inception name. Raises UserError."""
+    weights = Path(settings.evaluate.inception) if settings.evaluate.inception else None
+    return make_extractor(settings.evaluate.features, weights=weights, mesh=mesh)
 
 
-def make_training_mesh(config: ConfigDict, stages: list[Stage]) -> Mesh:
-    """The mesh of the devices, whose number must divide every stage's batch. Raises ConfigError
-    or MeshError."""
-    mesh = make_mesh(config.mesh.fsdp, training_devices())
-    for stage in stages:
+def training_mesh(settings: Settings) -> Mesh:
+    """The mesh that trains. Raises UserError if its devices do not divide every stage's batch."""
+    mesh = make_mesh(settings.fsdp, training_devices())
+    for stage in settings.stages:
         if stage.train.batch % mesh.size:
-            raise ConfigError(
+            raise UserError(
                 f"stage {stage.name}: train.batch {stage.train.batch} is not divisible by "
                 f"{mesh.size} devices"
             )
     return mesh
 
 
-def make_preview(stage: Stage, source: Source, mesh: Mesh, count: int) -> Preview:
-    """params -> a grid of `count` samples of one stage; a relay stage starts from down-sampled
-    real images."""
-    request, seeds = of_one_stage(stage, count), np.arange(count)
-    given = request.inputs(seeds, source if request.from_real_images else None)
-    sampler = StageSampler(stage, mesh, count)
+@dataclass(frozen=True)
+class Preview:
+    """Averaged parameters -> a grid of `count` samples of one stage, uint8 [H, W, 3].
 
-    def preview(params: dict) -> np.ndarray:
-        return grid(sampler(place(params, mesh), seeds, given.classes, given.low_res), columns=8)
+    A stage that continues images starts from down-sampled real ones.
+    All processes must call it.
+    """
 
-    return preview
+    stage: Stage
+    source: Source
+    mesh: Mesh
+    count: int
+
+    # Kept with its compiled programs: each preview gives it other
+    # parameters.
+    @cached_property
+    def _chain(self) -> Chain:
+        return Chain([self.stage], {}, self.mesh, self.count)
+
+    @cached_property
+    def _inputs(self) -> Inputs:
+        request = of_one_stage(self.stage, self.count)
+        source = self.source if request.from_real_images else None
+        return request.inputs(np.arange(self.count), source)
+
+    def __call__(self, params: dict) -> np.ndarray:
+        """Seeds 0, 1, ..., so that what changes between previews is what the training does."""
+        name, seeds, inputs = self.stage.name, np.arange(self.count), self._inputs
+        chain = self._chain.with_params({name: place(params, self.mesh)})
+        images = chain.images(seeds, inputs.classes, inputs.low_res)[name]
+        return grid(images, columns=PREVIEW_COLUMNS)

@@ -1,5 +1,5 @@
-"""A listing from the index is the listing a scan would give now, whatever has been done to the
-folder."""
+"""Folders of images: the right image and label at every position, every defect one clear line;
+a listing from the index is the listing that a scan would give now."""
 
 import json
 import os
@@ -8,11 +8,116 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from relay_jax.data import folder as index
-from relay_jax.data.folder import Listing, cache_file, list_images
-from relay_jax.data.source import ImageFolder
+from relay_jax.data.folder import ImageFolder, Listing, cache_file, list_images
+from relay_jax.runtime.files import digest
+from tests.conftest import error_of
+from tests.data.pictures import SHARED, colour, png, read_all
+
+
+def test_a_folder_of_folders_has_one_class_per_sub_folder(tmp_path: Path) -> None:
+    for name, level in (
+        ("dog/b.PNG", 30),
+        ("dog/a.png", 20),
+        ("cat/deep/x.png", 10),
+        ("cat/note.txt", 0),
+        ("dog/._a.png", 0),
+    ):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(colour(level)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "z.png").write_bytes(b"")
+    source = ImageFolder(tmp_path)
+    assert (source.num_classes, source.class_names) == (2, ("cat", "dog"))
+    assert read_all(source) == [(10, 0), (20, 1), (30, 1)]
+
+
+def test_a_flat_folder_has_no_labels_and_is_sorted(tmp_path: Path) -> None:
+    for name, level in (("b.jpg", 200), ("a.bmp", 100)):
+        Image.fromarray(colour(level)).save(tmp_path / name)
+    source = ImageFolder(str(tmp_path))
+    assert (source.num_classes, source.class_names) == (0, ())
+    assert read_all(source) == [(100, 0), (200, 0)]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1"])
+def test_every_pixel_format_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    Image.fromarray(colour(255)).convert(mode).save(
+        tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    )
+    image, _ = ImageFolder(tmp_path)[0]
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8 and (image > 250).all()
+
+
+def test_a_link_to_a_parent_folder_is_not_followed_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(png(colour(1)))
+    (tmp_path / "cat" / "loop").symlink_to(tmp_path / "cat")
+    assert len(ImageFolder(tmp_path)) == 1
+
+
+def test_folder_defects_are_one_line_that_names_the_place(tmp_path: Path) -> None:
+    assert "needs a path" in error_of(lambda: ImageFolder(""))
+    assert "absent: no such folder" in error_of(lambda: ImageFolder(tmp_path / "absent"))
+    assert f"{tmp_path}: no images found" in error_of(lambda: ImageFolder(tmp_path))
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(png(colour(1)))
+    (tmp_path / "top.png").write_bytes(png(colour(1)))
+    assert "top.png" in error_of(lambda: ImageFolder(tmp_path)) and "cat" in error_of(
+        lambda: ImageFolder(tmp_path)
+    )
+
+
+def test_a_damaged_image_file_is_named(tmp_path: Path) -> None:
+    whole = png(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    defects = {
+        "a.png": whole[: len(whole) // 2],
+        "b.png": b"",
+        "c.jpg": b"text",
+        "d.png": whole[:60] + b"x" * 50,
+    }
+    for name, data in defects.items():
+        (tmp_path / name).write_bytes(data)
+    source = ImageFolder(tmp_path)
+    for position, name in enumerate(defects):
+        message = error_of(lambda position=position: source[position])
+        assert f"{tmp_path / name}: cannot decode" in message and "0x" not in message
+    (tmp_path / "a.png").unlink()
+    assert "a.png: cannot be read (No such file" in error_of(lambda: source[0])
+
+
+def test_real_photographs_all_decode_to_rgb() -> None:
+    path = SHARED / "imagenet-sample"
+    if not path.exists():
+        pytest.skip("the photographs are not here")
+    source = ImageFolder(path)
+    assert len(source) == 120 and source.num_classes == 0
+    for position in range(0, 120, 10):
+        image, _ = source[position]
+        assert image.ndim == 3 and image.shape[2] == 3 and image.std() > 5
+
+
+def test_the_fingerprint_is_of_paths_sizes_and_times(tmp_path: Path) -> None:
+    for name in ("dog/a.png", "cat/b.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(png(colour(3)))
+    rows = [
+        [name, (tmp_path / name).stat().st_size, (tmp_path / name).stat().st_mtime_ns]
+        for name in ("cat/b.png", "dog/a.png")
+    ]
+    source = ImageFolder(tmp_path)
+    assert source.fingerprint() == digest(rows) and source.where(1) == f"{tmp_path}/dog/a.png"
+    (tmp_path / "cat" / "b.png").write_bytes(b"another")
+    assert ImageFolder(tmp_path).fingerprint() != digest(rows)
+
+
+# The index of a folder.
 
 
 @pytest.fixture(autouse=True)

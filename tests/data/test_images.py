@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.data.source import ImageFolder, SyntheticShapes, picture
-from relay_jax.data.transforms import center_crop_resize, flip_x
+from relay_jax.data.folder import ImageFolder
+from relay_jax.data.images import center_crop_resize, flip_x, is_image, to_float
+from relay_jax.data.synthetic import SyntheticShapes
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -78,7 +79,7 @@ def test_a_picture_is_cropped_as_the_array_of_it(
     name = "a.jpg" if mode == "CMYK" else "a.png"
     Image.fromarray(pixels).convert(mode).save(tmp_path / name)
     source = ImageFolder(tmp_path)
-    found, label = picture(source, 0)
+    found, label = source.picture(0)
     assert isinstance(found, Image.Image) and label == 0
     cropped = center_crop_resize(found, 16)
     assert cropped.shape == (16, 16, 3) and cropped.dtype == np.uint8
@@ -87,4 +88,22 @@ def test_a_picture_is_cropped_as_the_array_of_it(
 
 def test_a_source_of_arrays_gives_arrays() -> None:
     source = SyntheticShapes(16, 3, 0)
-    np.testing.assert_array_equal(picture(source, 2)[0], source[2][0])
+    np.testing.assert_array_equal(source.picture(2)[0], source[2][0])
+    assert source.where(2) == "image 2" and source.at(8) is source
+
+
+def test_bytes_to_floats_span_minus_one_to_one() -> None:
+    pixels = to_float(np.array([0, 127, 255], np.uint8))
+    np.testing.assert_allclose(pixels, [-1, -1 / 255, 1], atol=1e-7)
+    assert pixels.dtype == np.float32
+
+
+def test_hidden_files_and_other_endings_are_no_images() -> None:
+    names = {
+        "a.JPG": True,
+        "b/c.webp": True,
+        "b/._c.png": False,
+        "d.txt": False,
+        "e\\.f.png": False,
+    }
+    assert {name: is_image(name) for name in names} == names

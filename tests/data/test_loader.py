@@ -2,26 +2,31 @@
 interruptions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
 
-from relay_jax.data.loader import Batch, Loader, read
-from relay_jax.data.source import DataError, ImageFolder, SyntheticShapes
-from relay_jax.data.transforms import center_crop_resize
+from relay_jax.data.folder import ImageFolder
+from relay_jax.data.images import center_crop_resize
+from relay_jax.data.loader import Batch, Loader, Stream, read
+from relay_jax.data.synthetic import SyntheticShapes
+from relay_jax.errors import DataError
 from tests.conftest import error_of
 
 RESOLUTION = 8
 SET = SyntheticShapes(16, 22, 1)
+STREAM = Stream(resolution=RESOLUTION, batch_size=6, seed=4, x_flip=True)
 
 
-def batches(count: int, **options: object) -> list[Batch]:
-    with Loader(
-        SET, **({"resolution": RESOLUTION, "batch_size": 6, "seed": 4, "x_flip": True} | options)
-    ) as loader:
+def batches(count: int, **options: Any) -> list[Batch]:
+    """The first batches of SET; options are those of the stream and of the loader."""
+    changes = {key: options.pop(key) for key in STREAM.__dict__ if key in options}
+    with Loader(SET, replace(STREAM, **changes), **options) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -57,7 +62,7 @@ def test_a_batch_is_uint8_images_and_int32_labels() -> None:
 @pytest.mark.parametrize("threads", [0, 1, 2, 3])
 def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(threads: int) -> None:
     whole = batches(9)
-    loader = Loader(SET, resolution=RESOLUTION, batch_size=6, seed=4, x_flip=True, threads=threads)
+    loader = Loader(SET, STREAM, threads=threads)
     first = [next(loader) for _ in range(5)]
     state = json.loads(json.dumps(loader.state))
     loader.close()
@@ -71,9 +76,7 @@ def test_worker_processes_give_the_same_batches_and_the_same_errors(tmp_path: Pa
     assert_same(batches(3, start=4, workers=1, threads=1, rows=range(6)), batches(7)[4:])
     (tmp_path / "bad.png").write_bytes(b"junk")
     with (
-        Loader(
-            ImageFolder(tmp_path), resolution=8, batch_size=2, seed=0, x_flip=True, workers=1
-        ) as loader,
+        Loader(ImageFolder(tmp_path), replace(STREAM, batch_size=2), workers=1) as loader,
         pytest.raises(
             DataError,
             match=r"^\S*bad\.png: cannot decode this image \(not an image\); replace or remove it$",
@@ -107,9 +110,7 @@ def test_a_host_reads_no_image_of_another(tmp_path: Path) -> None:
 
 def batches_of(folder: Path, **options: object) -> Batch:
     """The first batch of six images in a folder."""
-    with Loader(
-        ImageFolder(folder), resolution=RESOLUTION, batch_size=6, seed=4, x_flip=True, **options
-    ) as loader:
+    with Loader(ImageFolder(folder), STREAM, **options) as loader:
         return next(loader)
 
 
@@ -147,10 +148,8 @@ def test_a_batch_may_be_larger_than_the_set() -> None:
 
 
 def test_a_set_of_one_image_is_enough() -> None:
-    with Loader(
-        SyntheticShapes(8, 1, 0), resolution=8, batch_size=3, seed=0, x_flip=False
-    ) as loader:
-        assert next(loader)["image"].shape == (3, 8, 8, 3)
+    with Loader(SyntheticShapes(8, 1, 0), STREAM) as loader:
+        assert next(loader)["image"].shape == (6, 8, 8, 3)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -160,9 +159,7 @@ def test_a_damaged_image_comes_out_of_next_as_one_line_and_closes_the_loader(
     for n in range(5):
         Image.fromarray(SET[n][0]).save(tmp_path / f"{n}.png")
     (tmp_path / "3.png").write_bytes(b"junk")
-    loader = Loader(
-        ImageFolder(tmp_path), resolution=8, batch_size=5, seed=0, x_flip=True, threads=threads
-    )
+    loader = Loader(ImageFolder(tmp_path), replace(STREAM, batch_size=5), threads=threads)
     with pytest.raises(
         DataError,
         match=r"^\S*3\.png: cannot decode this image \(not an image\); replace or remove it$",

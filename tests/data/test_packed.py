@@ -12,11 +12,14 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from relay_jax.data.loader import Loader, read
-from relay_jax.data.packed import PackedDataset, decode_record, encode_record
+from relay_jax.data.folder import ImageFolder
+from relay_jax.data.loader import Loader, Stream, read
+from relay_jax.data.packed import PackedDataset, decode_record, encode_record, record_file
 from relay_jax.data.prepare import prepare
-from relay_jax.data.source import ImageFolder, SyntheticShapes, at_resolution, make_source
-from tests.conftest import error_of
+from relay_jax.data.source import ImageSource, open_source
+from relay_jax.runtime.files import digest
+from tests.conftest import content, error_of
+from tests.data.pictures import dataset_keys
 
 COUNT = 23
 
@@ -89,16 +92,13 @@ def test_the_loader_gives_every_stage_the_batches_of_the_originals(
 ) -> None:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    opened = make_source("packed", path=str(packed), resolution=32, size=1, seed=0)
+    opened = open_source(dataset_keys("packed", path=str(packed)), [8, 32], 0)
     for resolution in (8, 32):
         batches = []
         for source in (photographs, opened):
             with Loader(
                 source,
-                resolution=resolution,
-                batch_size=6,
-                seed=3,
-                x_flip=True,
+                Stream(resolution=resolution, batch_size=6, seed=3, x_flip=True),
                 start=2,
                 workers=workers,
             ) as loader:
@@ -137,19 +137,14 @@ def test_a_position_out_of_range_is_an_index_error(packed: Path) -> None:
 
 
 def test_another_resolution_is_refused_naming_those_there_are(packed: Path) -> None:
+    stream = Stream(resolution=16, batch_size=1, seed=0, x_flip=False)
     for action in (
         lambda: PackedDataset(packed, 16),
         lambda: PackedDataset(packed, 8).at(16),
-        lambda: at_resolution(PackedDataset(packed, 8), 16),
-        lambda: Loader(PackedDataset(packed, 8), resolution=16, batch_size=1, seed=0, x_flip=False),
+        lambda: Loader(PackedDataset(packed, 8), stream),
         lambda: read(PackedDataset(packed, 8), [0], 16),
     ):
         assert f"{packed}: packed at 8, 32 px, not at 16" in error_of(action)
-
-
-def test_other_sources_are_the_same_at_any_resolution() -> None:
-    source = SyntheticShapes(16, 4, 0)
-    assert at_resolution(source, 8) is source
 
 
 def test_verify_reads_every_file(packed: Path) -> None:
@@ -177,6 +172,24 @@ def test_a_missing_or_truncated_file_is_named_when_the_set_is_opened(packed: Pat
     assert len(PackedDataset(packed, 32)) == COUNT
 
 
+def test_the_fingerprint_is_of_the_description(packed: Path) -> None:
+    manifest = json.loads((packed / "dataset.json").read_text())
+    assert PackedDataset(packed, 8).fingerprint() == digest(manifest)
+    assert PackedDataset(packed, 8).where(7) == f"{packed}/8/00001-of-00005.array_record[2]"
+
+
+def test_a_record_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.array_record"
+    with pytest.raises(KeyboardInterrupt), record_file(path) as write:
+        write(b"record")
+        raise KeyboardInterrupt
+    assert content(tmp_path) == {}
+    with record_file(path) as write:
+        write(b"record")
+        assert not path.exists()
+    assert list(content(tmp_path)) == ["new/a.array_record"]
+
+
 @pytest.mark.parametrize("kind", ["junk", "shorter", "flipped", "smaller"])
 def test_a_damaged_or_foreign_file_is_named_when_it_is_read(packed: Path, kind: str) -> None:
     """All of the right size, as an open set finds them changed under it."""
@@ -199,7 +212,7 @@ def test_the_loader_reports_a_damaged_file_in_one_line(packed: Path) -> None:
     source = PackedDataset(packed, 8)
     for file in (packed / "8").glob("*.array_record"):
         file.write_bytes(bytes(file.stat().st_size))
-    with Loader(source, resolution=8, batch_size=2, seed=0, x_flip=True) as loader:
+    with Loader(source, Stream(resolution=8, batch_size=2, seed=0, x_flip=True)) as loader:
         assert "start the preparation again" in error_of(lambda: next(loader))
 
 
@@ -218,9 +231,25 @@ def test_what_is_no_packed_set_is_one_line_that_names_it(packed: Path, tmp_path:
         (packed / "dataset.json").write_text(text)
         message = error_of(lambda: PackedDataset(packed, 8))
         assert expected in message and str(packed) in message
-    assert "needs a path" in error_of(lambda: make_source("packed", resolution=8, size=1, seed=0))
+    assert "needs a path" in error_of(lambda: PackedDataset("", 8))
     for path in ("s3://bucket/set", Path("gs://bucket/set")):
         assert "gs://BUCKET/PATH" in error_of(lambda path=path: PackedDataset(path, 8))
+
+
+class Repeated(ImageSource):
+    """Images in memory."""
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        return self._images[position], 0
+
+    def fingerprint(self) -> str:
+        return ""
 
 
 def test_packing_photographs_is_worth_it(packed: Path) -> None:
@@ -234,16 +263,7 @@ def test_packing_photographs_is_worth_it(packed: Path) -> None:
     Image.fromarray(noisy).save(buffer, "png")
     image = [noisy] * 20
 
-    class Repeated:
-        num_classes, class_names = 0, ()
-
-        def __len__(self) -> int:
-            return len(image)
-
-        def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-            return image[position], 0
-
-    prepare(Repeated(), [256], packed.parent / "large", description={}, threads=1)
+    prepare(Repeated(image), [256], packed.parent / "large", description={}, threads=1)
     size = sum(
         file.stat().st_size for file in (packed.parent / "large" / "256").glob("*.array_record")
     ) / len(image)

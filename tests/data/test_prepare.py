@@ -1,5 +1,6 @@
 """A preparation may be stopped at any moment: the same files come out in the end."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from relay_jax.data import prepare as module
+from relay_jax.data import packed
+from relay_jax.data.images import ImageSource
 from relay_jax.data.packed import PackedDataset, read_manifest
 from relay_jax.data.prepare import prepare
-from relay_jax.data.source import DataError, SyntheticShapes
+from relay_jax.data.synthetic import SyntheticShapes
+from relay_jax.errors import DataError, Stopped, StorageError
 from tests.conftest import content, error_of
 
 SET = SyntheticShapes(16, 22, 1)
@@ -30,7 +33,7 @@ OPTIONS: dict[str, Any] = {
 ROOT = Path(__file__).parents[2]
 
 
-class Recorded:
+class Recorded(ImageSource):
     """SET, noting what is read; `broken` cannot be, and `slow` seconds pass for each image."""
 
     num_classes, class_names = SET.num_classes, SET.class_names
@@ -51,6 +54,9 @@ class Recorded:
                 f"images/{position}.jpg: cannot decode this image; replace or remove it"
             )
         return SET[position]
+
+    def fingerprint(self) -> str:
+        return SET.fingerprint()
 
 
 @pytest.fixture
@@ -121,23 +127,17 @@ def test_an_unreadable_image_is_named_and_finished_files_stay(whole: Path, tmp_p
     assert content(out) == content(whole)
 
 
+def stop_after_nine(done: int, total: int) -> None:
+    if done == 9:
+        raise Stopped
+
+
 def test_stopped_between_two_images_it_leaves_no_half_file(whole: Path, tmp_path: Path) -> None:
-    class Stopped(Exception):
-        pass
-
-    images = iter(range(9))
-
-    def each() -> None:
-        if next(images, None) is None:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        prepare(SET, [8, 16], tmp_path, **OPTIONS, each=each)
+        prepare(SET, [8, 16], tmp_path, **OPTIONS, report=stop_after_nine)
     kept = content(tmp_path)
-    assert (
-        len([name for name in kept if name.endswith(".array_record")]) == 4
-        and "8/00002-of-00006.tmp" not in kept
-    )
+    assert len([name for name in kept if name.endswith(".array_record")]) == 4
+    assert not [name for name in kept if name.endswith(".tmp")]
     prepare(SET, [8, 16], tmp_path, **OPTIONS)
     assert content(tmp_path) == content(whole)
 
@@ -204,15 +204,113 @@ def test_a_finished_set_is_checked_and_nothing_is_read_or_written(
     assert "22 of 22 images are there" in lines[-2]
 
 
-def test_progress_says_how_far_how_fast_and_how_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+def test_the_report_says_how_far_it_is_and_the_log_what_to_do_next(
+    tmp_path: Path, lines: list[str]
 ) -> None:
-    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.0)
-    prepare(SET, [8, 16], tmp_path, **OPTIONS)
-    assert (
-        lines[0].startswith("prepare: 1 of 22 images, ")
-        and "img/s" in lines[0]
-        and lines[0].endswith(" left")
-    )
-    assert lines[-2].startswith("prepare: 22 of 22 images, ") and lines[-2].endswith("0:00 left")
+    reports: list[tuple[int, int]] = []
+    with pytest.raises(Stopped):
+        prepare(SET, [8, 16], tmp_path, **OPTIONS, report=stop_after_nine)
+    prepare(SET, [8, 16], tmp_path, **OPTIONS, report=lambda *values: reports.append(values))
+    assert reports == [(done, 22) for done in range(8, 23)]
     assert f"--config.dataset.source=packed --config.dataset.path={tmp_path}" in lines[-1]
+
+
+def test_half_files_of_a_killed_run_go_once_nobody_can_be_writing_them(tmp_path: Path) -> None:
+    (tmp_path / ".dataset.json.1-2.tmp").touch()
+    prepare(SET, [8], tmp_path, **OPTIONS)
+    half = tmp_path / "8" / ".00000-of-00006.array_record.1-2.tmp"
+    half.touch()
+    prepare(SET, [8], tmp_path, **OPTIONS)
+    assert not half.exists()
+
+
+# Where a preparation must not begin: one line, and nothing is changed.
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A finished set."""
+    prepare(SET, [8, 16], tmp_path / "set", **OPTIONS)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("source", {"description": {"source": "folder"}}),
+        ("shard_images", {"shard_images": 5}),
+        ("resolutions", {"resolutions": [8]}),
+        ("images", {"source": SyntheticShapes(16, 21, 1)}),
+    ],
+)
+def test_the_folder_of_another_preparation_is_refused_and_left_alone(
+    prepared: Path, key: str, change: dict[str, Any]
+) -> None:
+    before = content(prepared)
+    arguments = {"source": SET, "resolutions": [8, 16], "out": prepared} | OPTIONS | change
+    message = error_of(lambda: prepare(**arguments))
+    assert message.startswith(f"{prepared}: belongs to another preparation: {key} is ")
+    assert content(prepared) == before
+
+
+def test_a_folder_with_anything_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    assert "holds something else" in error_of(lambda: prepare(SET, [8], tmp_path, **OPTIONS))
+    assert "holds something else" in error_of(
+        lambda: prepare(SET, [8], tmp_path / "thesis.txt", **OPTIONS)
+    )
+    assert content(tmp_path) == {"thesis.txt": b"x"}
+    (tmp_path / "dataset.json").write_text('{"labels": null}')  # EDM's, of an unpacked zip
+    assert "not a description" in error_of(lambda: prepare(SET, [8], tmp_path, **OPTIONS))
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in error_of(lambda: prepare(SET, [8], tmp_path, **OPTIONS))
+    prepare(SET, [8], tmp_path, **OPTIONS)
+
+
+def test_what_cannot_be_prepared_is_refused_before_anything_is_written(
+    prepared: Path, tmp_path: Path
+) -> None:
+    out, packed_set = tmp_path / "out", PackedDataset(prepared, 16)
+    assert "is packed already" in error_of(lambda: prepare(packed_set, [8], out, **OPTIONS))
+    for resolutions, change in (
+        ([], {}),
+        ([0], {}),
+        ([8], {"shard_images": 0}),
+        ([8], {"threads": -1}),
+    ):
+        assert "cannot prepare" in error_of(
+            lambda r=resolutions, c=change: prepare(SET, r, out, **OPTIONS | c)
+        )
+    assert "mount or copy it" in error_of(lambda: prepare(SET, [8], "s3://bucket/set", **OPTIONS))
+    assert not out.exists() and not Path("s3:").exists()
+
+
+class Full:
+    """A writer of a full disk."""
+
+    def __init__(self, path: str, _: str) -> None:
+        Path(path).touch()
+        self._left = 3
+
+    def write(self, _: bytes) -> None:
+        self._left -= 1
+        if not self._left:
+            raise RuntimeError("write() failed: No space left on device\nat byte 0")
+
+    def close(self) -> None:
+        raise RuntimeError("write() failed: No space left on device")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed.array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(StorageError, match=r"No space left on device") as caught:
+        prepare(SET, [8], tmp_path, **OPTIONS)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert caught.value.status == 1
+    assert sorted(content(tmp_path)) == [".lock", "dataset.json"]

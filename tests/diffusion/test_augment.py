@@ -1,5 +1,4 @@
-"""Augmentation: flips and shifts with exact answers, the map of positions in closed form,
-labels, and independence."""
+"""Augmentation: exact flips and shifts, positions in closed form, labels, independence."""
 
 import dataclasses
 
@@ -45,7 +44,7 @@ def smooth(width: int = WIDTH) -> np.ndarray:
     return np.stack(channels, -1)[None].astype(np.float32)
 
 
-def test_flips_are_exact():
+def test_flips_are_exact() -> None:
     images = noise(batch=4)
     draws = some_draws(4, xflip_choice=[0, 1, 0, 1], yflip_choice=[0, 0, 1, 1])
     got, labels = apply_draws(images, draws, ALL)
@@ -56,7 +55,7 @@ def test_flips_are_exact():
     assert got.dtype == labels.dtype == jnp.float32
 
 
-def test_probability_zero_changes_nothing_and_any_other_flips_half():
+def test_probability_zero_changes_nothing_and_any_other_flips_half() -> None:
     images, draws = noise(batch=64), draw(jax.random.key(0), 64)
     got, labels = apply_draws(images, draws, Augmentation(probability=0.0))
     np.testing.assert_array_equal(got, images)
@@ -71,7 +70,7 @@ def test_probability_zero_changes_nothing_and_any_other_flips_half():
     np.testing.assert_array_equal(labels[:, 1:], 0)
 
 
-def test_inactive_and_switched_off_transforms_leave_pixels_and_labels_alone():
+def test_inactive_and_switched_off_transforms_leave_pixels_and_labels_alone() -> None:
     images = noise(batch=8)
     draws = draw(jax.random.key(1), 8)
     shut = draws._replace(**{f: jnp.ones(8) for f in Draws._fields if f.endswith("_gate")})
@@ -88,13 +87,13 @@ def test_inactive_and_switched_off_transforms_leave_pixels_and_labels_alone():
 
 
 @pytest.mark.parametrize("width", [9, 24, 48])
-def test_the_two_filters_undo_each_other(width):
+def test_the_two_filters_undo_each_other(width: int) -> None:
     images = noise(width)
     got, _ = apply_draws(images, some_draws(scale_normal=0.0), ALL)
     np.testing.assert_allclose(got, images, atol=1e-5)
 
 
-def test_filter_is_an_orthogonal_wavelet_with_six_vanishing_moments():
+def test_filter_is_an_orthogonal_wavelet_with_six_vanishing_moments() -> None:
     taps, k = augment.SYM6, np.arange(12)
     products = [2 * np.dot(taps[2 * i :], taps[: 12 - 2 * i]) for i in range(6)]
     np.testing.assert_allclose(products, [1, 0, 0, 0, 0, 0], atol=1e-11)
@@ -103,7 +102,7 @@ def test_filter_is_an_orthogonal_wavelet_with_six_vanishing_moments():
     assert taps.sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_whole_pixel_shift_moves_the_reflected_image():
+def test_whole_pixel_shift_moves_the_reflected_image() -> None:
     images = noise()
     right, down = 3, -6  # pixels
     normal = np.array([right, down]) / (WIDTH * ALL.translate_frac_std)
@@ -120,7 +119,7 @@ def test_whole_pixel_shift_moves_the_reflected_image():
 
 
 @pytest.mark.parametrize("uniform, turns", [(0.75, 1), (0.25, -1), (0.0, 2)])
-def test_quarter_turns(uniform, turns):
+def test_quarter_turns(uniform: float, turns: int) -> None:
     image = smooth()
     got, labels = apply_draws(image, some_draws(1, rotate_frac_uniform=uniform), ALL)
     inside = np.s_[:, 4:-4, 4:-4]
@@ -131,7 +130,7 @@ def test_quarter_turns(uniform, turns):
     np.testing.assert_allclose(labels[0, 3:5], [np.cos(angle) - 1, np.sin(angle)], atol=1e-6)
 
 
-def test_positions_and_labels_follow_the_definition():
+def test_positions_and_labels_follow_the_definition() -> None:
     """The two channels hold each pixel's own position, so the result shows where every pixel
     came from."""
     batch, width = 6, 48
@@ -150,7 +149,7 @@ def test_positions_and_labels_follow_the_definition():
     # only.
     beside = (np.dot(augment.SYM6, np.arange(12)) - augment.REACH) / 2
 
-    def rotation(angle):
+    def rotation(angle: float) -> np.ndarray:
         return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     for i in range(batch):
@@ -176,7 +175,7 @@ def test_positions_and_labels_follow_the_definition():
         np.testing.assert_allclose(got[i][inside] * width, source[inside], atol=1e-3)
 
 
-def test_only_the_frame_of_the_stretch_turns_half_of_the_time():
+def test_only_the_frame_of_the_stretch_turns_half_of_the_time() -> None:
     draws = some_draws(2, aniso_normal=1.5, aniso_angle_uniform=0.75)._replace(
         aniso_rotate_gate=np.array([0.49, 0.5], np.float32)
     )
@@ -184,7 +183,7 @@ def test_only_the_frame_of_the_stretch_turns_half_of_the_time():
     np.testing.assert_allclose(labels[:, 5:7], [[0, 1.5], [1.5, 0]], atol=1e-6)
 
 
-def test_each_gate_opens_its_own_labels():
+def test_each_gate_opens_its_own_labels() -> None:
     columns = {"xflip": [0], "yflip": [1], "scale": [2], "rotate_frac": [3, 4]}
     columns |= {"aniso": [5, 6], "translate_frac": [7, 8]}
     draws = draw(jax.random.key(3), 1)._replace(
@@ -199,7 +198,7 @@ def test_each_gate_opens_its_own_labels():
         assert np.flatnonzero(np.asarray(labels[0])).tolist() == active, name
 
 
-def test_beyond_the_reflected_margin_is_zero():
+def test_beyond_the_reflected_margin_is_zero() -> None:
     images = np.ones((1, WIDTH, WIDTH, 1), np.float32)
     got, _ = apply_draws(
         images, some_draws(1, scale_normal=-15.0), ALL
@@ -209,7 +208,7 @@ def test_beyond_the_reflected_margin_is_zero():
     np.testing.assert_array_equal(got[:3], 0)
 
 
-def test_an_image_and_its_draws_do_not_depend_on_the_batch():
+def test_an_image_and_its_draws_do_not_depend_on_the_batch() -> None:
     key, images = jax.random.key(4), noise(16, batch=5)
     run = jax.jit(augment.augment, static_argnums=2)
     many, labels = run(images, key, ALL)
@@ -221,7 +220,7 @@ def test_an_image_and_its_draws_do_not_depend_on_the_batch():
     assert not np.allclose(other, many)
 
 
-def test_is_the_same_plain_under_jit_and_under_vmap():
+def test_is_the_same_plain_under_jit_and_under_vmap() -> None:
     images, settings = noise(16, batch=4).reshape(2, 2, 16, 16, 3), Augmentation(probability=0.5)
     draws = [draw(jax.random.key(seed), 2) for seed in (6, 7)]
     plain = augment.apply_draws(images[1], draws[1], settings)
@@ -233,7 +232,7 @@ def test_is_the_same_plain_under_jit_and_under_vmap():
         np.testing.assert_allclose(got[1], plain[1], atol=1e-5)
 
 
-def test_draws_have_their_distributions():
+def test_draws_have_their_distributions() -> None:
     draws = draw(jax.random.key(7), 4000)
     for name, values in draws._asdict().items():
         values = np.asarray(values)
@@ -253,7 +252,13 @@ def test_draws_have_their_distributions():
     assert np.abs(correlations).max() < 0.08
 
 
-def test_refuses_what_it_cannot_serve():
+def test_refuses_what_it_cannot_serve() -> None:
+    with pytest.raises(AssertionError, match="images must be floating-point"):
+        apply_draws(np.zeros((1, 16, 16, 3), np.uint8), some_draws(1), ALL)
+    with pytest.raises(AssertionError, match="draws must hold one number per image"):
+        apply_draws(np.zeros((3, 16, 16, 3), np.float32), some_draws(1), ALL)
+    with pytest.raises(AssertionError, match="index must be of whole numbers"):
+        augment.draw(jax.random.key(0), 2, jnp.zeros(2))
     with pytest.raises(ValueError, match="square"):
         apply_draws(np.zeros((1, 16, 24, 3), np.float32), some_draws(1), ALL)
     with pytest.raises(ValueError, match="probability"):

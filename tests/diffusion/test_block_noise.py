@@ -4,8 +4,10 @@ noise of a relay stage."""
 import jax
 import numpy as np
 import pytest
+from scipy import fft
 
-from relay_jax.diffusion.block_noise import block_noise, relay_noise
+from relay_jax.diffusion.block_noise import block_noise, block_noise_power, relay_noise
+from relay_jax.diffusion.process import RelayProcess
 
 make = jax.jit(block_noise, static_argnums=1)
 make_relay = jax.jit(relay_noise, static_argnums=(2, 3))
@@ -86,3 +88,19 @@ def test_relay_noise_of_scale_zero_is_white_and_needs_no_second_field() -> None:
     g = white(1, 4, 4, 1)
     np.testing.assert_array_equal(relay_noise(g, None, 4, 0.0), g)
     np.testing.assert_array_equal(relay_noise(g, white(1, 4, 4, 1, seed=1), 4, 0.0), g)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 16])
+def test_the_power_is_that_of_drawn_noise(patch: int) -> None:
+    power = block_noise_power(16, patch)
+    assert power[0, 0] == pytest.approx(patch**2) and power.sum() == pytest.approx(16**2)
+    noise = np.asarray(make(white(4096, 16, 16, 3), patch))
+    coefficients = fft.dctn(noise, axes=(1, 2), norm="ortho")
+    np.testing.assert_allclose(np.square(coefficients).mean((0, 3)), power, rtol=0.08, atol=1e-6)
+
+
+def test_the_power_of_a_relays_noise_is_that_of_drawn_noise() -> None:
+    noise = make_relay(white(4096, 8, 8, 3), white(4096, 8, 8, 3, seed=1), 4, 0.5)
+    coefficients = fft.dctn(np.asarray(noise), axes=(1, 2), norm="ortho")
+    power = RelayProcess(patch=4, block_noise_scale=0.5).noise_power(8)
+    np.testing.assert_allclose(np.square(coefficients).mean((0, 3)), power, rtol=0.08)

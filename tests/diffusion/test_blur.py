@@ -130,3 +130,16 @@ def test_the_blur_is_symmetric_and_is_its_own_gradient() -> None:
 def test_images_of_broken_patches_are_refused_with_their_size(height: int, width: int) -> None:
     with pytest.raises(ValueError, match=rf"{height} x {width} pixels .* 4 x 4"):
         blur(images(height, width), 1.0, 4)
+
+
+def test_other_arrays_are_refused_by_name_also_while_traced() -> None:
+    with pytest.raises(AssertionError, match=r"x must be \[b, h, w, c\]"):
+        fast_blur(images()[0], 1.0, patch=4)
+    with pytest.raises(AssertionError, match=r"blur_sigma must be a scalar or \[b\]"):
+        fast_blur(images(), SIGMAS[:, None], patch=4)
+
+
+def test_the_blur_of_a_mapped_batch_is_that_of_the_batch() -> None:
+    x = images()
+    one_by_one = jax.vmap(lambda image, sigma: blur(image[None], sigma, 4)[0])(x, SIGMAS)
+    np.testing.assert_allclose(one_by_one, fast_blur(x, SIGMAS, patch=4), atol=1e-6)

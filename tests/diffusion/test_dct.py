@@ -71,3 +71,18 @@ def test_images_of_broken_patches_are_refused_with_their_size(
 def test_patch_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         patch_dct(images(4, 4), 0)
+
+
+@pytest.mark.parametrize(
+    "x, matrix, message",
+    [
+        (images(4, 4)[0], np.eye(2), r"x must be \[b, h, w, c\]"),
+        (images(4, 4).astype(int), np.eye(2), "x must be of floating-point numbers"),
+        (images(4, 4), np.ones(2), r"matrix must be \[p, p\] or \[b, p, p\]"),
+    ],
+)
+def test_other_arrays_are_refused_by_name_also_while_traced(
+    x: np.ndarray, matrix: np.ndarray, message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        jax.eval_shape(apply_per_patch, x, matrix)

@@ -182,3 +182,17 @@ def test_a_relay_without_blocks_blur_or_floor_corrupts_as_the_first_stage_does()
     want, got = fast_corrupt(EDM, x, draws), fast_corrupt(plain, x, draws._replace(level=uniform))
     np.testing.assert_allclose(got.noisy, want.noisy, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got.weight, want.weight, rtol=1e-4)
+
+
+def test_other_images_and_draws_are_refused_by_name() -> None:
+    x, draws = images(), jax.eval_shape(lambda key: draw(RELAY, key, SHAPE), jax.random.key(0))
+    draws = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), draws)
+    for wrong, message in (
+        ((x[0], draws), r"images must be \[b, h, w, c\]"),
+        ((x.astype(np.uint8), draws), r"images must be floating-point, in \[-1, 1\]"),
+        ((x, draws._replace(gaussian=x[:, :4])), r"draws\.gaussian must have the shape"),
+        ((x, draws._replace(block_gaussian=x[:1])), r"draws\.block_gaussian must have the shape"),
+        ((x, draws._replace(level=draws.level[:2])), r"draws\.level must be \[b\]"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            corrupt(RELAY, *wrong)

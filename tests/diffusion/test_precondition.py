@@ -92,3 +92,11 @@ def test_per_image_makes_a_column_of_either() -> None:
     x = images(3)
     np.testing.assert_array_equal(per_image(2.0, x), np.full((3, 1, 1, 1), 2, np.float32))
     np.testing.assert_array_equal(per_image(np.arange(3), x)[:, 0, 0, 0], [0, 1, 2])
+
+
+def test_other_arrays_are_refused_by_name() -> None:
+    denoise = precondition(zero)
+    with pytest.raises(AssertionError, match=r"x must be \[b, h, w, c\]"):
+        denoise(images()[0], 0.3)
+    with pytest.raises(AssertionError, match=r"sigma must be a scalar or \[b\]"):
+        denoise(images(), jnp.ones((2, 1)))

@@ -1,5 +1,4 @@
-"""Schedules: the published numbers, u and sigma as inverse maps, the grid, the laws of the
-draws, refusals."""
+"""Processes: published numbers, u and sigma as inverse maps, laws of draws, starts, refusals."""
 
 import math
 from statistics import NormalDist
@@ -9,13 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relay_jax.diffusion.process import (
-    EdmProcess,
-    RelayProcess,
-    check_handoff,
-    edm_sigmas,
-    relay_sigmas,
-)
+from relay_jax.diffusion.process import EdmProcess, Purpose, RelayProcess
 
 IMAGENET = RelayProcess(cdf_max=0.93, blur_sigma_max=3.0)
 CELEBA = RelayProcess(cdf_max=0.89, blur_sigma_max=2.0)
@@ -31,21 +24,6 @@ def largest_gap(draws: np.ndarray, cdf_at_sorted: np.ndarray) -> float:
     """Kolmogorov's distance between draws and the CDF evaluated at the sorted draws."""
     steps = np.arange(len(draws) + 1) / len(draws)
     return float(max(np.max(steps[1:] - cdf_at_sorted), np.max(cdf_at_sorted - steps[:-1])))
-
-
-@pytest.mark.parametrize(
-    "num_steps, rho, handoff_sigma, kept, first",
-    [(200, 100, 0.9, 100, 0.8691227), (150, 7, 0.95, 54, 0.9219127)],
-    ids=["imagenet", "celeba"],
-)
-def test_published_relay_grids(
-    num_steps: int, rho: float, handoff_sigma: float, kept: int, first: float
-) -> None:
-    sigmas = relay_sigmas(num_steps, 0.008, 80.0, rho, handoff_sigma)
-    assert sigmas.dtype == np.float64 and sigmas.shape == (kept + 1,)
-    assert sigmas[0] == pytest.approx(first, abs=5e-8)
-    assert sigmas[-2] == pytest.approx(0.008, rel=1e-9) and sigmas[-1] == 0
-    np.testing.assert_array_equal(sigmas, edm_sigmas(num_steps, 0.008, 80.0, rho)[-kept - 1 :])
 
 
 @pytest.mark.parametrize(
@@ -113,28 +91,6 @@ def test_the_weight_is_the_sum_of_both_precisions_and_capped_in_the_relay_only()
     assert float(IMAGENET.weight(jnp.float32(1e-3))) == 1e5
 
 
-@pytest.mark.parametrize(
-    "num_steps, low, high, rho",
-    [(256, 0.002, 80, 7), (200, 0.008, 80, 100), (5, 1, 3, 1), (2, 0.1, 1, 2)],
-)
-def test_the_grid_is_even_in_the_root_of_sigma_falls_and_ends_at_zero(
-    num_steps: int, low: float, high: float, rho: float
-) -> None:
-    sigmas = edm_sigmas(num_steps, low, high, rho)
-    assert sigmas.dtype == np.float64 and sigmas.shape == (num_steps + 1,)
-    assert np.all(np.diff(sigmas) < 0) and sigmas[-1] == 0
-    np.testing.assert_allclose(
-        sigmas[:-1] ** (1 / rho),
-        np.linspace(high ** (1 / rho), low ** (1 / rho), num_steps),
-        rtol=1e-12,
-    )
-    np.testing.assert_allclose(sigmas[[0, -2]], [high, low], rtol=1e-10)
-
-
-def test_a_grid_of_one_step_goes_from_the_top_to_zero() -> None:
-    np.testing.assert_allclose(edm_sigmas(1, 0.002, 80, 7), [80, 0])
-
-
 @BOTH
 def test_relay_training_draws_follow_the_truncated_log_normal(process: RelayProcess) -> None:
     uniform = jax.random.uniform(jax.random.key(0), (20_000,))
@@ -149,7 +105,7 @@ def test_relay_training_draws_follow_the_truncated_log_normal(process: RelayProc
 def test_edm_training_draws_follow_the_log_normal() -> None:
     normal = jax.random.normal(jax.random.key(1), (20_000,))
     process = EdmProcess(P_mean=-0.5, P_std=0.8)
-    sigma = np.sort(np.asarray(process.sigma_from_normal(normal), np.float64))
+    sigma = np.sort(np.asarray(process.level(normal).sigma, np.float64))
     assert largest_gap(sigma, phi((np.log(sigma) + 0.5) / 0.8)) < 1.95 / math.sqrt(20_000)
 
 
@@ -166,10 +122,10 @@ def test_handoff_is_accepted_up_to_the_sigma_of_full_blur(
     process: RelayProcess, accepted: list[float], refused: list[float]
 ) -> None:
     for sigma in accepted:
-        check_handoff(process, sigma)
+        process.check_start(sigma)
     for sigma in refused:
         with pytest.raises(ValueError, match=f"handoff_sigma .*{sigma}"):
-            check_handoff(process, sigma)
+            process.check_start(sigma)
 
 
 def test_the_blur_never_weakens_up_to_an_accepted_handoff_and_does_beyond() -> None:
@@ -202,22 +158,71 @@ def test_impossible_processes_are_refused_by_name(setting: dict[str, float]) -> 
         RelayProcess(**setting)
 
 
-@pytest.mark.parametrize(
-    "num_steps, low, high, rho, name",
-    [
-        (0, 0.002, 80, 7, "num_steps"),
-        (10, 80, 0.002, 7, "sigma_min"),
-        (10, 0, 80, 7, "sigma_min"),
-        (10, 0.002, 80, 0, "rho"),
-    ],
-)
-def test_impossible_grids_are_refused_by_name(
-    num_steps: int, low: float, high: float, rho: float, name: str
-) -> None:
-    with pytest.raises(ValueError, match=name):
-        edm_sigmas(num_steps, low, high, rho)
+# Starts.
 
 
-def test_a_grid_without_a_level_below_the_handoff_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"handoff_sigma 0\.005"):
-        relay_sigmas(10, 0.008, 80, 7, 0.005)
+def test_handoff_is_the_repeated_image_plus_white_and_block_noise_of_the_first_level() -> None:
+    process, pixels = RelayProcess(block_noise_scale=0.5), 8 * 12
+    sigma = 0.9219127
+    low = np.broadcast_to(
+        np.random.default_rng(0).normal(size=(1, 2, 3, 1)).astype(np.float32),
+        (1 + 2 * pixels, 2, 3, 1),
+    )
+    pulses = np.zeros(
+        (2, 1 + 2 * pixels, 8, 12, 1), np.float32
+    )  # row 0: no noise; then one pixel of one field
+    pulses[0, 1 : 1 + pixels] = pulses[1, 1 + pixels :] = np.eye(pixels).reshape(-1, 8, 12, 1)
+    fields = dict(zip([Purpose.INITIAL_GAUSS, Purpose.INITIAL_BLOCK], pulses, strict=True))
+    start = process.initial_state(sigma, lambda step, purpose: fields[purpose], low)
+    got = np.asarray(start, np.float64)
+    np.testing.assert_array_equal(
+        got[0].reshape(2, 4, 3, 4, 1), low[0][:, None, :, None] * np.ones((1, 4, 1, 4, 1))
+    )
+
+    response = (got[1:] - got[:1]).reshape(2 * pixels, pixels)
+    offsets = [np.subtract.outer(np.arange(n), np.arange(n)) for n in (8, 12)]
+    offsets = [np.minimum(np.abs(o), n - np.abs(o)) for o, n in zip(offsets, (8, 12), strict=True)]
+    triangles = np.kron(*(np.maximum(0, 4 - o) / 4 for o in offsets))
+    want = sigma**2 * (np.eye(pixels) + 0.25 * triangles)
+    np.testing.assert_allclose(np.diag(want), sigma**2 * 1.25)
+    np.testing.assert_allclose(response.T @ response, want, atol=1e-5)
+
+
+def test_a_first_stage_starts_from_latents_of_the_first_level_alone() -> None:
+    latents = jnp.ones((2, 4, 4, 3))
+    purposes = []
+    start = EdmProcess().initial_state(80.0, lambda step, p: purposes.append(p) or latents)
+    np.testing.assert_array_equal(start, 80 * latents)
+    assert purposes == [Purpose.LATENTS]
+    with pytest.raises(ValueError, match="starts from the images of the stage before"):
+        IMAGENET.initial_state(0.9, lambda step, p: latents)
+
+
+def test_the_numbers_of_purposes_which_every_image_depends_on() -> None:
+    assert [purpose.name for purpose in sorted(Purpose)] == [
+        "LATENTS", "INITIAL_GAUSS", "INITIAL_BLOCK", "CHURN_GAUSS",
+        "EULER_GAUSS", "EULER_BLOCK", "HEUN_GAUSS", "HEUN_BLOCK",
+    ]  # fmt: skip
+    assert sorted(Purpose) == list(range(8))
+
+
+@pytest.mark.parametrize("process", [EdmProcess(), IMAGENET, CELEBA])
+def test_draws_at_a_level_undo_its_levels_and_the_cdf_is_their_law(process: EdmProcess) -> None:
+    draws = np.linspace(0.05, 0.95, 7)
+    levels = process.level(jnp.asarray(draws, jnp.float32))
+    sigma = np.asarray(levels.sigma, np.float64)
+    np.testing.assert_allclose(process.draw_at(sigma), draws, rtol=1e-4, atol=1e-5)
+    law = draws if process.starts_from_images else phi(draws)
+    np.testing.assert_allclose(process.cdf(sigma), law, rtol=1e-4)
+    np.testing.assert_allclose(process.blur_sigma_at(sigma), levels.blur_sigma, rtol=1e-4)
+    low, high = process.sigma_range(0.01)
+    assert low < sigma[0] < sigma[-1] < high
+
+
+def test_training_refuses_what_only_sampling_may_have() -> None:
+    EdmProcess().check_training()
+    IMAGENET.check_training()
+    with pytest.raises(ValueError, match=r"cdf_max must be at most 1, not 1\.05"):
+        RelayProcess(cdf_max=1.05).check_training()
+    with pytest.raises(ValueError, match="patches of 4 x 4"):
+        IMAGENET.check_resolution(30)

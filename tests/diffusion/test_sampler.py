@@ -1,5 +1,4 @@
-"""Samplers: known distributions of known data, the published updates in float64, noise by
-image, hand-off, calls."""
+"""The Heun sampler: known distributions of known data, the published updates in float64, calls."""
 
 import itertools
 import math
@@ -13,23 +12,21 @@ from scipy.special import ndtr
 
 from relay_jax.diffusion.blur import attenuation
 from relay_jax.diffusion.dct import patch_dct, patch_idct
-from relay_jax.diffusion.process import EdmProcess, RelayProcess, edm_sigmas, relay_sigmas
-from relay_jax.diffusion.sampler import (
-    NOISE_PURPOSES,
-    EdmSampler,
-    NoiseFn,
-    RelaySampler,
-    handoff,
-    heun,
-    levels,
-    sample_edm,
-    sample_relay,
-)
+from relay_jax.diffusion.process import EdmProcess, NoiseFn, Purpose, RelayProcess
+from relay_jax.diffusion.sampler import BoundDenoiser, Heun, Samples, edm_sigmas, relay_sigmas
 
-IMAGENET_EDM = EdmSampler(num_steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)
-CELEBA_EDM = EdmSampler(num_steps=120, sde_scale=0.05)
-IMAGENET_RELAY = RelaySampler(num_steps=200, rho=100, handoff_sigma=0.9)
-CELEBA_RELAY = RelaySampler(num_steps=150, rho=7, handoff_sigma=0.95)
+
+def relay_heun(num_steps: int, handoff_sigma: float = 0.9, **options: float) -> Heun:
+    """A sampler of a relay stage with the published settings."""
+    published = {"sigma_min": 0.008, "fresh_noise": 0.2}
+    return Heun(num_steps=num_steps, handoff_sigma=handoff_sigma, **published | options)
+
+
+IMAGENET_EDM = Heun(num_steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)
+CELEBA_EDM = Heun(num_steps=120, fresh_noise=0.05)
+IMAGENET_RELAY = relay_heun(200, 0.9, rho=100)
+CELEBA_RELAY = relay_heun(150, 0.95)
+EDM = EdmProcess()
 RELAY = RelayProcess(patch=4)
 PLAIN_RELAY = RelayProcess(patch=4, block_noise_scale=0.0)
 
@@ -38,33 +35,57 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def silence(step: jax.Array | int, purpose: str) -> jax.Array:
+def sample_edm(
+    denoise: BoundDenoiser,
+    latents: jax.Array,
+    noise_fn: NoiseFn,
+    sampler: Heun,
+    states: bool = False,
+) -> Samples:
+    """From given starting noise of level 1."""
+    start = EDM.initial_state(sampler.levels()[0], lambda step, purpose: latents)
+    return sampler(denoise, start, EDM, noise_fn, states)
+
+
+def sample_relay(
+    denoise: BoundDenoiser,
+    low_res: jax.Array,
+    noise_fn: NoiseFn,
+    process: RelayProcess,
+    sampler: Heun,
+    states: bool = False,
+) -> Samples:
+    """From images of the stage before."""
+    sampler.check(process)
+    start = process.initial_state(sampler.levels()[0], noise_fn, low_res)
+    return sampler(denoise, start, process, noise_fn, states)
+
+
+def silence(step: jax.Array | int, purpose: Purpose) -> jax.Array:
     """Noise that is 0, for whichever shape."""
     return jnp.zeros((1, 1, 1, 1))
 
 
 def fixed_noise(
     steps: int, shape: tuple[int, ...], seed: int = 0
-) -> tuple[NoiseFn, dict[str, np.ndarray]]:
+) -> tuple[NoiseFn, dict[Purpose, np.ndarray]]:
     """A noise_fn that reads from given fields, and the fields: purpose to [steps, b, h, w, c]."""
-    fields = {
-        purpose: normal(steps, *shape, seed=seed + i) for i, purpose in enumerate(NOISE_PURPOSES)
-    }
+    fields = {purpose: normal(steps, *shape, seed=seed + purpose) for purpose in Purpose}
     return lambda step, purpose: jnp.asarray(fields[purpose])[step], fields
 
 
-def impulse_noise(purposes: list[str], steps: int, unit: np.ndarray) -> tuple[NoiseFn, int]:
+def impulse_noise(purposes: list[Purpose], steps: int, unit: np.ndarray) -> tuple[NoiseFn, int]:
     """Noise that is `unit` [h, w, c] in exactly one draw of each row but the first two, and the
     number of rows.
 
     A sampler whose denoiser is affine turns noise into images by an affine map. Row 0 gets no
-    noise, row 1 is left
-    for the starting noise, each further row one draw. The squares of the differences to row 0
-    then sum to the exact variance of every state and of the result: a test without sampling error.
+    noise, row 1 is for the starting noise, each further row one draw. The squares of the
+    differences to row 0 then sum to the exact variance of every state and of the result: a test
+    without sampling error.
     """
     rows = 2 + len(purposes) * steps
 
-    def noise_fn(step: jax.Array | int, purpose: str) -> jax.Array:
+    def noise_fn(step: jax.Array | int, purpose: Purpose) -> jax.Array:
         return (jnp.arange(rows) == 2 + purposes.index(purpose) * steps + step)[
             :, None, None, None
         ] * unit
@@ -93,13 +114,13 @@ POINT = normal(1, 8, 4, 3, seed=9)
     [
         {},
         {"s_churn": 5.0, "s_min": 0.05, "s_max": 50, "s_noise": 1.003},
-        {"sde_scale": 0.3},
-        {"s_churn": 2.0, "sde_scale": 0.9},
+        {"fresh_noise": 0.3},
+        {"s_churn": 2.0, "fresh_noise": 0.9},
         {"num_steps": 1},
     ],
 )
 def test_edm_of_a_single_image_ends_at_it(options: dict[str, float]) -> None:
-    sampler = EdmSampler(**{"num_steps": 6} | options)
+    sampler = Heun(**{"num_steps": 6} | options)
     noise_fn, _ = fixed_noise(6, (2, 8, 4, 3))
     got = jax.jit(
         lambda z: (
@@ -115,7 +136,7 @@ def test_edm_of_a_single_image_ends_at_it(options: dict[str, float]) -> None:
     "options", [{"fresh_noise": 0.0}, {}, {"fresh_noise": 1.0}, {"rho": 100.0}]
 )
 def test_relay_of_a_single_image_ends_at_it(options: dict[str, float]) -> None:
-    sampler = RelaySampler(**{"num_steps": 14, "handoff_sigma": 0.9} | options)
+    sampler = relay_heun(14, **options)
     noise_fn, _ = fixed_noise(14, (2, 8, 4, 3))
     got = jax.jit(
         lambda low: (
@@ -129,12 +150,12 @@ def test_relay_of_a_single_image_ends_at_it(options: dict[str, float]) -> None:
 
 def test_edm_states_of_a_single_image_have_the_variance_of_their_level_also_under_churn() -> None:
     sampler, point = (
-        EdmSampler(num_steps=12, sigma_max=20.0, s_churn=4.0, s_min=0.05, s_max=10.0),
+        Heun(num_steps=12, sigma_max=20.0, s_churn=4.0, s_min=0.05, s_max=10.0),
         0.3,
     )
     assert 0 < np.count_nonzero(sampler.churn()) < 12
-    sigmas, unit = sampler.sigmas(), np.ones((1, 1, 1), np.float32)
-    noise_fn, rows = impulse_noise(["churn_gauss"], 12, unit)
+    sigmas, unit = sampler.levels(), np.ones((1, 1, 1), np.float32)
+    noise_fn, rows = impulse_noise([Purpose.CHURN_GAUSS], 12, unit)
     latents = point / sigmas[0] + first_noise(rows, unit)
     states = jax.jit(
         lambda z: (
@@ -161,7 +182,7 @@ def test_edm_ode_carries_gaussian_data_along_the_exact_flow_to_second_order() ->
     latents = normal(4, 1, 1, 3)
     errors = []
     for num_steps in (24, 48):
-        sampler = EdmSampler(num_steps=num_steps)
+        sampler = Heun(num_steps=num_steps)
         got = jax.jit(lambda z, s=sampler: sample_edm(gaussian_denoiser, z, silence, s).final)(
             latents
         )
@@ -174,15 +195,15 @@ def test_edm_ode_carries_gaussian_data_along_the_exact_flow_to_second_order() ->
 @pytest.mark.parametrize(
     "options, purposes",
     [
-        ({"s_churn": 20.0, "s_min": 0.05, "s_max": 50.0}, ["churn_gauss"]),
-        ({"sde_scale": 0.05}, ["euler_gauss", "heun_gauss"]),
+        ({"s_churn": 20.0, "s_min": 0.05, "s_max": 50.0}, [Purpose.CHURN_GAUSS]),
+        ({"fresh_noise": 0.05}, [Purpose.EULER_GAUSS, Purpose.HEUN_GAUSS]),
     ],
     ids=["churn", "sde"],
 )
 def test_stochastic_edm_keeps_mean_and_variance_of_gaussian_data(
-    options: dict[str, float], purposes: list[str]
+    options: dict[str, float], purposes: list[Purpose]
 ) -> None:
-    sampler, unit = EdmSampler(num_steps=200, **options), np.ones((1, 1, 3), np.float32)
+    sampler, unit = Heun(num_steps=200, **options), np.ones((1, 1, 3), np.float32)
     noise_fn, rows = impulse_noise(purposes, 200, unit)
     final = jax.jit(lambda z: sample_edm(gaussian_denoiser, z, noise_fn, sampler).final)
     final = np.asarray(final(first_noise(rows, unit)))
@@ -219,13 +240,14 @@ def relay_gaussian_denoiser(x: jax.Array, sigma: jax.Array) -> jax.Array:
     return patch_idct(PATCH_MEAN + gain * (patch_dct(x, 4) - a * PATCH_MEAN), 4)
 
 
-def relay_heun(num_steps: int, kappa: float, start: np.ndarray, noise_fn: NoiseFn) -> np.ndarray:
-    """DCT coefficients of the relay's result from a start in DCT coefficients, over the real
-    hand-off."""
-    table = levels(PLAIN_RELAY, relay_sigmas(num_steps, 0.008, 80, 7, 0.9), kappa)
+def coefficients_after_relay(
+    num_steps: int, kappa: float, start: np.ndarray, noise_fn: NoiseFn
+) -> np.ndarray:
+    """DCT coefficients of the relay's result from a start in DCT coefficients."""
+    sampler = relay_heun(num_steps, fresh_noise=kappa)
     run = jax.jit(
         lambda u: patch_dct(
-            heun(relay_gaussian_denoiser, patch_idct(u, 4), PLAIN_RELAY, table, noise_fn).final, 4
+            sampler(relay_gaussian_denoiser, patch_idct(u, 4), PLAIN_RELAY, noise_fn).final, 4
         )
     )
     return np.asarray(run(start.astype(np.float32)), np.float64)
@@ -241,7 +263,7 @@ def test_deterministic_relay_carries_gaussian_data_along_the_exact_flow_in_every
         sigma = float(relay_sigmas(num_steps, 0.008, 80, 7, 0.9)[0])
         a = blur_at(sigma, PLAIN_RELAY)
         deviation, z = np.sqrt(a**2 * PATCH_SPREAD + sigma**2), normal(3, 4, 8, 1)
-        got = relay_heun(num_steps, 0.0, a * PATCH_MEAN + deviation * z, silence)
+        got = coefficients_after_relay(num_steps, 0.0, a * PATCH_MEAN + deviation * z, silence)
         errors.append(np.abs((got - PATCH_MEAN) / np.sqrt(PATCH_SPREAD) - z).max())
     assert errors[1] < 0.025
     # The published correction averages slopes of the unblurred estimate: first order where the
@@ -258,9 +280,9 @@ def test_relay_with_fresh_noise_keeps_mean_and_variance_of_gaussian_data_in_ever
     unit = np.asarray(patch_idct(ones[None], 4))[
         0
     ]  # white noise in pixels is white noise in coefficients
-    noise_fn, rows = impulse_noise(["euler_gauss", "heun_gauss"], len(sigmas) - 1, unit)
+    noise_fn, rows = impulse_noise([Purpose.EULER_GAUSS, Purpose.HEUN_GAUSS], len(sigmas) - 1, unit)
     deviation = np.sqrt(a**2 * PATCH_SPREAD + sigmas[0] ** 2)
-    final = relay_heun(
+    final = coefficients_after_relay(
         num_steps, 0.2, a * PATCH_MEAN + deviation * first_noise(rows, ones), noise_fn
     )
     np.testing.assert_allclose(final[:1], PATCH_MEAN, atol=0.01)
@@ -283,7 +305,7 @@ def device_bumpy(x: jax.Array, sigma: jax.Array) -> jax.Array:
     return bumpy(x, sigma, jnp)
 
 
-def edm_reference(x: np.ndarray, sampler: EdmSampler, fields: dict[str, np.ndarray]) -> np.ndarray:
+def edm_reference(x: np.ndarray, sampler: Heun, fields: dict[Purpose, np.ndarray]) -> np.ndarray:
     """Algorithm 2 of EDM, with the SDE step of the official first stage in place of Euler's
     where asked for."""
     sigmas = edm_sigmas(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
@@ -293,14 +315,16 @@ def edm_reference(x: np.ndarray, sampler: EdmSampler, fields: dict[str, np.ndarr
         if sampler.s_min <= sigma <= sampler.s_max:
             gamma = min(sampler.s_churn / sampler.num_steps, math.sqrt(2) - 1)
         hat = sigma + gamma * sigma
-        x = x + math.sqrt(hat**2 - sigma**2) * sampler.s_noise * fields["churn_gauss"][i]
-        g = sampler.sde_scale * sigma_next
+        x = x + math.sqrt(hat**2 - sigma**2) * sampler.s_noise * fields[Purpose.CHURN_GAUSS][i]
+        g = sampler.fresh_noise * sigma_next
         a = math.sqrt((sigma_next**2 - g**2) / hat**2)
         slope = (x - bumpy(x, hat)) / hat
-        x_next = x + (a - 1) * hat * slope + g * fields["euler_gauss"][i]
+        x_next = x + (a - 1) * hat * slope + g * fields[Purpose.EULER_GAUSS][i]
         if sigma_next > 0:
             slope_next = (x_next - bumpy(x_next, sigma_next)) / sigma_next
-            x_next = x + (a - 1) * hat * (slope + slope_next) / 2 + g * fields["heun_gauss"][i]
+            x_next = (
+                x + (a - 1) * hat * (slope + slope_next) / 2 + g * fields[Purpose.HEUN_GAUSS][i]
+            )
         x = x_next
     return x
 
@@ -309,13 +333,13 @@ def edm_reference(x: np.ndarray, sampler: EdmSampler, fields: dict[str, np.ndarr
     "options",
     [
         {"s_churn": 4.0, "s_min": 0.1, "s_max": 5.0, "s_noise": 1.1},
-        {"sde_scale": 0.4},
+        {"fresh_noise": 0.4},
         {"s_churn": 100.0},
     ],
     ids=["churn", "sde", "most churn"],
 )
 def test_edm_equals_algorithm_2(options: dict[str, float]) -> None:
-    sampler = EdmSampler(num_steps=7, sigma_min=0.02, sigma_max=8.0, rho=5.0, **options)
+    sampler = Heun(num_steps=7, sigma_min=0.02, sigma_max=8.0, rho=5.0, **options)
     latents = normal(2, 3, 4, 3, seed=20)
     noise_fn, fields = fixed_noise(7, latents.shape)
     got = jax.jit(lambda z: sample_edm(device_bumpy, z, noise_fn, sampler).final)(latents)
@@ -331,15 +355,15 @@ def dct(x: np.ndarray, inverse: bool = False) -> np.ndarray:
 
 
 def relay_reference(
-    low: np.ndarray, process: RelayProcess, sampler: RelaySampler, fields: dict[str, np.ndarray]
+    low: np.ndarray, process: RelayProcess, sampler: Heun, fields: dict[Purpose, np.ndarray]
 ) -> np.ndarray:
     """The official relay sampler: updates of DCT coefficients with the slope of the unblurred
     estimate."""
 
     def noise(moment: str, i: int) -> np.ndarray:
-        block = fields[f"{moment}_block"][i].astype(np.float64)
+        block = fields[Purpose[f"{moment}_BLOCK"]][i].astype(np.float64)
         block = sum(np.roll(block, (y, x), (1, 2)) for y in range(4) for x in range(4)) / 4
-        return fields[f"{moment}_gauss"][i] + process.block_noise_scale * block
+        return fields[Purpose[f"{moment}_GAUSS"]][i] + process.block_noise_scale * block
 
     def step(u: np.ndarray, slope: np.ndarray, sigma: float, sigma_next: float) -> np.ndarray:
         gamma = math.sqrt(1 - sampler.fresh_noise**2) * sigma_next / sigma
@@ -348,17 +372,17 @@ def relay_reference(
 
     sigmas = edm_sigmas(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
     sigmas = sigmas[sigmas < sampler.handoff_sigma]
-    x = low.astype(np.float64).repeat(4, 1).repeat(4, 2) + sigmas[0] * noise("initial", 0)
+    x = low.astype(np.float64).repeat(4, 1).repeat(4, 2) + sigmas[0] * noise("INITIAL", 0)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         fresh = sampler.fresh_noise * sigma_next
         slope = dct(x - bumpy(x, sigma)) / sigma
         x_next = dct(step(dct(x), slope, sigma, sigma_next), inverse=True) + fresh * noise(
-            "euler", i
+            "EULER", i
         )
         if sigma_next > 0:
             slope_next = dct(x_next - bumpy(x_next, sigma_next)) / sigma_next
             x_next = dct(step(dct(x), (slope + slope_next) / 2, sigma, sigma_next), inverse=True)
-            x_next += fresh * noise("heun", i)
+            x_next += fresh * noise("HEUN", i)
         x = x_next
     return x
 
@@ -377,7 +401,7 @@ def relay_reference(
 def test_relay_equals_the_official_update_of_dct_coefficients(
     process: RelayProcess, options: dict[str, float]
 ) -> None:
-    sampler, low = RelaySampler(num_steps=14, **options), normal(2, 1, 2, 3, seed=21)
+    sampler, low = relay_heun(14, **options), normal(2, 1, 2, 3, seed=21)
     noise_fn, fields = fixed_noise(14, (2, 4, 8, 3))
     got = jax.jit(lambda low: sample_relay(device_bumpy, low, noise_fn, process, sampler).final)(
         low
@@ -390,62 +414,39 @@ def test_a_relay_without_blur_and_blocks_is_the_edm_sampler_with_the_same_fresh_
     patch: int,
 ) -> None:
     process = RelayProcess(patch=patch, blur_sigma_max=0.0, block_noise_scale=0.0)
-    sigmas, x = relay_sigmas(14, 0.008, 80, 7, 0.9), normal(2, 4, 8, 3)
-    noise_fn, _ = fixed_noise(len(sigmas), x.shape)
+    sampler, x = relay_heun(14), normal(2, 4, 8, 3)
+    noise_fn, _ = fixed_noise(14, x.shape)
     relay, edm = (
-        jax.jit(lambda x, p=p: heun(device_bumpy, x, p, levels(p, sigmas, 0.2), noise_fn).final)(x)
-        for p in (process, EdmProcess())
+        jax.jit(lambda x, p=p: sampler(device_bumpy, x, p, noise_fn).final)(x)
+        for p in (process, EDM)
     )
     np.testing.assert_allclose(relay, edm, atol=5e-6)
 
 
-# Hand-off.
-
-
-def test_handoff_is_the_repeated_image_plus_white_and_block_noise_of_the_first_level() -> None:
-    process, pixels = RelayProcess(block_noise_scale=0.5), 8 * 12
-    sigma = 0.9219127
-    low = np.broadcast_to(normal(1, 2, 3, 1), (1 + 2 * pixels, 2, 3, 1))
-    pulses = np.zeros(
-        (2, 1 + 2 * pixels, 8, 12, 1), np.float32
-    )  # row 0: no noise; then one pixel of one field
-    pulses[0, 1 : 1 + pixels] = pulses[1, 1 + pixels :] = np.eye(pixels).reshape(-1, 8, 12, 1)
-    fields = dict(zip(["initial_gauss", "initial_block"], pulses, strict=True))
-    got = np.asarray(
-        handoff(low, lambda step, purpose: fields[purpose], process, CELEBA_RELAY), np.float64
-    )
-    np.testing.assert_array_equal(
-        got[0].reshape(2, 4, 3, 4, 1), low[0][:, None, :, None] * np.ones((1, 4, 1, 4, 1))
-    )
-
-    response = (got[1:] - got[:1]).reshape(2 * pixels, pixels)
-    offsets = [np.subtract.outer(np.arange(n), np.arange(n)) for n in (8, 12)]
-    offsets = [np.minimum(np.abs(o), n - np.abs(o)) for o, n in zip(offsets, (8, 12), strict=True)]
-    triangles = np.kron(*(np.maximum(0, 4 - o) / 4 for o in offsets))
-    want = sigma**2 * (np.eye(pixels) + 0.25 * triangles)
-    np.testing.assert_allclose(np.diag(want), sigma**2 * 1.25)
-    np.testing.assert_allclose(response.T @ response, want, atol=1e-5)
+# Starts and states.
 
 
 def test_relay_starts_from_the_handoff_and_edm_from_scaled_latents_and_states_hold_every_step() -> (
     None
 ):
     sampler, low = (
-        RelaySampler(num_steps=14, handoff_sigma=0.9),
+        relay_heun(14),
         3 * normal(2, 1, 2, 3),
     )  # outside [-1, 1]: no clip
     noise_fn, _ = fixed_noise(14, (2, 4, 8, 3))
     relay = jax.jit(lambda low: sample_relay(device_bumpy, low, noise_fn, RELAY, sampler, True))(
         low
     )
-    assert relay.states.shape == (len(sampler.sigmas()) - 1, 2, 4, 8, 3)
-    np.testing.assert_allclose(relay.states[0], handoff(low, noise_fn, RELAY, sampler), atol=1e-6)
-    last_sigma = sampler.sigmas()[-2]
+    assert relay.states.shape == (len(sampler.levels()) - 1, 2, 4, 8, 3)
+    np.testing.assert_allclose(
+        relay.states[0], RELAY.initial_state(sampler.levels()[0], noise_fn, low), atol=1e-6
+    )
+    last_sigma = sampler.levels()[-2]
     np.testing.assert_allclose(
         relay.final, bumpy(np.asarray(relay.states[-1]), last_sigma), atol=1e-5
     )
 
-    sampler = EdmSampler(num_steps=5, s_churn=2.0)
+    sampler = Heun(num_steps=5, s_churn=2.0)
     latents = normal(2, 4, 8, 3)
     edm = jax.jit(lambda z: sample_edm(device_bumpy, z, noise_fn, sampler, True))(latents)
     assert edm.states.shape == (5, 2, 4, 8, 3)
@@ -460,11 +461,16 @@ def test_relay_starts_from_the_handoff_and_edm_from_scaled_latents_and_states_ho
 
 
 @pytest.mark.parametrize(
-    "sampler, calls",
-    [(IMAGENET_EDM, 511), (CELEBA_EDM, 239), (IMAGENET_RELAY, 199), (CELEBA_RELAY, 107)],
+    "sampler, process, calls",
+    [
+        (IMAGENET_EDM, EDM, 511),
+        (CELEBA_EDM, EDM, 239),
+        (IMAGENET_RELAY, RELAY, 199),
+        (CELEBA_RELAY, RELAY, 107),
+    ],
 )
 def test_published_samplers_call_the_denoiser_twice_a_step_but_once_in_the_last(
-    sampler: EdmSampler | RelaySampler, calls: int
+    sampler: Heun, process: EdmProcess, calls: int
 ) -> None:
     seen: list[float] = []
 
@@ -472,41 +478,49 @@ def test_published_samplers_call_the_denoiser_twice_a_step_but_once_in_the_last(
         jax.debug.callback(lambda s: seen.append(float(s)), sigma, ordered=True)
         return x / (1 + sigma)
 
-    if isinstance(sampler, RelaySampler):
-        sigmas, hat = sampler.sigmas(), sampler.sigmas()[:-1]
-        final = sample_relay(watched, jnp.zeros((1, 1, 1, 1)), silence, RELAY, sampler).final
-    else:
-        sigmas, hat = sampler.sigmas(), sampler.sigmas()[:-1] * (1 + sampler.churn())
-        final = sample_edm(watched, jnp.zeros((1, 1, 1, 1)), silence, sampler).final
-    jax.block_until_ready(final)
+    image = jnp.zeros((1, process.patch, process.patch, 1))
+    jax.block_until_ready(sampler(watched, image, process, silence).final)
     jax.effects_barrier()
-    want = np.ravel(np.column_stack([hat, sigmas[1:]]))[
-        :-1
-    ]  # each level after churn, then the next; never 0
+    sigmas = sampler.levels()
+    hat = sigmas[:-1] * (1 + sampler.churn())
+    # Each level after churn, then the next; never 0.
+    want = np.ravel(np.column_stack([hat, sigmas[1:]]))[:-1]
     assert len(seen) == calls == 2 * (len(sigmas) - 1) - 1
     np.testing.assert_allclose(seen, want, rtol=1e-6)
+    # What guidance counts its calls by, in another order.
+    np.testing.assert_allclose(np.sort(sampler.call_sigmas()), np.sort(want))
 
 
 def test_churn_acts_between_its_ends_and_is_capped() -> None:
-    sigma, churn = IMAGENET_EDM.sigmas()[:-1], IMAGENET_EDM.churn()
+    sigma, churn = IMAGENET_EDM.levels()[:-1], IMAGENET_EDM.churn()
     np.testing.assert_array_equal(churn, np.where((sigma >= 0.05) & (sigma <= 50), 40 / 256, 0))
     assert churn[0] == churn[-1] == 0 < churn[128]
-    np.testing.assert_allclose(EdmSampler(num_steps=4, s_churn=40).churn(), math.sqrt(2) - 1)
+    np.testing.assert_allclose(Heun(num_steps=4, s_churn=40).churn(), math.sqrt(2) - 1)
     np.testing.assert_array_equal(CELEBA_EDM.churn(), 0)
 
 
-def test_levels_are_the_factors_of_the_update() -> None:
-    sigmas = np.array([2.0, 1.0, 0.25, 0.0])
-    process = RelayProcess(cdf_max=1.05, blur_sigma_max=2.0)
-    got = levels(process, sigmas, 0.6, np.array([0.25, 0.0, 0.5]), s_noise=1.1)
-    hat = np.array([2.5, 1.0, 0.375])
-    np.testing.assert_allclose(got.sigma, hat)
-    np.testing.assert_allclose(got.gamma, 0.8 * sigmas[1:] / hat)
-    np.testing.assert_allclose(got.ratio, [2.5, 4.0, 0.0])
-    np.testing.assert_allclose(got.churn_amount, 1.1 * np.sqrt(hat**2 - sigmas[:-1] ** 2))
-    np.testing.assert_allclose(got.noise_amount, 0.6 * sigmas[1:])
-    for blur_sigma, at in [(got.blur_sigma, hat), (got.blur_sigma_next, np.array([1.0, 0.25]))]:
+def test_steps_are_the_factors_of_the_update() -> None:
+    sampler = Heun(
+        num_steps=3,
+        sigma_min=0.25,
+        sigma_max=2.25,
+        rho=2.0,
+        fresh_noise=0.6,
+        s_churn=0.75,
+        s_max=2.0,
+        s_noise=1.1,
+    )
+    sigmas, hat = np.array([2.25, 1.0, 0.25, 0.0]), np.array([2.25, 1.25, 0.3125])
+    np.testing.assert_allclose(sampler.levels(), sigmas)
+    steps = sampler.steps(RelayProcess(cdf_max=1.05, blur_sigma_max=2.0))
+    np.testing.assert_allclose(steps.sigma, hat)
+    np.testing.assert_allclose(steps.sigma_next, sigmas[1:])
+    np.testing.assert_allclose(steps.gamma, 0.8 * sigmas[1:] / hat)
+    np.testing.assert_allclose(steps.ratio, [2.25, 5.0, 0.0])
+    np.testing.assert_allclose(steps.churn_amount, 1.1 * np.sqrt(hat**2 - sigmas[:-1] ** 2))
+    np.testing.assert_allclose(steps.noise_amount, 0.6 * sigmas[1:])
+    for blur_sigma, at in [(steps.blur_sigma, hat), (steps.blur_sigma_next, sigmas[1:3])]:
         want = 2 * np.sin(np.pi / 2 * ndtr((np.log(at) + 1.2) / 1.2) / 1.05) ** 2
         np.testing.assert_allclose(blur_sigma[: len(at)], want)
-    assert got.blur_sigma_next[-1] == 0
-    assert not np.any(levels(EdmProcess(), sigmas, 0.6).blur_sigma)
+    assert steps.blur_sigma_next[-1] == 0
+    assert not np.any(sampler.steps(EDM).blur_sigma)

@@ -1,5 +1,4 @@
-"""Samplers: noise belongs to its image, nothing is drawn in vain, impossible settings are
-refused."""
+"""Noise of the sampler: it belongs to its image, none is drawn in vain; impossible settings."""
 
 from functools import partial
 
@@ -9,22 +8,27 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from relay_jax.diffusion.process import RelayProcess
-from relay_jax.diffusion.sampler import (
-    NOISE_PURPOSES,
-    EdmSampler,
-    RelaySampler,
+from relay_jax.diffusion.process import EdmProcess, Purpose, RelayProcess
+from relay_jax.diffusion.sampler import Heun, seeded_noise
+from tests.diffusion.test_sampler import (
+    CELEBA_EDM,
+    IMAGENET_EDM,
+    PLAIN_RELAY,
+    RELAY,
+    device_bumpy,
+    normal,
+    relay_heun,
     sample_edm,
     sample_relay,
-    seeded_noise,
 )
-from tests.diffusion.test_sampler import PLAIN_RELAY, RELAY, device_bumpy, normal, silence
 
 SHAPE = (4, 8, 3)
 
 
 @partial(jax.jit, static_argnums=1)
-def all_noise(keys: jax.Array, purposes: tuple[str, ...] = ("latents", "heun_block")) -> jax.Array:
+def all_noise(
+    keys: jax.Array, purposes: tuple[Purpose, ...] = (Purpose.LATENTS, Purpose.HEUN_BLOCK)
+) -> jax.Array:
     """[purposes, steps, b, h, w, c] of seeded noise, with traced steps as in a sampler."""
     noise_fn = seeded_noise(keys, SHAPE)
     return jnp.stack(
@@ -44,7 +48,7 @@ def test_noise_of_an_image_depends_on_its_key_alone() -> None:
 
 
 def test_noise_is_unit_white_and_new_for_every_key_step_and_purpose() -> None:
-    fields = np.asarray(all_noise(seeds(8), NOISE_PURPOSES)).reshape(8 * 3 * 8, -1)
+    fields = np.asarray(all_noise(seeds(8), tuple(Purpose))).reshape(8 * 3 * 8, -1)
     # 192 fields of 96 numbers: each correlation has standard error 0.1, and 18,336 pairs reach
     # 4 or 5 of them.
     assert np.abs(np.corrcoef(fields) - np.eye(192)).max() < 0.55
@@ -53,7 +57,9 @@ def test_noise_is_unit_white_and_new_for_every_key_step_and_purpose() -> None:
 
 def test_noise_takes_steps_as_numbers_too() -> None:
     noise_fn = seeded_noise(seeds(1), SHAPE)
-    np.testing.assert_array_equal(noise_fn(2, "euler_block"), noise_fn(jnp.int32(2), "euler_block"))
+    np.testing.assert_array_equal(
+        noise_fn(2, Purpose.EULER_BLOCK), noise_fn(jnp.int32(2), Purpose.EULER_BLOCK)
+    )
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -65,7 +71,7 @@ def test_noise_sharded_over_devices_is_the_same() -> None:
 
 
 def test_a_whole_relay_run_gives_the_same_image_alone_and_in_a_batch() -> None:
-    sampler, low = RelaySampler(num_steps=14, handoff_sigma=0.9), normal(3, 1, 2, 3)
+    sampler, low = relay_heun(14), normal(3, 1, 2, 3)
 
     def run(low: jax.Array, keys: jax.Array) -> jax.Array:
         return sample_relay(device_bumpy, low, seeded_noise(keys, SHAPE), RELAY, sampler).final
@@ -78,32 +84,32 @@ def test_a_whole_relay_run_gives_the_same_image_alone_and_in_a_batch() -> None:
 @pytest.mark.parametrize(
     "options, process, purposes",
     [
-        ({"fresh_noise": 0.0}, RELAY, {"initial_gauss", "initial_block"}),
+        ({"fresh_noise": 0.0}, RELAY, {Purpose.INITIAL_GAUSS, Purpose.INITIAL_BLOCK}),
         (
             {},
             RELAY,
             {
-                "initial_gauss",
-                "initial_block",
-                "euler_gauss",
-                "euler_block",
-                "heun_gauss",
-                "heun_block",
+                Purpose.INITIAL_GAUSS,
+                Purpose.INITIAL_BLOCK,
+                Purpose.EULER_GAUSS,
+                Purpose.EULER_BLOCK,
+                Purpose.HEUN_GAUSS,
+                Purpose.HEUN_BLOCK,
             },
         ),
-        ({}, PLAIN_RELAY, {"initial_gauss", "euler_gauss", "heun_gauss"}),
+        ({}, PLAIN_RELAY, {Purpose.INITIAL_GAUSS, Purpose.EULER_GAUSS, Purpose.HEUN_GAUSS}),
     ],
 )
 def test_relay_draws_no_noise_without_effect(
-    options: dict[str, float], process: RelayProcess, purposes: set[str]
+    options: dict[str, float], process: RelayProcess, purposes: set[Purpose]
 ) -> None:
     drawn = set()
 
-    def noise_fn(step: jax.Array | int, purpose: str) -> jax.Array:
+    def noise_fn(step: jax.Array | int, purpose: Purpose) -> jax.Array:
         drawn.add(purpose)
         return jnp.zeros((1, 4, 4, 1))
 
-    sampler = RelaySampler(num_steps=14, handoff_sigma=0.9, **options)
+    sampler = relay_heun(14, **options)
     jax.eval_shape(
         lambda low: sample_relay(device_bumpy, low, noise_fn, process, sampler),
         jnp.zeros((1, 1, 1, 1)),
@@ -115,18 +121,20 @@ def test_relay_draws_no_noise_without_effect(
     "options, purposes",
     [
         ({}, set()),
-        ({"s_churn": 1.0}, {"churn_gauss"}),
-        ({"sde_scale": 0.1}, {"euler_gauss", "heun_gauss"}),
+        ({"s_churn": 1.0}, {Purpose.CHURN_GAUSS}),
+        ({"fresh_noise": 0.1}, {Purpose.EULER_GAUSS, Purpose.HEUN_GAUSS}),
     ],
 )
-def test_edm_draws_no_noise_without_effect(options: dict[str, float], purposes: set[str]) -> None:
+def test_edm_draws_no_noise_without_effect(
+    options: dict[str, float], purposes: set[Purpose]
+) -> None:
     drawn = set()
 
-    def noise_fn(step: jax.Array | int, purpose: str) -> jax.Array:
+    def noise_fn(step: jax.Array | int, purpose: Purpose) -> jax.Array:
         drawn.add(purpose)
         return jnp.zeros((1, 4, 4, 1))
 
-    sampler = EdmSampler(num_steps=3, **options)
+    sampler = Heun(num_steps=3, **options)
     jax.eval_shape(
         lambda z: sample_edm(device_bumpy, z, noise_fn, sampler), jnp.zeros((1, 4, 4, 1))
     )
@@ -137,43 +145,37 @@ def test_edm_draws_no_noise_without_effect(options: dict[str, float], purposes: 
 
 
 @pytest.mark.parametrize(
-    "setting, message",
+    "setting",
     [
-        ({"s_churn": -1.0}, "s_churn"),
-        ({"s_noise": -1.0}, "s_noise"),
-        ({"sde_scale": 1.0}, "sde_scale"),
-        ({"sde_scale": -0.1}, "sde_scale"),
-        ({"num_steps": 0}, "num_steps"),
-        ({"sigma_min": 90.0}, "sigma_min"),
-        ({"rho": 0.0}, "rho"),
+        {"s_churn": -1.0},
+        {"s_noise": -1.0},
+        {"fresh_noise": 1.1},
+        {"fresh_noise": -0.1},
+        {"num_steps": 0},
+        {"sigma_min": 90.0},
+        {"rho": 0.0},
+        {"handoff_sigma": 0.001},
     ],
 )
-def test_impossible_edm_samplers_are_refused_by_name(
-    setting: dict[str, float], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        EdmSampler(**{"num_steps": 10} | setting)
+def test_impossible_samplers_are_refused_by_name(setting: dict[str, float]) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=name):
+        Heun(**{"num_steps": 10} | setting)
 
 
 @pytest.mark.parametrize(
-    "setting, message",
+    "sampler, process, message",
     [
-        ({"fresh_noise": -0.1}, "fresh_noise"),
-        ({"fresh_noise": 1.1}, "fresh_noise"),
-        ({"num_steps": 0}, "num_steps"),
-        ({"handoff_sigma": 0.001}, "handoff_sigma"),
+        (relay_heun(14, 1.5), RelayProcess(cdf_max=0.89), r"handoff_sigma 1\.5 lies above 1\.31"),
+        (relay_heun(14, s_churn=1.0), RELAY, "has no churn"),
+        (IMAGENET_EDM, RELAY, "handoff_sigma must be positive and finite"),
+        (relay_heun(14), EdmProcess(), "handoff_sigma is for a stage that continues images"),
     ],
 )
-def test_impossible_relay_samplers_are_refused_by_name(
-    setting: dict[str, float], message: str
+def test_a_sampler_refuses_a_process_that_it_does_not_fit(
+    sampler: Heun, process: EdmProcess, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        RelaySampler(**{"num_steps": 10, "handoff_sigma": 0.9} | setting)
-
-
-def test_a_handoff_above_full_blur_is_refused_before_anything_runs() -> None:
-    sampler = RelaySampler(num_steps=14, handoff_sigma=1.5)
-    with pytest.raises(ValueError, match=r"handoff_sigma 1\.5 lies above 1\.31"):
-        sample_relay(
-            device_bumpy, jnp.zeros((1, 1, 1, 1)), silence, RelayProcess(cdf_max=0.89), sampler
-        )
+        sampler.check(process)
+    CELEBA_EDM.check(EdmProcess())
+    relay_heun(14).check(RELAY)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relay_jax.diffusion.guidance import classifier_free
+from relay_jax.diffusion.guidance import Guidance, classifier_free
 from relay_jax.diffusion.process import RelayProcess
-from relay_jax.diffusion.sampler import EdmSampler, RelaySampler, sample_edm, sample_relay
+from relay_jax.diffusion.sampler import Heun
 from tests.diffusion import test_sampler as reference
 from tests.diffusion.test_sampler import (
     CELEBA_EDM,
@@ -27,6 +27,8 @@ from tests.diffusion.test_sampler import (
     fixed_noise,
     normal,
     relay_reference,
+    sample_edm,
+    sample_relay,
 )
 
 SHAPE = (2, 16, 16, 3)
@@ -59,7 +61,7 @@ def device_denoiser(guidance: float) -> Callable[[jax.Array, jax.Array], jax.Arr
         means = jnp.tensordot(labels, MEANS, 1) + (1 - some) * jnp.resize(NO_LABEL_MEANS, x.shape)
         return analytic(x, sigma, means)
 
-    return classifier_free(denoise, jnp.asarray(LABELS), guidance)
+    return classifier_free(denoise, jnp.asarray(LABELS), Guidance(weight=guidance))
 
 
 def use_in_reference(monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
@@ -84,9 +86,7 @@ def check(got: jax.Array, want: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("sampler", [IMAGENET_EDM, CELEBA_EDM], ids=["imagenet", "celebahq"])
-def test_published_first_stages_in_float32(
-    sampler: EdmSampler, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_first_stages_in_float32(sampler: Heun, monkeypatch: pytest.MonkeyPatch) -> None:
     use_in_reference(monkeypatch, 1.0)
     noise_fn, fields = fixed_noise(sampler.num_steps, SHAPE)
     latents, denoise = normal(*SHAPE, seed=20), device_denoiser(1.0)
@@ -100,10 +100,10 @@ def test_published_first_stages_in_float32(
     ids=["imagenet", "imagenet guided", "celebahq"],
 )
 def test_published_relays_in_float32(
-    sampler: RelaySampler, process: RelayProcess, guidance: float, monkeypatch: pytest.MonkeyPatch
+    sampler: Heun, process: RelayProcess, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_in_reference(monkeypatch, guidance)
-    noise_fn, fields = fixed_noise(len(sampler.sigmas()) - 1, SHAPE)
+    noise_fn, fields = fixed_noise(len(sampler.levels()) - 1, SHAPE)
     low, denoise = smooth(3)[:, ::4, ::4], device_denoiser(guidance)
     got = jax.jit(lambda low: sample_relay(denoise, low, noise_fn, process, sampler).final)(low)
     check(got, relay_reference(low, process, sampler, fields))

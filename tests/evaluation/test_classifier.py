@@ -1,23 +1,44 @@
-"""The small classifier learns classes that are easy to tell apart."""
+"""The small classifier learns classes that are easy to tell apart, and scores samples with them."""
 
 import numpy as np
 
-from relay_jax.evaluation.classifier import train_classifier
+from relay_jax.data.images import ImageSource
+from relay_jax.evaluation.classifier import Classifier, class_accuracies
 
 
-def coloured(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+class Colours(ImageSource):
     """Noisy 8 px images whose brightest channel is their class."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 3, count)
-    images = 0.3 * rng.normal(size=(count, 8, 8, 3)) - 0.5
-    images[np.arange(count), :, :, labels] += 1
-    return images.astype(np.float32), labels.astype(np.int32)
+
+    num_classes, class_names, resolution = 3, ("red", "green", "blue"), 8
+
+    def __init__(self, count: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.labels = rng.integers(0, 3, count).astype(np.int32)
+        images = 0.3 * rng.normal(size=(count, 8, 8, 3)) - 0.5
+        images[np.arange(count), :, :, self.labels] += 1
+        self.images = images.astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        pixels = np.clip(self.images[position] * 127.5 + 128, 0, 255).astype(np.uint8)
+        return pixels, int(self.labels[position])
+
+    def fingerprint(self) -> str:
+        return ""
 
 
 def test_classes_that_are_easy_to_tell_apart_are_learned() -> None:
-    images, labels = coloured(192, 0)
-    classify = train_classifier(images, labels, 3, epochs=10, batch=32)
-    unseen, wanted = coloured(300, 1)  # more than one batch of predictions
-    got = classify(unseen)
-    assert got.shape == (300,)
-    assert np.mean(got == wanted) > 0.98
+    train, unseen = Colours(192, 0), Colours(300, 1)  # more than one batch of predictions
+    classes = Classifier(train.images, train.labels, 3, epochs=10, batch=32)(unseen.images)
+    assert classes.shape == (300,)
+    assert np.mean(classes == unseen.labels) > 0.98
+
+
+def test_samples_of_another_class_than_asked_for_are_seen() -> None:
+    samples = Colours(60, 2)
+    asked = np.where(np.arange(60) < 45, samples.labels, (samples.labels + 1) % 3)
+    accuracies = class_accuracies(Colours(480, 3), {"": samples.images}, asked, 8)
+    assert set(accuracies) == {"", "_real"}
+    assert accuracies["_real"] > 0.95 and abs(accuracies[""] - 0.75) < 0.05

@@ -1,5 +1,4 @@
-"""Extractors by name: random-conv against numpy, a user's function, and what holds for all of
-them."""
+"""Extractors by name: random-conv against numpy, a user's function, what holds for all."""
 
 import hashlib
 import importlib
@@ -12,13 +11,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from relay_jax.data.synthetic import SyntheticShapes
-from relay_jax.evaluation.features import (
-    FEATURES,
-    FeatureError,
-    FeatureExtractor,
-    make_extractor,
-    random_weights,
-)
+from relay_jax.errors import UserError
+from relay_jax.evaluation.features import FEATURES, FeatureExtractor, make_extractor, random_weights
 from relay_jax.evaluation.metrics import fid
 from tests.conftest import mesh_of
 
@@ -51,7 +45,7 @@ def random_conv(devices: int = 1, batch: int = 64) -> FeatureExtractor:
 
 
 def one_line(action: Callable[[], Any]) -> str:
-    with pytest.raises(FeatureError) as caught:
+    with pytest.raises(UserError) as caught:
         action()
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -1,26 +1,30 @@
 """Sets of images: every image once whatever the hosts and parts, hashes, and what is refused."""
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.data.source import ImageFolder, SyntheticShapes
-from relay_jax.data.transforms import center_crop_resize
+from relay_jax.config import build
+from relay_jax.data.images import center_crop_resize
+from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.evaluation.images import (
     ArrayImages,
+    GeneratedImages,
     ImageSet,
     SourceImages,
-    chosen,
-    folder_sha256,
+    choice,
     open_images,
-    source_sha256,
+    other_images,
 )
+from relay_jax.sampling.chain import Chain, Inputs, Pixels
+from relay_jax.sampling.request import Request
 from relay_jax.sampling.shards import ShardFolder, write_manifest
-from tests.conftest import error_of
+from relay_jax.stage import Stage
+from tests.conftest import error_of, tiny_relay
 
 
 def pixels(count: int, side: int = 4, seed: int = 0) -> np.ndarray:
@@ -98,35 +102,62 @@ def test_the_formats_of_sampling_are_read(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_choice_is_always_the_same_and_not_the_beginning(tmp_path: Path) -> None:
-    assert chosen(5, 9).tolist() == chosen(5, 5).tolist() == [0, 1, 2, 3, 4]
-    choice = chosen(1000, 10)
-    assert (
-        choice.tolist() == chosen(1000, 10).tolist() == sorted(set(choice.tolist()))
-        and len(choice) == 10
-    )
-    assert choice.max() > 500
+    assert choice(5, 9).tolist() == choice(5, 5).tolist() == [0, 1, 2, 3, 4]
+    positions = choice(1000, 10).tolist()
+    assert positions == choice(1000, 10).tolist() == sorted(set(positions))
+    assert len(positions) == 10 and max(positions) > 500
     source = SyntheticShapes(4, 30, 0)
     images = SourceImages(source, 4, {}, exact=True, threads=1, limit=6)
     np.testing.assert_array_equal(
-        everything(images, 2, 2), np.stack([source[i][0] for i in chosen(30, 6)])
+        everything(images, 2, 2), np.stack([source[i][0] for i in choice(30, 6)])
     )
     assert "of 30" in images.identity["choice"] and images.identity["images"] == 6
 
 
+class Reversed(Chain):
+    """In the place of a chain: the images of seeds show their number, in batches from the end."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = list(stages)
+
+    def stream(
+        self, seeds: Iterable[int], inputs: Callable[[np.ndarray], Inputs]
+    ) -> Iterator[Pixels]:
+        for batch in np.array_split(np.asarray(list(seeds), np.int64)[::-1], 3):
+            pixels = np.broadcast_to(batch[:, None, None, None], (len(batch), 8, 8, 3))
+            yield Pixels(batch, inputs(batch).classes, pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_generated_images_come_once_in_the_order_of_their_seeds(hosts: int) -> None:
+    stage = build(tiny_relay())[0]
+    request = Request(stages=[stage], seeds=[9, 3, 4, 7, 5, 3])
+    images = GeneratedImages(request, Reversed([stage]), None)
+    assert len(images) == images.identity["images"] == 5 and images.resolution == 8
+    assert everything(images, hosts, 64)[:, 0, 0, 0].tolist() == [3, 4, 5, 7, 9]
+
+
+def test_real_images_beside_the_reference_are_others() -> None:
+    source = SyntheticShapes(4, 30, 0)
+    rest = set(range(30)) - set(choice(30, 20).tolist())
+    others = other_images(source, 6, 20, 4)
+    assert others.shape == (6, 4, 4, 3)
+    real = np.stack([source[i][0] for i in sorted(rest)])
+    np.testing.assert_array_equal(others, real[choice(10, 6)])
+    for count, limit in ((11, 20), (1, 0)):
+        assert other_images(source, count, limit, 4).shape == (0, 4, 4, 3)
+
+
 def test_a_hash_changes_with_the_images_alone(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", pixels(5))
-    first = folder_sha256(ImageFolder(folder))
+    first = open_images(folder, 1).identity["sha256"]
     (folder / "notes.txt").write_text("no image")
-    assert folder_sha256(ImageFolder(folder)) == open_images(folder, 1).identity["sha256"] == first
+    assert open_images(folder, 1).identity["sha256"] == first
     Image.fromarray(pixels(1, seed=3)[0]).save(folder / "000000" / "000001.png")
-    assert folder_sha256(ImageFolder(folder)) != first
+    assert open_images(folder, 1).identity["sha256"] != first
     a, b = write_npz(tmp_path, pixels(3)), tmp_path / "b.npz"
     b.write_bytes(a.read_bytes())
     assert open_images(a, 1).identity["sha256"] == open_images(b, 1).identity["sha256"]
-    describe = {"source": "synthetic", "seed": 0}
-    assert source_sha256(SyntheticShapes(4, 9, 0), describe) != source_sha256(
-        SyntheticShapes(4, 8, 0), describe
-    )
 
 
 def save(**arrays: np.ndarray) -> Callable[[Path], Path]:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from relay_jax.errors import UserError
 from relay_jax.evaluation import inception
-from relay_jax.evaluation.features import FeatureError, FeatureExtractor, make_extractor
-from relay_jax.official.pickle import FileError
+from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from tests.conftest import mesh_of
 from tests.evaluation.reference_inception import Reference, tensorflow_resize
 from tests.official import torch_writer as tw
@@ -155,7 +155,7 @@ def test_both_formats_of_the_file(
     np.testing.assert_allclose(conv["bias"], offset - mean * scale, rtol=1e-5, atol=1e-6)
 
 
-def one_line(action: Callable[[], Any], error: type[Exception] = FileError) -> str:
+def one_line(action: Callable[[], Any], error: type[Exception] = UserError) -> str:
     with pytest.raises(error) as caught:
         action()
     assert "\n" not in str(caught.value)
@@ -179,11 +179,11 @@ def test_another_file_is_refused_unread(tmp_path: Path) -> None:
     def make(path: Path | None) -> FeatureExtractor:
         return make_extractor("inception", weights=path, mesh=mesh_of(1))
 
-    message = one_line(lambda: make(tmp_path / inception.FILE), FeatureError)
+    message = one_line(lambda: make(tmp_path / inception.FILE), UserError)
     assert "sha256 begins with " + hashlib.sha256(b"not the weights").hexdigest()[:8] in message
     assert "github.com/mseitzer/pytorch-fid/releases" in message
     for path in (None, tmp_path / "nothing.pth"):
-        assert "--inception=FILE" in one_line(lambda path=path: make(path), FeatureError)
+        assert "--inception=FILE" in one_line(lambda path=path: make(path), UserError)
 
 
 def test_the_hash_is_the_one_in_the_name() -> None:

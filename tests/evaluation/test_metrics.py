@@ -1,5 +1,4 @@
-"""Metrics: closed forms, scipy and brute force, any split into parts or blocks, degenerate
-sets, refusals."""
+"""Metrics: closed forms, scipy and brute force, any blocks, degenerate sets, names, refusals."""
 
 from collections.abc import Callable
 
@@ -8,15 +7,20 @@ import pytest
 import scipy.linalg
 from scipy.spatial.distance import cdist
 
+from relay_jax.errors import DataError
 from relay_jax.evaluation import metrics
+from relay_jax.evaluation.images import ArrayImages
 from relay_jax.evaluation.metrics import (
-    Moments,
-    feature_stats,
     fid,
     frechet_distance,
     inception_score,
+    notes,
     precision_recall,
+    score,
 )
+from relay_jax.evaluation.statistics import FeatureSet, Moments, collect, feature_stats
+from tests.conftest import error_of
+from tests.evaluation.fakes import extractor
 
 
 def features(count: int, dims: int, seed: int = 0) -> np.ndarray:
@@ -24,57 +28,6 @@ def features(count: int, dims: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     mix = rng.normal(size=(dims, dims)) * np.exp(-np.linspace(0, 4, dims))
     return (rng.normal(size=(count, dims)) @ mix.T + rng.normal(size=dims)).astype(np.float32)
-
-
-# Mean and covariance.
-
-
-def test_statistics_are_those_of_numpy_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "BLOCK", 40)  # several parts, the last one short
-    x = features(150, 7)
-    mean, covariance = feature_stats(x)
-    assert mean.dtype == covariance.dtype == np.float64
-    np.testing.assert_allclose(mean, x.astype(np.float64).mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(covariance, np.cov(x.astype(np.float64).T), rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("sizes", [(150,), (1, 1, 148), (70, 80), (149, 1)])
-def test_parts_and_hosts_combine_to_the_same_statistics(sizes: tuple[int, ...]) -> None:
-    x = features(150, 7)
-    parts = np.split(x, np.cumsum(sizes)[:-1])
-    updated, merged = Moments(7), Moments(7)
-    for part in parts:
-        updated.update(part)
-        host = Moments(7)
-        host.update(part)
-        merged.merge(host)
-    merged.merge(Moments(7))  # a host without images
-    assert updated.count == merged.count == 150
-    for got in (updated, merged):
-        for value, want in zip(got.statistics(), feature_stats(x), strict=True):
-            np.testing.assert_allclose(value, want, rtol=1e-10, atol=1e-13)
-
-
-def test_merging_leaves_the_other_and_what_was_returned_alone() -> None:
-    a, b = Moments(3), Moments(3)
-    b.update(features(10, 3))
-    before = [x.copy() for x in b.statistics()]
-    a.merge(b)
-    returned = a.statistics()
-    a.update(features(10, 3, seed=1))
-    for got in (b.statistics(), returned):
-        for value, want in zip(got, before, strict=True):
-            np.testing.assert_array_equal(value, want)
-
-
-def test_a_large_common_offset_costs_no_digits() -> None:
-    x = np.random.default_rng(0).normal(size=(400, 3))
-    moments = Moments(3)
-    for part in np.split(x + 1e7, 4):
-        moments.update(part)
-    np.testing.assert_allclose(
-        moments.statistics()[1], np.cov(x.T), atol=1e-7
-    )  # 1e14 * 1e-16 = 0.01 otherwise
 
 
 # Frechet distance.
@@ -196,9 +149,7 @@ def test_the_smallest_possible_sets_are_one_larger_than_the_neighbours() -> None
 # Inception score.
 
 
-def test_certain_and_even_predictions_score_the_number_of_classes_and_sure_guesses_of_one_class_score_one() -> (
-    None
-):
+def test_the_score_is_the_number_of_classes_that_are_predicted_surely_and_evenly() -> None:
     np.testing.assert_allclose(inception_score(np.tile(np.eye(10), (7, 1))), 10)
     np.testing.assert_allclose(inception_score(np.tile(np.eye(10)[:1], (7, 1))), 1)
     np.testing.assert_allclose(inception_score(np.full((7, 10), 0.1)), 1)
@@ -290,3 +241,59 @@ def test_what_has_no_score_is_refused_in_one_line(call: Callable[[], object], me
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# Scores by name.
+
+
+def pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+
+
+def feature_set(count: int, name: str = "inception") -> FeatureSet:
+    return collect(
+        ArrayImages(pixels(count, count), {}),
+        extractor(name),
+        what="samples",
+        rows=count,
+        probabilities=True,
+    )
+
+
+def test_too_few_images_are_one_line() -> None:
+    message = error_of(lambda: score(feature_set(9), feature_set(3), "inception"))
+    assert "9 and 3 images are too few" in message and "3 samples" in message
+
+
+def test_scores_of_other_features_are_not_called_fid() -> None:
+    a, b = feature_set(9, "other"), feature_set(12, "other")
+    names = ["FD-other", "sFD-other", "IS-other", "precision-other", "recall-other"]
+    assert list(score(a, b, "other")) == names
+    assert list(score(a, b, "inception")) == ["FID", "sFID", "IS", "precision", "recall"]
+    assert list(score(a, b, "other").values()) == list(score(a, b, "inception").values())
+
+
+def test_a_score_needs_what_it_is_computed_from() -> None:
+    a, b = feature_set(9), feature_set(12)
+    statistics = FeatureSet(count=0, statistics={"pool": a.statistics["pool"]})
+    assert list(score(statistics, FeatureSet(count=12, statistics=b.statistics), "inception")) == [
+        "FID"
+    ]
+    with pytest.raises(DataError):
+        score(FeatureSet(count=0, rows=a.rows), FeatureSet(count=2, rows=b.rows[:2]), "inception")
+
+
+def test_a_new_metric_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shift(reference: FeatureSet, samples: FeatureSet) -> dict[str, float]:
+        return {"shift": float(np.abs(reference.rows.mean(0) - samples.rows.mean(0)).max())}
+
+    monkeypatch.setitem(metrics.METRICS, "shift", shift)
+    a, b = feature_set(9, "other"), feature_set(12, "other")
+    assert score(a, b, "other")["shift-other"] == shift(a, b)["shift"] > 0
+
+
+def test_notes_warn_of_few_images_and_other_features() -> None:
+    text = " ".join(notes(feature_set(5, "other"), "other"))
+    assert "FD-other is not FID" in text and "5 samples" in text
+    assert "Fewer samples than features (5 and 6)" in text
+    assert "not FID" not in " ".join(notes(feature_set(5), "inception"))

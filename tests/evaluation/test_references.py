@@ -2,25 +2,27 @@
 what does not fit."""
 
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.data.source import DataError, Source, SyntheticShapes
-from relay_jax.data.transforms import center_crop_resize
+from relay_jax.data.images import center_crop_resize
+from relay_jax.data.source import Source
+from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.evaluation import references
-from relay_jax.evaluation import statistics as collect_module
 from relay_jax.evaluation.features import FeatureExtractor
-from relay_jax.evaluation.images import ArrayImages, Part, chosen
-from relay_jax.evaluation.metrics import feature_stats, inception_score, precision_recall
-from relay_jax.evaluation.references import Reference, open_reference, reference_features
-from relay_jax.evaluation.scores import notes, score
-from relay_jax.evaluation.statistics import FeatureSet, collect
-from relay_jax.runtime import distributed
+from relay_jax.evaluation.images import ArrayImages, choice
+from relay_jax.evaluation.metrics import inception_score, precision_recall, score
+from relay_jax.evaluation.references import (
+    Reference,
+    check_sizes,
+    open_reference,
+    reference_features,
+)
+from relay_jax.evaluation.statistics import FeatureSet, collect, feature_stats
 from tests.conftest import error_of
 from tests.evaluation.fakes import DIMS, Calls, extractor, known
 
@@ -54,96 +56,6 @@ def same(found: FeatureSet, images: np.ndarray) -> None:
     np.testing.assert_array_equal(found.rows, known(images)["pool"])
 
 
-# Collecting.
-
-
-@pytest.mark.parametrize("batch", [1, 3, 64])
-def test_features_are_collected_whole_and_in_order(
-    batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(collect_module, "BLOCK", 5)  # moments from several parts
-    images = pixels(23)
-    found = collect(
-        ArrayImages(images, {}), extractor(batch=batch), what="samples", rows=23, probabilities=True
-    )
-    same(found, images)
-    np.testing.assert_array_equal(found.probabilities, known(images)["probabilities"])
-
-
-def test_a_part_of_the_rows_is_kept_by_a_rule() -> None:
-    images = pixels(23)
-    found = collect(ArrayImages(images, {}), extractor(), what="reference", rows=7)
-    np.testing.assert_array_equal(found.rows, known(images)["pool"][chosen(23, 7)])
-    assert found.count == 23 and found.probabilities is None
-
-
-def test_features_that_are_not_finite_are_refused() -> None:
-    message = error_of(
-        lambda: collect(ArrayImages(pixels(9), {}), extractor(bad=2), what="samples")
-    )
-    assert (
-        "samples, inception: 5 of 9 images in a batch have features that are not finite" in message
-    )
-
-
-class Backwards(ArrayImages):
-    """Parts in another order than that of the images, as they may come from a sampler."""
-
-    def share(self, host: int, hosts: int, batch: int) -> Iterator[Part]:
-        yield from list(super().share(host, hosts, batch))[::-1]
-
-
-@pytest.mark.parametrize(
-    ("hosts", "count", "rows"), [(1, 23, 23), (2, 23, 23), (3, 23, 7), (5, 4, 4)]
-)
-def test_all_hosts_end_with_the_features_of_all_images(
-    monkeypatch: pytest.MonkeyPatch, hosts: int, count: int, rows: int
-) -> None:
-    """Threads in the place of processes; with five hosts and four images one has none."""
-    told, barrier = dict[int, np.ndarray](), threading.Barrier(hosts)
-
-    def number() -> int:
-        return int(threading.current_thread().name)
-
-    def of_all(value: np.ndarray) -> np.ndarray:
-        told[number()] = value
-        barrier.wait()
-        everyone = np.stack([told[host] for host in range(hosts)])
-        barrier.wait()
-        return everyone
-
-    monkeypatch.setattr(distributed, "of_all", of_all)
-    monkeypatch.setattr(collect_module.jax, "process_count", lambda: hosts)
-    monkeypatch.setattr(collect_module.jax, "process_index", number)
-    images, found = pixels(count), dict[int, FeatureSet]()
-
-    def host() -> None:
-        found[number()] = collect(
-            Backwards(images, {}), extractor(batch=1), what="samples", rows=rows, probabilities=True
-        )
-
-    threads = [threading.Thread(target=host, name=str(index)) for index in range(hosts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == hosts
-    for one in found.values():
-        np.testing.assert_array_equal(one.probabilities, known(images)["probabilities"])
-        np.testing.assert_array_equal(one.rows, known(images)["pool"][chosen(count, rows)])
-        for name, statistics in one.statistics.items():
-            for got, want in zip(statistics, feature_stats(known(images)[name]), strict=True):
-                np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
-
-
-def test_sigterm_is_answered_here_or_left_to_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "stop_requested", lambda: True)
-    images = ArrayImages(pixels(40), {})
-    with pytest.raises(distributed.Stopped, match="after 16 of 40 images of samples"):
-        collect(images, extractor(), what="samples")
-    assert collect(images, extractor(), what="samples", stop=False).count == 40
-
-
 # What is read.
 
 
@@ -162,7 +74,7 @@ def test_the_data_set_or_a_choice_of_it(tmp_path: Path) -> None:
     source, _ = shapes()
     small = np.stack([center_crop_resize(source[i][0], 4) for i in range(20)])
     same(features_of("dataset", tmp_path), small)
-    same(features_of("dataset", tmp_path, limit=6), small[chosen(20, 6)])
+    same(features_of("dataset", tmp_path, limit=6), small[choice(20, 6)])
 
 
 def adm(folder: Path, images: np.ndarray | None, dims: int = DIMS, spatial: bool = True) -> Path:
@@ -275,12 +187,20 @@ def test_what_does_not_fit_is_one_line(
     assert says in error_of(lambda: action(file, tmp_path / "cache"))
 
 
-def test_too_few_images_are_one_line() -> None:
-    few = collect(ArrayImages(pixels(3), {}), extractor(), what="samples", rows=3)
-    many = collect(ArrayImages(pixels(9), {}), extractor(), what="reference", rows=9)
-    assert "9 and 3 images are too few" in error_of(lambda: score(many, few, "inception"))
-    assert "at least 2 images" in error_of(
-        lambda: collect(ArrayImages(pixels(1), {}), extractor(), what="samples")
+def test_sets_that_are_too_small_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    few, many = ArrayImages(pixels(3), {}), ArrayImages(pixels(9), {})
+    whole = Reference(identity={}, images=many)
+    check_sizes(whole, many)
+    assert "3 images as samples: 3 neighbours need at least 4" in error_of(
+        lambda: check_sizes(whole, few)
+    )
+    assert "3 images as reference" in error_of(
+        lambda: check_sizes(Reference(identity={}, images=few), many)
+    )
+    statistics = opened(str(adm(tmp_path, None)))
+    check_sizes(statistics, few)
+    assert "1 image as samples: a covariance" in error_of(
+        lambda: check_sizes(statistics, ArrayImages(pixels(1), {}))
     )
 
 
@@ -364,16 +284,3 @@ def test_features_of_something_else_are_not_taken_from_the_cache(
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert features_of("dataset", tmp_path / "file" / "cache").count == 20
-
-
-def test_notes_warn_of_few_images_and_other_features() -> None:
-    few = collect(ArrayImages(pixels(5), {}), extractor("other"), what="samples", rows=5)
-    told = " ".join(notes(few, few, "other"))
-    assert (
-        "FD-other is not FID" in told
-        and "5 samples" in told
-        and "Fewer samples than features (5 and 6)" in told
-    )
-    assert "not FID" not in " ".join(notes(few, few, "inception"))
-    with pytest.raises(DataError):
-        score(FeatureSet(count=0, rows=few.rows), FeatureSet(count=2, rows=few.rows[:2]), "other")

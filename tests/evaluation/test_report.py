@@ -6,14 +6,20 @@ from typing import Any
 
 import pytest
 
-from relay_jax.config import ConfigError
+from relay_jax.config import build
+from relay_jax.errors import UserError
 from relay_jax.evaluation.report import (
     as_markdown,
+    averaging,
     check_folder,
     make_report,
+    notes_on_record,
+    training_summary,
     versions,
     write_report,
 )
+from relay_jax.runtime.files import append_jsonl
+from tests.conftest import tiny_relay
 
 SETTINGS: dict[str, Any] = {
     "samples": {
@@ -81,7 +87,7 @@ def test_a_report_of_other_settings_is_not_overwritten(
 ) -> None:
     write_report(tmp_path, report())
     before = (tmp_path / "report.json").read_bytes()
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         check_folder(tmp_path, settings)
     assert any(
         part in str(caught.value) for part in says.split("|")
@@ -92,13 +98,13 @@ def test_a_report_of_other_settings_is_not_overwritten(
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"scores": {}}'])
 def test_a_file_that_is_no_report_is_not_overwritten(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text)
-    with pytest.raises(ConfigError, match="no report of this program"):
+    with pytest.raises(UserError, match="no report of this program"):
         check_folder(tmp_path, SETTINGS)
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         check_folder(tmp_path / "file", SETTINGS)
 
 
@@ -137,3 +143,26 @@ def test_the_version_of_the_package_is_a_hash_of_its_source() -> None:
         versions()["relay_jax"].startswith("source ")
         and len(versions()["relay_jax"]) == len("source ") + 16
     )
+
+
+def test_a_record_that_does_not_fit_the_images_is_noted() -> None:
+    assert "no samples.json" in notes_on_record(None, 4)[0]
+    assert notes_on_record({"seeds": "0-3"}, 4) == []
+    assert notes_on_record({"seeds": "0-999"}, 4) == [
+        "samples.json speaks of 1,000 images, and there are 4."
+    ]
+
+
+def test_the_training_of_a_stage_in_a_few_numbers(tmp_path: Path) -> None:
+    for images, loss in ((16, 0.9), (32, 0.5)):
+        line = {"images": images, "loss": loss, "images_per_second": 8.0, "steps_skipped": 1}
+        append_jsonl(tmp_path / "metrics.jsonl", line)
+    stage = build(tiny_relay())[1]
+    assert training_summary(stage, {"images": 32}, tmp_path) == {
+        "resolution": 16,
+        "images": 32,
+        "loss": 0.5,
+        "steps_skipped": 1,
+        "images_per_second": 8.0,
+    }
+    assert averaging([stage])["relay"]["rampup"] == stage.train.ema_rampup

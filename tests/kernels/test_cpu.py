@@ -1,5 +1,4 @@
-"""The CPU's formulation of an operation against the plain one: values, gradients, and where
-each is used."""
+"""The formulations for CPUs against the plain ones: values, gradients, and where each is used."""
 
 from collections.abc import Callable
 
@@ -11,20 +10,13 @@ from jax import export
 
 from relay_jax.models.blocks import UNetBlock
 from relay_jax.models.kernels.cpu import (
-    conv,
-    conv1x1,
-    conv3x3,
-    conv_gradients,
-    gradient_once,
     three_rows_up_conv,
     three_rows_up_gradients,
-    up_conv,
-    up_conv3x3,
-    up_conv_gradients,
     winograd_conv,
     winograd_gradients,
 )
-from relay_jax.models.resample import upsample
+from relay_jax.models.kernels.plain import conv_gradients, up_conv, up_conv_gradients
+from relay_jax.models.ops import conv, conv1x1, conv3x3, gradient_once, up_conv3x3, upsample
 
 SHAPES = {
     "tall": (2, 16, 6, 16, 5),

@@ -1,5 +1,4 @@
-"""What TPUs compute differently, against its definition in float64: attention by head,
-gradients of biases."""
+"""The formulations for TPUs against definitions in float64: attention by head, sums of biases."""
 
 from collections.abc import Callable
 
@@ -8,13 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relay_jax.models.kernels.tpu import (
-    add_bias,
-    attend,
-    attend_at_once,
-    attend_by_head,
-    summed_by_product,
-)
+from relay_jax.models.kernels import plain
+from relay_jax.models.kernels.tpu import attend_by_head, sum_by_product
+from relay_jax.models.ops import add_bias, attend
 
 IMAGES, PIXELS, HEADS, WIDTH = 2, 6, 3, 4
 
@@ -39,10 +34,9 @@ def gradient(attention: Callable, qkv: jax.Array) -> jax.Array:
     return jax.jit(lambda x: jax.vjp(lambda y: attention(y, HEADS), x)[1](cotangent)[0])(qkv)
 
 
-@pytest.mark.parametrize(
-    "scale", [1.0, 30.0]
-)  # scores of some hundreds would overflow an exponential alone
-@pytest.mark.parametrize("attention", [attend_by_head, attend_at_once])
+# Scores of some hundreds would overflow an exponential alone.
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("attention", [attend_by_head, plain.attend])
 def test_attention_equals_its_definition(attention: Callable, scale: float) -> None:
     qkv = inputs(scale)
     got = jax.jit(attention, static_argnums=1)(jnp.asarray(qkv, jnp.float32), HEADS)
@@ -52,8 +46,7 @@ def test_attention_equals_its_definition(attention: Callable, scale: float) -> N
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_attention_by_head_has_the_gradient_of_the_plain_one(scale: float) -> None:
     got, want = (
-        gradient(f, jnp.asarray(inputs(scale), jnp.float32))
-        for f in (attend_by_head, attend_at_once)
+        gradient(f, jnp.asarray(inputs(scale), jnp.float32)) for f in (attend_by_head, plain.attend)
     )
     np.testing.assert_allclose(got, want, atol=1e-5 * scale)
 
@@ -61,21 +54,21 @@ def test_attention_by_head_has_the_gradient_of_the_plain_one(scale: float) -> No
 def test_attention_by_head_rounds_bfloat16_no_more_than_the_plain_one() -> None:
     qkv = jnp.asarray(inputs(), jnp.bfloat16)
     want = softmax_attention(np.asarray(qkv, np.float64))
-    error, plain = (
+    error, usual = (
         np.abs(np.asarray(jax.jit(f, static_argnums=1)(qkv, HEADS), np.float64) - want).max()
-        for f in (attend_by_head, attend_at_once)
+        for f in (attend_by_head, plain.attend)
     )
-    assert error < 1.5 * plain and error < 0.02
+    assert error < 1.5 * usual and error < 0.02
 
 
 def test_its_gradient_rounds_bfloat16_no_more_than_that_of_the_plain_one() -> None:
     qkv = jnp.asarray(inputs(), jnp.bfloat16)
-    want = np.asarray(gradient(attend_at_once, qkv.astype(jnp.float32)))
-    error, plain = (
+    want = np.asarray(gradient(plain.attend, qkv.astype(jnp.float32)))
+    error, usual = (
         np.sqrt(np.mean(np.square(np.asarray(gradient(f, qkv), np.float32) - want)))
-        for f in (attend_by_head, attend_at_once)
+        for f in (attend_by_head, plain.attend)
     )
-    assert error < 1.5 * plain and error < 0.02
+    assert error < 1.5 * usual and error < 0.02
 
 
 def test_only_the_attention_of_many_pixels_on_tpu_goes_by_head() -> None:
@@ -102,7 +95,7 @@ def test_the_gradient_of_a_bias_is_the_sum_over_all_pixels_on_every_platform(dty
     np.testing.assert_array_equal(by_x, cotangent)
     want = np.asarray(cotangent, np.float64).sum((0, 1, 2))
     np.testing.assert_allclose(by_bias, want, atol=1e-4)
-    np.testing.assert_allclose(summed_by_product(cotangent), want, atol=1e-4)
+    np.testing.assert_allclose(sum_by_product(cotangent), want, atol=1e-4)
 
 
 def test_only_16_bit_gradients_of_a_bias_on_tpu_are_products() -> None:

@@ -1,5 +1,4 @@
-"""Blocks: each against a float64 reference from its definition, the initialisation, what is
-refused."""
+"""Blocks, each against a float64 reference from its definition; initialisation; refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,8 @@ from relay_jax.models.blocks import (
     GroupNorm,
     Linear,
     UNetBlock,
-    downsample,
     fan_in_uniform,
     group_count,
-    upsample,
 )
 
 
@@ -207,29 +204,6 @@ def test_dropout_keeps_its_share_and_the_mean_and_draws_each_number_for_itself()
         waves.max() < np.log(waves.size) + 8
     )  # exponentially distributed, so that no frequency stands out
     np.testing.assert_array_equal(Dropout(rate).apply({}, x, False), x)
-
-
-# Resampling
-
-
-def test_downsampling_is_the_mean_of_two_by_two_pixels() -> None:
-    x = np.arange(4 * 6, dtype=np.float32).reshape(1, 4, 6, 1)
-    np.testing.assert_array_equal(downsample(x)[0, ..., 0], [[3.5, 5.5, 7.5], [15.5, 17.5, 19.5]])
-
-
-def test_upsampling_repeats_pixels_and_downsampling_undoes_it() -> None:
-    x = normal(2, 3, 5, 4)
-    up = upsample(x)
-    np.testing.assert_array_equal(up, x.repeat(2, axis=1).repeat(2, axis=2))
-    np.testing.assert_array_equal(downsample(up), x)
-
-
-def test_upsampling_is_the_transpose_of_the_sum_over_fours() -> None:
-    """<up(x), y> = <x, sum(y)>, of which its gradient makes use."""
-    x, y = normal(2, 3, 2, 4), normal(2, 6, 4, 4, seed=1)
-    (gradient,) = jax.vjp(upsample, x)[1](y)
-    np.testing.assert_allclose(jnp.vdot(upsample(x), y), jnp.vdot(x, gradient), rtol=1e-5)
-    np.testing.assert_allclose(gradient, 4 * downsample(y), rtol=1e-6)
 
 
 # Layers

@@ -1,5 +1,4 @@
-"""U-Net: a float64 reference, published sizes, embedding, labels, where attention is, memory
-and precision options."""
+"""U-Net: a float64 reference, published sizes, labels, places of attention, memory, refusals."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relay_jax.models.unet import UNet, init_params, noise_embedding, parameter_count
+from relay_jax.models.network import init_params, parameter_count, shapes_of
+from relay_jax.models.unet import UNet, noise_embedding
 from tests.models.test_blocks import block_by_hand, conv_by_hand, norm_by_hand, silu
 
 SMALL = UNet(
@@ -33,10 +33,6 @@ X = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 C_NOISE = np.array([-0.7, 0.4], np.float32)
 CLASSES = np.eye(4, dtype=np.float32)[[2, 0]]
 AUGMENT = np.random.default_rng(1).normal(size=(2, 9)).astype(np.float32)
-
-
-def shapes_of(network: UNet) -> dict:
-    return jax.eval_shape(partial(init_params, network), jax.random.key(0))
 
 
 def filled(network: UNet, scale: float = 0.2) -> dict:
@@ -286,3 +282,46 @@ def test_dropout_acts_in_training_alone(one_level: tuple[dict, Callable[..., jax
     first, again, other = (train(*inputs, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2 and np.abs(first - plain).max() > 1e-2
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"channels": 0}, r"model\.channels must be a positive whole number, not 0"),
+        ({"channels": 8.0}, r"model\.channels must be a positive whole number, not 8\.0"),
+        ({"channels": 9}, r"model\.channels must be even, not 9"),
+        ({"blocks": -1}, r"model\.blocks must be a positive"),
+        ({"head_width": 0}, r"model\.head_width must be a positive"),
+        ({"dropout": 1.0}, r"model\.dropout must lie in \[0, 1\)"),
+        ({"resolution": 9}, r"resolution 9 cannot be halved 1 times \(model\.multipliers has 2\)"),
+        ({"multipliers": ()}, r"cannot be halved"),
+        ({"channels": 6}, r"6 channels cannot be normalised in 1 groups|multiples of 4"),
+        ({"attention": (5,)}, r"model\.attention asks for level 5, but the levels are \[8, 4\]"),
+        ({"head_width": 17}, r"model\.attention at level 4 needs at least head_width 17"),
+    ],
+)
+def test_fields_that_make_no_network_are_refused_by_their_key(change: dict, message: str) -> None:
+    SMALL.check()
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change).check()
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, X[0], r"x must be \[b, h, w, 3\]"),
+        (1, C_NOISE[:1], r"c_noise must be \[b\]"),
+        (2, np.array([2, 0]), r"class_labels must be \[b, 4\]"),
+        (3, AUGMENT[:, :8], r"augment_labels must be \[b, 9\]"),
+    ],
+)
+def test_inputs_of_other_shapes_are_refused_by_name(
+    place: int, value: np.ndarray, message: str
+) -> None:
+    inputs = [X, C_NOISE, CLASSES, AUGMENT]
+    inputs[place] = value
+    with pytest.raises(AssertionError, match=message):
+        jax.eval_shape(lambda p: SMALL.apply({"params": p}, *inputs), shapes_of(SMALL))

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from relay_jax.errors import UserError
 from relay_jax.official.files import OfficialFile, read_official
-from relay_jax.official.pickle import FileError
 from tests.official import torch_writer as tw
 from tests.official.hostile_files import (
     ARGUMENTS,
@@ -179,7 +179,7 @@ def test_refused_with_one_line(
         tracemalloc.start()
     del events[:]
     try:
-        with pytest.raises(FileError) as refused:
+        with pytest.raises(UserError) as refused:
             read_official(path, optimizer=True)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -195,7 +195,7 @@ def test_refused_with_one_line(
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
-    with pytest.raises(FileError, match="not a file"):
+    with pytest.raises(UserError, match="not a file"):
         read_official(tmp_path / "pipe.pt")
 
 
@@ -220,7 +220,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         whole = path.read_bytes()
         for length in range(0, len(whole), 7):
             path.write_bytes(whole[:length])
-            with pytest.raises(FileError):
+            with pytest.raises(UserError):
                 read_official(path)
 
 
@@ -237,7 +237,7 @@ def test_random_damage_never_escapes(tmp_path: Path) -> None:
             path.write_bytes(damaged.tobytes())
             try:
                 assert isinstance(read_official(path), OfficialFile)
-            except FileError as error:
+            except UserError as error:
                 assert "\n" not in str(error)
 
 

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.plots.grids import grid, loss_curves, panels
+from relay_jax.config import build
+from relay_jax.plots.grids import grid, loss_curves, panels, relay_picture
+from relay_jax.sampling.chain import initial_state
 from relay_jax.sampling.pixels import to_uint8
+from tests.conftest import tiny_relay
 
 
 def images(count: int, side: int = 8) -> np.ndarray:
@@ -19,13 +22,13 @@ def test_a_grid_shows_every_image_enlarged_on_white() -> None:
     x = images(5)
     picture = grid(x, columns=3, side=24)
     assert picture.shape == (2 * 24 + 2, 3 * 24 + 2 * 2, 3) and picture.dtype == np.uint8
-    left = np.ones(picture.shape[:2], bool)
+    paper = np.ones(picture.shape[:2], bool)
     for i, pixels in enumerate(to_uint8(x)):
         y, x0 = (i // 3) * 26, (i % 3) * 26
         cell = picture[y : y + 24, x0 : x0 + 24]
         np.testing.assert_array_equal(cell, np.kron(pixels, np.ones((3, 3, 1), np.uint8)))
-        left[y : y + 24, x0 : x0 + 24] = False
-    assert np.all(picture[left] == 255)  # the gaps and the empty sixth cell
+        paper[y : y + 24, x0 : x0 + 24] = False
+    assert np.all(picture[paper] == 255)  # the gaps and the empty sixth cell
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,18 @@ def test_panels_stand_side_by_side_under_their_captions() -> None:
     for columns in (slice(0, 40), slice(56, 116)):
         assert picture[:28, columns].min() < 100  # ink
     assert np.any(picture[:28] != panels([("", first), ("relay", second)])[:28])
+
+
+def test_a_relay_is_shown_with_its_hand_off_and_a_row_for_each_class() -> None:
+    stages, seeds = build(tiny_relay()), np.arange(12)
+    classes = np.array([1, 0, 1, 0, 2, 1, 0, 1, 0, 1, 2, 2])  # class 2 has too few for a row
+    rows = [1, 3, 6, 8, 0, 2, 5, 7]
+    samples = {"base": images(12, 8), "relay": images(12, 16)}
+    picture = relay_picture(stages, samples, seeds, classes)
+    start = np.asarray(initial_state(stages[1], seeds[rows], samples["base"][rows]))
+    shown = [grid(x, 4, side=48) for x in (samples["base"][rows], start, samples["relay"][rows])]
+    captions = ("base, 8 px", "hand-off to relay", "relay, 16 px")
+    np.testing.assert_array_equal(picture, panels(list(zip(captions, shown, strict=True))))
 
 
 def metrics(folder: Path, losses: list[float], end: str = "") -> Path:

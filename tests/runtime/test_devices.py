@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from relay_jax.models.kernels.cpu import conv
-from relay_jax.runtime.devices import compiler_options
+from relay_jax.models.ops import conv
+from relay_jax.runtime.devices import compiler_options, jit
 from relay_jax.runtime.sharding import make_mesh
 
 DEVICES = """
 import sys
 import jax
-from relay_jax.runtime.devices import device_per_core, training_devices
-device_per_core(most=int(sys.argv[1]), bytes_on_each=int(sys.argv[2]))
+from relay_jax.runtime.devices import setup, training_devices
+setup(int(sys.argv[1]), int(sys.argv[2]))
 print(len(jax.devices()), len(training_devices()))
 """
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
-from relay_jax.runtime.devices import reuse_memory
+from relay_jax.runtime.devices import setup
 if sys.argv[1] == "reuse":
-    reuse_memory()
+    setup()
 run = jax.jit(lambda x: jnp.mean((x @ x.T) @ x))        # a temporary of 100 MB
 x = jnp.ones((5_000, 16))
 def faults_of_a_call():
@@ -38,8 +38,7 @@ print(sorted(faults_of_a_call() for _ in range(15))[5])     # the first ones fin
 
 
 def numbers(program: str, *arguments: object, **variables: str) -> list[int]:
-    """What a program prints; variables of the environment that say how many devices there are
-    come from here alone."""
+    """What a program prints, in an environment that says nothing else about devices."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -76,8 +75,8 @@ def test_a_number_of_devices_that_the_user_has_chosen_stays(variables: dict[str,
 
 
 def test_the_convolutions_of_a_device_alone_are_not_those_of_ynnpack_but_its_products_are() -> None:
-    options = compiler_options(make_mesh(devices=jax.devices()[:1]))
-    program = jax.jit(lambda x, kernel: conv(x, kernel) @ kernel[0, 0], compiler_options=options)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    program = jit(lambda x, kernel: conv(x, kernel) @ kernel[0, 0], mesh)
     text = program.lower(jnp.ones((4, 16, 16, 32)), jnp.ones((3, 3, 32, 32))).compile().as_text()
     assert "convolution(" in text.split("ENTRY")[1] and "ynn_fusion" in text
     assert not compiler_options(make_mesh(devices=jax.devices()[:2]))

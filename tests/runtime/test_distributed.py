@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relay_jax.errors import UserError
 from relay_jax.runtime import distributed
-from relay_jax.runtime.distributed import DistributedError, arguments
-from relay_jax.runtime.logs import read_jsonl
+from relay_jax.runtime.distributed import arguments
+from relay_jax.runtime.files import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
-from configs import demo
+from relay_jax.configs import demo
 
 
 def get_config(_=''):
@@ -51,8 +52,10 @@ def free_port() -> int:
 
 
 def run(config: Path, processes: int, *arguments: str, status: int = 0, seconds: int = 600) -> str:
-    """The real command line in so many processes with one device each; a hang is a failure.
-    Returns what was said."""
+    """The output of the real command line in so many processes with one device each.
+
+    A hang is a failure.
+    """
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -78,12 +81,12 @@ def run(config: Path, processes: int, *arguments: str, status: int = 0, seconds:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"hung: {process.communicate()[0][-3000:]}")
-    assert process.returncode == status, said[-3000:]
-    return said
+    assert process.returncode == status, output[-3000:]
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +113,15 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
             if processes == 4
             else []
         )
-        said = run(config, processes, f"--workdir={folder / str(processes)}", *alone)
-        first = next(line for line in said.splitlines() if "mesh data" in line)
+        output = run(config, processes, f"--workdir={folder / str(processes)}", *alone)
+        first = next(line for line in output.splitlines() if "mesh data" in line)
         assert (
             f"mesh data {processes} x fsdp 1" in first
             and f"base 16 = {processes} x {16 // processes}" in first
         )
-        assert said.count("still to train" if alone else "look at") == 1, "several processes spoke"
+        assert output.count("still to train" if alone else "look at") == 1, (
+            "several processes spoke"
+        )
     return {processes: folder / str(processes) for processes in (1, 2, 4)}
 
 
@@ -136,9 +141,9 @@ def pixels(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(("processes", "stage"), [(2, "base"), (2, "relay"), (4, "relay")])
 def test_several_processes_train_as_one(runs: dict[int, Path], processes: int, stage: str) -> None:
-    ours, one = losses(runs[processes] / stage), losses(runs[1] / stage)
-    assert ours.shape == (3, 2)
-    np.testing.assert_allclose(ours, one, rtol=2e-5)
+    several, one = losses(runs[processes] / stage), losses(runs[1] / stage)
+    assert several.shape == (3, 2)
+    np.testing.assert_allclose(several, one, rtol=2e-5)
 
 
 def test_one_process_writes_pictures_and_report(runs: dict[int, Path]) -> None:
@@ -153,8 +158,8 @@ def test_one_process_writes_pictures_and_report(runs: dict[int, Path]) -> None:
     assert names[0] == names[1]
     assert len(list(runs[2].glob("base/events.*"))) == 1
     for picture in ("samples/grid.png", "relay/grids/000000000048.png"):
-        ours, one = (np.asarray(Image.open(runs[n] / picture), int) for n in (2, 1))
-        assert np.abs(ours - one).max() <= 1 and one.std() > 5
+        several, one = (np.asarray(Image.open(runs[n] / picture), int) for n in (2, 1))
+        assert np.abs(several - one).max() <= 1 and one.std() > 5
 
 
 def test_each_process_leaves_its_profiler_trace(runs: dict[int, Path]) -> None:
@@ -165,8 +170,8 @@ def test_each_process_leaves_its_profiler_trace(runs: dict[int, Path]) -> None:
 
 def scores(folder: Path) -> np.ndarray:
     """Distance, precision and recall."""
-    found = json.loads((folder / "report.json").read_text())["scores"]
-    return np.asarray([value for name, value in found.items() if name.endswith("random-conv")])
+    scores = json.loads((folder / "report.json").read_text())["scores"]
+    return np.asarray([value for name, value in scores.items() if name.endswith("random-conv")])
 
 
 def test_several_processes_score_as_one(
@@ -174,7 +179,7 @@ def test_several_processes_score_as_one(
 ) -> None:
     one = scores(runs[1])
     for stage in ("base", "relay"):
-        ours, theirs = (
+        several, single = (
             [
                 line
                 for line in read_jsonl(runs[n] / stage / "metrics.jsonl")
@@ -182,9 +187,9 @@ def test_several_processes_score_as_one(
             ]
             for n in (2, 1)
         )
-        assert [line["images"] for line in ours] == [line["images"] for line in theirs] == [48]
+        assert [line["images"] for line in several] == [line["images"] for line in single] == [48]
         np.testing.assert_allclose(
-            ours[0]["FD-random-conv"], theirs[0]["FD-random-conv"], rtol=2e-3
+            several[0]["FD-random-conv"], single[0]["FD-random-conv"], rtol=2e-3
         )
     np.testing.assert_allclose(
         scores(runs[2]), one, rtol=2e-3
@@ -208,10 +213,10 @@ def test_an_image_that_one_process_cannot_read_ends_all(config: Path, tmp_path: 
         Image.fromarray(np.zeros((8 if number == 5 else 16,) * 2 + (3,), np.uint8)).save(
             tmp_path / f"{number}.png"
         )
-    said = run(
+    output = run(
         config, 2, f"--images={tmp_path}", "--mode=evaluate", f"--out={tmp_path / 'out'}", status=2
     )
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert (
         len(errors) == 1 and "5.png has 8 x 8 pixels" in errors[0] and "process 1 of 2" in errors[0]
     )
@@ -229,8 +234,10 @@ def test_a_training_continues_on_another_number_of_processes(
         (newest / "train" / "manifest.ocdbt").unlink()
         known = 32
     longer = ["--config.stages.relay.train.images=80", "--config.log.grid_every_images=0"]
-    said = run(config, after, f"--workdir={tmp_path / 'run'}", "--stage=relay", *longer)
-    assert f"continues at {known} images" in said and ("3 is unreadable" in said) == (known == 32)
+    output = run(config, after, f"--workdir={tmp_path / 'run'}", "--stage=relay", *longer)
+    assert f"continues at {known} images" in output and ("3 is unreadable" in output) == (
+        known == 32
+    )
     curve = losses(tmp_path / "run" / "relay")
     assert len(curve) == 5
     if before == 1:  # the other way round is checked against this one
@@ -252,10 +259,10 @@ def test_several_processes_share_the_images_of_one_sampling(
     before = kept.read_bytes()
     run(config, 2, *asked, f"--out={tmp_path / 'two'}")
     assert kept.read_bytes() == before, "an existing image was made again"
-    ours, one = pixels(tmp_path / "two"), pixels(tmp_path / "one")
-    assert ours.shape == one.shape == (10, 16, 16, 3)
+    several, one = pixels(tmp_path / "two"), pixels(tmp_path / "one")
+    assert several.shape == one.shape == (10, 16, 16, 3)
     keep = np.arange(10) != 1
-    assert np.abs(ours[keep] - one[keep]).max() <= 1
+    assert np.abs(several[keep] - one[keep]).max() <= 1
 
     run(config, 2, *asked, f"--out={tmp_path / 'npz'}", "--format=npz")
     names = [
@@ -271,8 +278,10 @@ def test_several_processes_share_the_images_of_one_sampling(
 
 
 def test_a_mistake_ends_all_processes_with_one_line(config: Path, tmp_path: Path) -> None:
-    said = run(config, 2, f"--workdir={tmp_path}", "--config.stages.base.train.batch=15", status=2)
-    assert [line for line in said.splitlines() if line.startswith("error: ")] == [
+    output = run(
+        config, 2, f"--workdir={tmp_path}", "--config.stages.base.train.batch=15", status=2
+    )
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [
         "error: stage base: train.batch 15 is not divisible by 2 devices"
     ]
 
@@ -296,8 +305,8 @@ def test_sigterm_at_one_process_stops_all_at_the_same_step(config: Path, tmp_pat
         "--config.checkpoint.every_images=160000",
         "--config.log.grid_every_images=0",
     ]
-    said = tmp_path / "said.txt"
-    with said.open("w") as file:
+    output = tmp_path / "output.txt"
+    with output.open("w") as file:
         processes = [
             subprocess.Popen(
                 command,
@@ -311,19 +320,19 @@ def test_sigterm_at_one_process_stops_all_at_the_same_step(config: Path, tmp_pat
     metrics, deadline = tmp_path / "base" / "metrics.jsonl", time.monotonic() + 120
     try:
         while len(read_jsonl(metrics)) < 3:
-            assert time.monotonic() < deadline and processes[0].poll() is None, said.read_text()[
+            assert time.monotonic() < deadline and processes[0].poll() is None, output.read_text()[
                 -3000:
             ]
             time.sleep(0.05)
         processes[1].send_signal(signal.SIGTERM)
-        assert [process.wait(60) for process in processes] == [75, 75], said.read_text()[-3000:]
+        assert [process.wait(60) for process in processes] == [75, 75], output.read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()
     steps = [
         int(p.name) for p in (tmp_path / "base" / "checkpoints").iterdir() if p.name.isdecimal()
     ]
-    assert len(steps) == 1 and f"saved at {steps[0] * 16:,} images" in said.read_text()
+    assert len(steps) == 1 and f"saved at {steps[0] * 16:,} images" in output.read_text()
     assert read_jsonl(metrics)[-1]["images"] == steps[0] * 16
 
 
@@ -336,8 +345,8 @@ SLURM = {
     "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_STEP_NUM_NODES": "2",
 }
-OURS = {"RELAY_COORDINATOR": "a:1234", "RELAY_NUM_PROCESSES": "2", "RELAY_PROCESS_ID": "1"}
-NAMED = {
+LAUNCHED = {"RELAY_COORDINATOR": "a:1234", "RELAY_NUM_PROCESSES": "2", "RELAY_PROCESS_ID": "1"}
+ARGUMENTS = {
     "coordinator_address": "a:1234",
     "num_processes": 2,
     "process_id": 1,
@@ -349,8 +358,8 @@ NAMED = {
     ("environ", "expected"),
     [
         ({}, None),
-        (OURS, NAMED),
-        ({**SLURM, **OURS}, NAMED),
+        (LAUNCHED, ARGUMENTS),
+        ({**SLURM, **LAUNCHED}, ARGUMENTS),
         ({**SLURM, "RELAY_NUM_PROCESSES": "1"}, None),
         (SLURM, {"cluster_detection_method": "slurm"}),
         (
@@ -376,7 +385,7 @@ NAMED = {
                 "OMPI_COMM_WORLD_RANK": "1",
                 "RELAY_COORDINATOR": "a:1234",
             },
-            NAMED,
+            ARGUMENTS,
         ),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
     ],
@@ -391,16 +400,16 @@ def test_the_environment_says_who_takes_part(
 @pytest.mark.parametrize(
     ("environ", "says"),
     [
-        ({**OURS, "RELAY_COORDINATOR": "a"}, "host:port"),
-        ({**OURS, "RELAY_COORDINATOR": ""}, "host:port"),
-        ({**OURS, "RELAY_PROCESS_ID": "2"}, "below"),
-        ({**OURS, "RELAY_PROCESS_ID": ""}, "numbers"),
-        ({**OURS, "RELAY_NUM_PROCESSES": "two"}, "numbers"),
+        ({**LAUNCHED, "RELAY_COORDINATOR": "a"}, "host:port"),
+        ({**LAUNCHED, "RELAY_COORDINATOR": ""}, "host:port"),
+        ({**LAUNCHED, "RELAY_PROCESS_ID": "2"}, "below"),
+        ({**LAUNCHED, "RELAY_PROCESS_ID": ""}, "numbers"),
+        ({**LAUNCHED, "RELAY_NUM_PROCESSES": "two"}, "numbers"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "RELAY_COORDINATOR"),
     ],
 )
 def test_a_contradictory_environment_is_refused(environ: Mapping[str, str], says: str) -> None:
-    with pytest.raises(DistributedError, match=says):
+    with pytest.raises(UserError, match=says):
         arguments(environ)
 
 
@@ -415,7 +424,8 @@ if "tpu" in sys.argv:       # what libtpu on a TPU host makes of these two
     if "gce" in sys.argv:
         os.environ.pop("TPU_SKIP_MDS_QUERY", None)      # JAX has set it, having seen no chips
 distributed.initialize()
-print("joined", jax.process_index(), "of", jax.process_count(), distributed.tell(f"p{jax.process_index()}"), flush=True)
+texts = distributed.tell(f"p{jax.process_index()}")
+print("joined", jax.process_index(), "of", jax.process_count(), texts, flush=True)
 distributed.leave()
 """
 
@@ -513,14 +523,14 @@ def test_two_processes_find_each_other_by_what_the_cluster_sets(kind: str) -> No
             )
             for index in range(2)
         ]
-        said = []
+        output = []
         for process in processes:
             try:
-                said.append(process.communicate(timeout=400)[0])
+                output.append(process.communicate(timeout=400)[0])
             finally:
                 process.kill()
     for index in range(2):
-        assert f"joined {index} of 2 ['p0', 'p1']" in said[index], said[index][-3000:]
+        assert f"joined {index} of 2 ['p0', 'p1']" in output[index], output[index][-3000:]
 
 
 def test_a_cloud_tpu_host_is_recognised_by_its_chips(monkeypatch: pytest.MonkeyPatch) -> None:

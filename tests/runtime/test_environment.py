@@ -19,11 +19,11 @@ def test_the_record_is_plain_and_says_what_ran(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "argv", ["main.py", "--workdir=my runs/x"])
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--some")
-    found = json.loads(json.dumps(environment(mesh_of(1))))
-    assert found["command"] == "main.py '--workdir=my runs/x'"
-    assert found["packages"]["jax"] == jax.__version__ and "" not in found["packages"].values()
-    assert found["devices"] == "1 host, 1 x cpu, mesh data 1 x fsdp 1"
-    assert found["variables"] == {"LIBTPU_INIT_ARGS": "--some"}
+    record = json.loads(json.dumps(environment(mesh_of(1))))
+    assert record["command"] == "main.py '--workdir=my runs/x'"
+    assert record["packages"]["jax"] == jax.__version__ and "" not in record["packages"].values()
+    assert record["devices"] == "1 host, 1 x cpu, mesh data 1 x fsdp 1"
+    assert record["variables"] == {"LIBTPU_INIT_ARGS": "--some"}
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-"""Logs: durations, rates by a clock of our own, gapless curves after a kill, whole files or
-none."""
+"""Logs: durations, rates by a clock of the test, gapless curves after a kill, a full disk."""
 
 import io
 import json
@@ -13,16 +12,10 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from relay_jax.runtime import logs
-from relay_jax.runtime.logs import (
-    Progress,
-    ScalarLog,
-    append_jsonl,
-    duration,
-    read_jsonl,
-    write_json,
-    write_png,
-)
+from relay_jax.errors import StorageError
+from relay_jax.runtime import distributed
+from relay_jax.runtime.files import read_jsonl
+from relay_jax.runtime.logs import Progress, ScalarLog, curve_summary, duration
 
 
 @pytest.mark.parametrize(
@@ -146,55 +139,43 @@ def events(folder: Path) -> list:
     from tensorboardX.proto.event_pb2 import Event
 
     [path] = folder.glob("events.out.tfevents*")
-    data, found = path.read_bytes(), []
+    data, records = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
-        found.append(Event.FromString(data[12 : 12 + length]))
+        records.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
-    return found
+    return records
 
 
 def test_scalars_pictures_and_texts_can_be_read_from_the_event_file(tmp_path: Path) -> None:
-    log, told = ScalarLog(tmp_path, 0), {"seed": 3, "stages": {"base": {"batch": 32}}}
+    log, values = ScalarLog(tmp_path, 0), {"seed": 3, "stages": {"base": {"batch": 32}}}
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
-    log.text(0, "config", told)
+    log.text(0, "config", values)
     log.write(64, {"loss": 0.25})
     log.picture(64, "samples", pixels)
     log.close()
-    found = {
+    shown = {
         (value.tag, event.step): value
         for event in events(tmp_path)
         for value in event.summary.value
     }
-    assert len(found) == 3 and found["loss", 64].simple_value == 0.25
+    assert len(shown) == 3 and shown["loss", 64].simple_value == 0.25
     np.testing.assert_array_equal(
-        Image.open(io.BytesIO(found["samples", 64].image.encoded_image_string)), pixels
+        Image.open(io.BytesIO(shown["samples", 64].image.encoded_image_string)), pixels
     )
     text = next(
-        value for (tag, step), value in found.items() if tag.startswith("config") and step == 0
+        value for (tag, step), value in shown.items() if tag.startswith("config") and step == 0
     )
     assert text.metadata.plugin_data.plugin_name == "text"
-    shown = text.tensor.string_val[0].decode()
+    words = text.tensor.string_val[0].decode()
     assert (
-        shown.startswith("```json\n")
-        and json.loads(shown.removeprefix("```json").removesuffix("```")) == told
+        words.startswith("```json\n")
+        and json.loads(words.removeprefix("```json").removesuffix("```")) == values
     )
-
-
-def test_a_line_is_added_to_a_file_that_stays_whole(tmp_path: Path) -> None:
-    path = tmp_path / "stage" / "starts.jsonl"
-    append_jsonl(path, {"images": 0})
-    with path.open("a") as file:
-        file.write('{"images": 6')
-    append_jsonl(path, {"images": 64})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"images": 0},
-        {"images": 64},
-    ]
 
 
 def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "is_writer", lambda: False)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     write(tmp_path / "base", 0, [64], 1.0)
     log = ScalarLog(tmp_path / "base", 0)
     log.picture(64, "samples", np.zeros((4, 4, 3), np.uint8))
@@ -202,38 +183,70 @@ def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "base").exists()
 
 
-def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
-    assert read_jsonl(tmp_path / "none.jsonl") == []
+# Summary
 
 
-# Whole files
+def test_a_curve_is_summed_up_by_hand() -> None:
+    lines = [
+        {
+            "images": 100,
+            "images_per_second": 10.0,
+            "tflops_per_device": 1.0,
+            "utilisation": 0.1,
+            "steps_skipped": 0,
+            "loader_share": 0.8,
+            "loss": 3.0,
+        },  # 10 s
+        {
+            "images": 200,
+            "images_per_second": 100.0,
+            "tflops_per_device": 10.0,
+            "utilisation": 0.5,
+            "steps_skipped": 0,
+            "loader_share": 0.0,
+            "loss": 2.0,
+        },  # 1 s
+        {"images": 200, "fid": 5.0},  # an evaluation
+        {
+            "images": 300,
+            "images_per_second": 50.0,
+            "tflops_per_device": 5.0,
+            "utilisation": 0.3,
+            "steps_skipped": 4,
+            "loader_share": 0.5,
+        },
+    ]  # 2 s, no step was finite
+    assert curve_summary(lines) == {
+        "images_per_second": 50.0,
+        "tflops_per_device": 5.0,
+        "utilisation": 0.3,
+        "loader_share": round(9 / 13, 4),
+        "steps_skipped": 4,
+        "loss": 2.0,
+    }
+    assert curve_summary([])["loss"] is None
 
 
-def test_json_is_written_whole_and_replaces_the_old(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "summary.json"
-    for value in ({"a": [1, 2]}, {"b": None}):
-        write_json(path, value)
-        assert json.loads(path.read_text()) == value
-        assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
+def test_a_full_disk_is_one_line_and_status_1(tmp_path: Path) -> None:
+    """/dev/full takes no byte."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    log = ScalarLog(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left on device") as error:
+        log.write(16, {"loss": 1.0})
+    assert error.value.status == 1 and "\n" not in str(error.value)
+    log.close()
 
 
-def test_pictures_are_written_whole_and_lossless(tmp_path: Path) -> None:
-    path = tmp_path / "grids" / "000000000064.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    write_png(path, pixels)
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        np.testing.assert_array_equal(np.asarray(image), pixels)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
-    write_json(tmp_path / "summary.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "summary.json", {"a": object()})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1}
-    write_png(tmp_path / "x.png", np.zeros((2, 2, 3), np.uint8))
-    before = (tmp_path / "x.png").read_bytes()
-    with pytest.raises(TypeError):
-        write_png(tmp_path / "x.png", np.zeros((2, 2, 5), np.uint8))
-    assert (tmp_path / "x.png").read_bytes() == before
+def test_an_event_file_that_cannot_be_written_ends_the_run_instead_of_blocking_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = ScalarLog(tmp_path, 0)
+    worker = log._events.file_writer.event_writer._worker
+    worker.stop()  # as after an error in it
+    with pytest.raises(StorageError, match="event file"):
+        log.write(16, {"loss": 1.0})
+    with pytest.raises(StorageError, match="event file"):
+        log.close()

@@ -15,6 +15,7 @@ from relay_jax.runtime.sharding import (
     batch_sharding,
     host_rows,
     make_mesh,
+    padded,
     replicated,
     state_shardings,
     to_devices,
@@ -30,6 +31,13 @@ def mesh_of_four() -> Mesh:
 
 def spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return state_shardings({"x": jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh)["x"].spec
+
+
+def test_a_part_of_a_batch_is_filled_with_zeros() -> None:
+    rows = np.ones((2, 3), np.uint8)
+    filled = padded(rows, 4)
+    assert filled.dtype == np.uint8 and filled.tolist() == [[1, 1, 1], [1, 1, 1], [0] * 3, [0] * 3]
+    assert padded(rows, 2) is rows and padded(rows[:0], 2).shape == (2, 3)
 
 
 def test_all_devices_are_in_the_mesh() -> None:
@@ -119,20 +127,21 @@ ROWS = """
 import jax, numpy as np
 from jax.sharding import AxisType
 from relay_jax.runtime import distributed
-from relay_jax.data.loader import Loader
-from relay_jax.data.source import SyntheticShapes
+from relay_jax.data.loader import Loader, Stream
+from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.runtime.sharding import host_rows, to_devices
 
 distributed.initialize()
-source, settings = SyntheticShapes(8, 30, 0), dict(resolution=8, batch_size=12, seed=1, x_flip=True, threads=0)
-with Loader(source, **settings) as whole:
+source = SyntheticShapes(8, 30, 0)
+stream = Stream(resolution=8, batch_size=12, seed=1, x_flip=True)
+with Loader(source, stream, threads=0) as whole:
     expected = next(whole)
 for fsdp, order in ((1, [0, 1, 2, 3]), (2, [0, 2, 1, 3]), (4, [3, 0, 2, 1]), (1, [1, 2, 3, 0])):
     mesh = jax.make_mesh((4 // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
                          devices=[jax.devices()[n] for n in order])
     rows = host_rows(12, mesh)
     assert len(rows) == 6
-    with Loader(source, rows=rows, **settings) as loader:
+    with Loader(source, stream, rows=rows, threads=0) as loader:
         batch = to_devices(dict(next(loader)), mesh)
     held = []
     for key, value in batch.items():
@@ -166,17 +175,17 @@ def test_each_host_loads_what_its_devices_hold_in_any_order_of_the_devices() -> 
         )
         for n in range(2)
     ]
-    said = ""
+    output = ""
     for process in processes:
         try:
-            said += process.communicate(timeout=400)[0]
+            output += process.communicate(timeout=400)[0]
         finally:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said[-3000:]
+    assert [process.returncode for process in processes] == [0, 0], output[-3000:]
     for line in (
         "[0, 1, 2, 3] 0 0 1 2 3 4 5",
         "[0, 2, 1, 3] 0 0 1 2 6 7 8",
         "[3, 0, 2, 1] 1 0 1 2 6 7 8",
         "[1, 2, 3, 0] 0 0 1 2 9 10 11",
     ):
-        assert f"rows {line}" in said
+        assert f"rows {line}" in output

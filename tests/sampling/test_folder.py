@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.config import ConfigError
+from relay_jax.errors import UserError
 from relay_jax.sampling import folder as writer
 from relay_jax.sampling.folder import Background, PngFolder, holds_images, image_path, read_images
 from relay_jax.sampling.pixels import to_uint8
@@ -44,7 +44,7 @@ def test_finished_is_what_has_its_name_and_nothing_else_is_left(tmp_path: Path) 
     seeds = [2, 0, 1000, 12]
     assert PngFolder(tmp_path / "new").finished(seeds) == set() and not (tmp_path / "new").exists()
     write(tmp_path, [0, 1000], images(2))
-    (tmp_path / "000000" / "000002.tmp").write_bytes(b"half a file")
+    (tmp_path / "000000" / ".000002.png.tmp").write_bytes(b"half a file")
     assert PngFolder(tmp_path).finished(seeds) == {0, 1000}
     write(tmp_path, [2, 12], images(2))
     assert PngFolder(tmp_path).finished([*seeds, 3]) == set(seeds)
@@ -83,7 +83,7 @@ def test_processes_share_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_written_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "000000").write_text("in the way")
     with pytest.raises(
-        ConfigError, match=r"000000/000001\.png cannot be written .*same command"
+        UserError, match=r"000000/000001\.png cannot be written .*same command"
     ) as error:
         PngFolder(tmp_path).add(1, to_uint8(images(1))[0], 0)
     assert "\n" not in str(error.value)
@@ -95,7 +95,7 @@ def test_what_cannot_be_written_is_one_line_that_names_the_file(tmp_path: Path) 
 def test_a_folder_with_images_is_known_by_their_names(tmp_path: Path, name: str) -> None:
     (tmp_path / "000000").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    (tmp_path / "000000" / "000012.tmp").write_text("")
+    (tmp_path / "000000" / ".000012.png.tmp").write_text("")
     assert not holds_images(tmp_path) and not holds_images(tmp_path / "absent")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")
@@ -133,16 +133,16 @@ def test_a_bounded_number_of_calls_waits_and_all_are_done_in_the_end() -> None:
 
 def test_an_error_of_a_thread_reaches_the_caller() -> None:
     def fail() -> None:
-        raise ConfigError("the disk is full")
+        raise UserError("the disk is full")
 
-    with pytest.raises(ConfigError, match="disk"), Background(threads=1) as background:
+    with pytest.raises(UserError, match="disk"), Background(threads=1) as background:
         background.submit(fail)
         time.sleep(0.1)
         background.submit(print)
         pytest.fail("went on")
-    with pytest.raises(ConfigError, match="disk"), Background(threads=1) as background:
+    with pytest.raises(UserError, match="disk"), Background(threads=1) as background:
         background.submit(fail)
-    with pytest.raises(ConfigError, match="disk"), Background(threads=1) as background:
+    with pytest.raises(UserError, match="disk"), Background(threads=1) as background:
         background.submit(fail)
         background.wait()
     with (
@@ -180,10 +180,10 @@ def test_unusable_images_are_refused_with_one_line_that_names_the_file(tmp_path:
     image_path(tmp_path, 2).write_text("no image")
     for seed, resolution, reason in (
         (0, 8, "6 x 6 pixels.*8 x 8"),
-        (1, 6, "cannot be decoded"),
-        (2, 6, "cannot be decoded"),
+        (1, 6, "cannot decode"),
+        (2, 6, "cannot decode"),
         (3, 6, "missing"),
     ):
-        with pytest.raises(ConfigError, match=reason) as error:
+        with pytest.raises(UserError, match=reason) as error:
             read_images(tmp_path, [seed], resolution)
         assert str(image_path(tmp_path, seed)) in str(error.value) and "\n" not in str(error.value)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from relay_jax.config import ConfigError, build
+from relay_jax.config import build
+from relay_jax.errors import UserError
 from relay_jax.runtime.sharding import replicated, state_shardings
 from relay_jax.sampling.record import (
     RECORD,
@@ -40,10 +41,9 @@ def record_of(
     **changed: object,
 ) -> dict:
     stages = build(config or tiny_relay())
-    settings = {"class_rule": "mod", "pixel_edit": "none"} | changed
-    return describe_sampling(
-        stages, {s.name: (PARAMS, NOTES) for s in stages} if weights else {}, seeds, **settings
-    )
+    known = {s.name: (PARAMS, NOTES) for s in stages} if weights else {}
+    rule = str(changed.pop("class_rule", "mod"))
+    return describe_sampling(stages, known, seeds, rule) | changed
 
 
 # Hash
@@ -188,22 +188,22 @@ def test_a_folder_of_other_or_unknown_images_is_refused(tmp_path: Path) -> None:
     check_folder(tmp_path / "absent", record_of())
     check_folder(tmp_path, record_of())
     (tmp_path / "5.png").write_text("")
-    with pytest.raises(ConfigError, match=r"no samples\.json"):
+    with pytest.raises(UserError, match=r"no samples\.json"):
         check_folder(tmp_path, record_of())
     write_record(tmp_path, record_of())
     check_folder(tmp_path, record_of(seeds=range(90)))
     with pytest.raises(
-        ConfigError, match=r'images: class_rule is "mod" in its samples\.json and "3" now'
+        UserError, match=r'images: class_rule is "mod" in its samples\.json and "3" now'
     ) as error:
         check_folder(tmp_path, record_of(class_rule="3"))
     assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         check_folder(tmp_path / "5.png", record_of())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seeds": 3}', '{"seeds": "x"}'])
 def test_a_damaged_record_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / RECORD).write_text(text)
-    with pytest.raises(ConfigError, match=r"samples\.json cannot be read") as error:
+    with pytest.raises(UserError, match=r"samples\.json cannot be read") as error:
         check_folder(tmp_path, record_of())
     assert "\n" not in str(error.value)

@@ -1,22 +1,24 @@
 """What is asked for: class rules of stages that continue others, and what every batch starts
 from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from relay_jax.config import ConfigError, build
-from relay_jax.data.source import make_source
+from relay_jax.config import SampleSettings, settings_of
+from relay_jax.errors import UserError
 from relay_jax.sampling.folder import PngFolder
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.sampling.record import describe_sampling, write_record
 from relay_jax.sampling.request import OWN, Request, parse_request
 from tests.conftest import tiny_relay
 
-STAGES = build(tiny_relay())
-DATA = {"source": "synthetic", "size": 64}
+SETTINGS = settings_of(tiny_relay())
+STAGES = SETTINGS.stages
+DATA = {"source": "synthetic", "size": 64, "resolution": 16, "seed": 0}
 
 
 def ask(
@@ -27,15 +29,9 @@ def ask(
     edit: str = "none",
     low_res: Path | None = None,
 ) -> Request:
-    return parse_request(
-        STAGES,
-        None if only is None else STAGES[only],
-        seeds=seeds,
-        class_rule=rule,
-        pixel_edit=edit,
-        low_res=low_res,
-        data=DATA,
-    )
+    settings = replace(SETTINGS, sample=SampleSettings(batch=4, pixel_edit=edit))
+    stage = None if only is None else STAGES[only]
+    return parse_request(settings, stage, seeds=seeds, class_rule=rule, low_res=low_res)
 
 
 def low_images(folder: Path, rule: str = "balanced", kind: str = "png") -> Path:
@@ -70,10 +66,9 @@ def test_only_final_images_are_edited() -> None:
 
 
 def test_a_relay_alone_starts_from_real_images_and_their_classes() -> None:
-    source = make_source(
-        "synthetic", path="", name="", split="", data_dir="", resolution=16, size=64, seed=0
-    )
     request = ask(1)
+    source = request.open_source(SETTINGS)
+    assert source is not None and ask().open_source(SETTINGS) is None
     assert (
         request.from_real_images
         and request.class_rule == OWN
@@ -121,13 +116,13 @@ def test_unknown_images_may_be_continued(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_requests_are_one_line(tmp_path: Path, settings: dict, says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as error:
+    with pytest.raises(UserError, match=says) as error:
         ask(low_res=low_images(tmp_path), **settings)
     assert "\n" not in str(error.value)
 
 
 def test_images_of_other_formats_cannot_be_continued(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--format=png"):
+    with pytest.raises(UserError, match="--format=png"):
         ask(1, low_res=low_images(tmp_path, kind="npz"))
-    with pytest.raises(ConfigError, match="name a rule"):
+    with pytest.raises(UserError, match="name a rule"):
         ask(1, low_res=low_images(tmp_path / "own", rule=OWN))

@@ -1,44 +1,45 @@
-"""The training loop: resume, skip, fall back, give up."""
+"""The training loop: resume, skip, fall back, give up, stop, keep."""
 
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import chex
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from relay_jax import config as config_module
-from relay_jax.config import Stage
-from relay_jax.data.source import Source, SyntheticShapes
-from relay_jax.runtime.checkpoint import CheckpointError, Checkpoints
-from relay_jax.runtime.logs import read_jsonl
+from benchmarks.loop import waiting_step
+from relay_jax.config import Settings, build, settings_of
+from relay_jax.data.source import Source
+from relay_jax.data.synthetic import SyntheticShapes
+from relay_jax.errors import Stopped, UserError
+from relay_jax.models.network import from_description
+from relay_jax.runtime import distributed
+from relay_jax.runtime.checkpoint import Checkpoints, read_meta
+from relay_jax.runtime.files import read_jsonl
+from relay_jax.stage import Stage
 from relay_jax.training import loop
 from tests.conftest import mesh_of, tiny_relay
-
-SETTINGS = dict(
-    seed=0,
-    x_flip=True,
-    threads=1,
-    workers=0,
-    checkpoint_every_images=48,
-    keep=2,
-    keep_every_images=0,
-    log_every_steps=1,
-    grid_every_images=0,
-    profile_first=0,
-    profile_steps=2,
-)
 
 
 def stage_of(images: int, name: str = "relay", **train: object) -> Stage:
     config = tiny_relay()
     config.stages[name].train.images = images
     config.stages[name].train.update(train)
-    return next(s for s in config_module.build(config) if s.name == name)
+    return next(stage for stage in build(config) if stage.name == name)
+
+
+def settings_with(**changes: object) -> Settings:
+    """The settings of these tests; changes: keys of the configuration with "__" for the dot."""
+    config = tiny_relay()
+    config.log.update(every_steps=1)
+    config.update_from_flattened_dict(
+        {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    return settings_of(config)
 
 
 def train(
@@ -46,16 +47,16 @@ def train(
     stage: Stage,
     mesh: Mesh | None = None,
     source: Source | None = None,
-    **settings: object,
+    **changes: object,
 ) -> None:
-    source = source or SyntheticShapes(stage.resolution, 64, 0)
+    """Trains a stage with the settings of `settings_with`."""
     loop.train_stage(
         stage,
-        source,
+        source or SyntheticShapes(stage.resolution, 64, 0),
         mesh or mesh_of(1),
         folder,
-        loop.LoopSettings(**{**SETTINGS, **settings}),
-        lambda ema: np.zeros((4, 4, 3), np.uint8),
+        settings_with(**changes),
+        loop.Observers(preview=lambda ema: np.zeros((4, 4, 3), np.uint8)),
     )
 
 
@@ -79,10 +80,7 @@ def six_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["relay"])
-def test_three_and_three_steps_equal_six_bit_for_bit(
-    tmp_path: Path, six_steps: Path, name: str
-) -> None:
+def test_three_and_three_steps_equal_six_bit_for_bit(tmp_path: Path, six_steps: Path) -> None:
     train(tmp_path, stage_of(48))
     assert final_state(tmp_path)["step"] == 3
     train(tmp_path, stage_of(96))
@@ -97,8 +95,8 @@ def test_the_number_of_devices_does_not_change_the_training(
     tmp_path: Path, six_steps: Path
 ) -> None:
     train(tmp_path, stage_of(96), mesh_of(8))
-    ours, one = final_state(tmp_path), final_state(six_steps)
-    chex.assert_trees_all_close(ours["ema"], one["ema"], atol=2e-5)
+    eight, one = final_state(tmp_path), final_state(six_steps)
+    chex.assert_trees_all_close(eight["ema"], one["ema"], atol=2e-5)
 
 
 def test_a_finished_stage_is_left_alone(
@@ -137,24 +135,21 @@ def test_a_finished_stage_with_a_damaged_last_checkpoint_is_finished_again(
 def test_other_data_under_the_same_run_is_refused(tmp_path: Path, six_steps: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(six_steps, folder)
-    with pytest.raises(CheckpointError, match="data set has changed"):
+    with pytest.raises(UserError, match="data set has changed"):
         train(folder, stage_of(128), source=SyntheticShapes(16, 63, 0))
 
 
-def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(loop.TrainingError, match="3 steps in a row"):
-        train(tmp_path, stage_of(96, learning_rate=1e38, warmup_images=0, max_nonfinite=3))
-
-
-def test_metrics_are_json_even_where_the_loss_is_not_finite(tmp_path: Path) -> None:
-    with pytest.raises(loop.TrainingError):
+def test_too_many_steps_that_are_not_finite_end_the_run_and_its_metrics_are_json(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match="3 steps in a row"):
         train(tmp_path, stage_of(96, learning_rate=1e38, warmup_images=0, max_nonfinite=3))
     for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
-def test_grids_and_checkpoints_appear_when_they_are_due(tmp_path: Path, config: ConfigDict) -> None:
-    train(tmp_path, stage_of(96, "base"), grid_every_images=48)
+def test_grids_and_checkpoints_appear_when_they_are_due(tmp_path: Path) -> None:
+    train(tmp_path, stage_of(96, "base"), log__grid_every_images=48)
     assert sorted(p.name for p in (tmp_path / "grids").iterdir()) == [
         "000000000048.png",
         "000000000096.png",
@@ -162,3 +157,42 @@ def test_grids_and_checkpoints_appear_when_they_are_due(tmp_path: Path, config: 
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.steps() == [6, 3]
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_checkpoint_describes_its_network(six_steps: Path) -> None:
+    assert from_description(read_meta(six_steps)["network"]) == stage_of(96).network
+
+
+def test_a_checkpoint_of_an_earlier_version_without_a_network_continues(
+    tmp_path: Path, six_steps: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(six_steps, folder)
+    notes = folder / "checkpoints" / "6" / "meta" / "metadata"
+    meta = json.loads(notes.read_text())
+    del meta["network"]
+    notes.write_text(json.dumps(meta))
+    train(folder, stage_of(112))
+    assert final_state(folder)["step"] == 7 and "network" in read_meta(folder)
+
+
+def test_a_request_to_stop_saves_after_the_step_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([False, True])
+    monkeypatch.setattr(distributed, "stop_requested", lambda: next(calls))
+    with pytest.raises(Stopped, match="saved at 32 images"):
+        train(tmp_path, stage_of(96, "base"), log__every_steps=5)
+    assert final_state(tmp_path)["step"] == 2
+    assert [line["images"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [32]
+
+
+def test_a_checkpoint_stays_for_each_multiple_of_images(tmp_path: Path) -> None:
+    changes = dict(
+        checkpoint__every_images=64, checkpoint__keep=1, checkpoint__keep_every_images=40
+    )
+    with mock.patch.object(loop, "make_train_step", waiting_step(0.0, [])):
+        train(tmp_path, stage_of(160, "base"), **changes)
+    # 16 images per step: 40, 80, 120 and 160 images are reached in steps 3, 5, 8 and 10; 10 is
+    # the newest as well
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 5, 8, 10]

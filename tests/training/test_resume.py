@@ -1,5 +1,4 @@
-"""Killed at any moment and started again, a run ends bit-identical; SIGTERM saves and asks to
-be started again.
+"""Killed at any moment and started again, a run ends bit-identical; SIGTERM saves and stops.
 
 The supervisor at the end of this file is a program of its own (tests/supervised.py).
 """
@@ -21,7 +20,7 @@ from tests.supervised import end, start, supervise
 STEPS, EVERY, BATCH, KILLS = 800, 2, 4, 24
 RARE = f"--config.checkpoint.every_images={STEPS * BATCH}"  # only at the end
 CONFIG = f"""
-from configs import demo
+from relay_jax.configs import demo
 
 
 def get_config(_=''):
@@ -36,39 +35,40 @@ def get_config(_=''):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the supervisor did, and the folder of its runs: straight, killed, asked."""
     return supervise(__file__, tmp_path_factory.mktemp("resume"), CONFIG)
 
 
 @pytest.mark.parametrize("run", ["killed", "asked"])
-def test_an_interrupted_run_ends_bit_identical(told: dict, run: str) -> None:
+def test_an_interrupted_run_ends_bit_identical(record: dict, run: str) -> None:
     import chex
 
-    from relay_jax.runtime.logs import read_jsonl
+    from relay_jax.runtime.files import read_jsonl
     from tests.training.test_loop import final_state
 
-    ours, straight = (final_state(told["folder"] / name / "base") for name in (run, "straight"))
-    assert ours["step"] == STEPS
-    chex.assert_trees_all_equal(ours, straight)
+    ended, straight = (final_state(record["folder"] / name / "base") for name in (run, "straight"))
+    assert ended["step"] == STEPS
+    chex.assert_trees_all_equal(ended, straight)
     lines = [
-        read_jsonl(told["folder"] / name / "base" / "metrics.jsonl") for name in (run, "straight")
+        read_jsonl(record["folder"] / name / "base" / "metrics.jsonl") for name in (run, "straight")
     ]
     curves = [[(line["images"], line["loss"]) for line in run_lines] for run_lines in lines]
     assert curves[0] == curves[1] and len(curves[0]) == STEPS, "the curve has gaps or repeats"
 
 
-def test_the_run_was_killed_often_and_in_the_middle_of_saves(told: dict) -> None:
-    assert told["kills"] == KILLS >= 20
-    assert told["during_save"] >= 4, "move the moments"
-    assert len(set(told["steps"])) >= 5, "always killed at the same place"
+def test_the_run_was_killed_often_and_in_the_middle_of_saves(record: dict) -> None:
+    assert record["kills"] == KILLS >= 20
+    assert record["during_save"] >= 4, "move the moments"
+    assert len(set(record["steps"])) >= 5, "always killed at the same place"
 
 
-def test_sigterm_saves_at_the_end_of_a_step_and_asks_for_a_new_start(told: dict) -> None:
-    assert told["status"] == 75
-    assert told["saved"] and told["saved"][0] > 2
+def test_sigterm_saves_at_the_end_of_a_step_and_asks_for_a_new_start(record: dict) -> None:
+    assert record["status"] == 75
+    assert record["saved"] and record["saved"][0] > 2
     assert (
-        f"saved at {told['saved'][0] * BATCH} images" in (told["folder"] / "asked.log").read_text()
+        f"saved at {record['saved'][0] * BATCH} images"
+        in (record["folder"] / "asked.log").read_text()
     )
 
 
@@ -144,9 +144,9 @@ def ask_to_stop(folder: Path) -> dict:
     pid = train(folder, "asked", RARE)
     wait_until(pid, lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
     os.kill(pid, signal.SIGTERM)
-    told = {"status": end(pid), "saved": complete(folder / "asked" / "base" / "checkpoints")}
+    record = {"status": end(pid), "saved": complete(folder / "asked" / "base" / "checkpoints")}
     assert end(train(folder, "asked", RARE)) == 0
-    return told
+    return record
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""The flags of the command line: what they are, which verbs use them, and how they are read.
+
+A flag that the chosen verb does not use is refused, so that nobody
+believes in an effect that it has not. --config takes a name of the
+package or a file; a run in --workdir opens itself without it.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from relay_jax import workdir as workdir_module
+from relay_jax.config import config_file
+from relay_jax.errors import UserError
+from relay_jax.planning.plan import DEFAULT_UTILISATION
+from relay_jax.plots.plot import PLOTS
+from relay_jax.runtime.logs import fail
+from relay_jax.sampling.folder import FORMATS
+from relay_jax.workdir import CONFIG, RENAMED
+
+VERBS = ("train", "sample", "evaluate", "prepare", "plan", "plot")
+WEIGHTS = "weights."  # --weights.STAGE=DIR
+
+# Which verbs use a flag; another verb refuses it. The help text of a flag
+# begins with them.
+USED_BY: dict[str, tuple[str, ...]] = {"config": VERBS, "mode": VERBS}
+
+
+_TEXT, _COUNT, _SHARE = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+_SWITCH, _LIST = flags.DEFINE_bool, flags.DEFINE_list
+_FORMAT = partial(flags.DEFINE_enum, enum_values=FORMATS)
+
+CONFIG_FLAG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration: a name of the package (demo, imagenet256, ...) or a file, with :smoke a tiny "
+    "variant; override keys with --config.KEY=VALUE. A run in --workdir needs none.",
+    lock_config=True,
+)
+flags.DEFINE_enum(
+    "mode",
+    "train",
+    VERBS,
+    "What to do; sample writes images of a run, evaluate scores images or samples of a run and "
+    "writes a report, prepare packs the data set for all stages into --out, plan says what a "
+    "training costs before it is launched, plot draws pictures of data, schedules and the run.",
+)
+# fmt: off
+for _define, _name, _default, _verbs, _text in (
+    (_TEXT, "workdir", "", "train sample evaluate plan plot",
+     "Folder of the run."),
+    (_TEXT, "stage", "", "train sample evaluate plan",
+     "This stage alone (default: all, in order)."),
+    (_SWITCH, "debug", False, "train",
+     "Name the first layer that is not finite, and keep the batch."),
+    (_TEXT, "seeds", "", "sample evaluate plot",
+     "Seeds, one image each, e.g. 0-63 or 1,5,10-12 (default: 0-63; evaluate: as "
+     "many as evaluate.samples)."),
+    (_TEXT, "class", None, "sample evaluate plot",
+     "The class of a seed's image: mod (seed mod classes, the default), balanced, "
+     "random, or a number for all."),
+    (_TEXT, "low_res", "", "sample evaluate",
+     "With --stage of a relay: folder of low-resolution images written before "
+     "(default: down-sampled real images)."),
+    (_TEXT, "out", "", "sample evaluate prepare plot",
+     "Folder for what is made (default: samples/images, evaluation or plots in "
+     "WORKDIR)."),
+    (_FORMAT, "format", "png", "sample",
+     "Numbered PNG files, npz files as ADM's, and all of them in one, or ArrayRecord "
+     "files, a data set for dataset.source=packed."),
+    (_TEXT, "reference", "dataset", "evaluate",
+     "What to compare with: dataset (the configuration's), a folder of images, ADM's "
+     "VIRTUAL_*.npz or EDM's fid-refs npz."),
+    (_COUNT, "reference_images", None, "evaluate",
+     "Images of the reference at most, 0 = all (default: evaluate.reference_images)."),
+    (_TEXT, "images", "", "evaluate",
+     "Folder of images, or npz, to score (default: samples of the run, with --seeds)."),
+    (_TEXT, "features", "", "evaluate",
+     "inception, random-conv or package.module:function (default: evaluate.features)."),
+    (_TEXT, "inception", "", "evaluate",
+     "File of the Inception weights (default: evaluate.inception)."),
+    (_TEXT, "cache", "", "evaluate",
+     "Folder for the features of references (default: WORKDIR/cache)."),
+    (_LIST, "plot", [], "plot",
+     f"Only these pictures, of {','.join(PLOTS)} (default: all that can be plotted)."),
+    (_COUNT, "plot_images", 0, "plot",
+     "Real images to read (default: 256; neighbours: 10,000)."),
+    (_TEXT, "topology", "", "plan",
+     "Ask the TPU compiler for this slice, e.g. v5e:4x4 (needs libtpu)."),
+    (_COUNT, "devices", 0, "plan",
+     "Chips or cards of the training (default: up to 64)."),
+    (_SHARE, "utilisation", DEFAULT_UTILISATION, "plan",
+     "Assumed share of the peak."),
+    (_LIST, "hardware", [], "plan",
+     "Only these devices, e.g. v5e,H100."),
+):
+    # fmt: on
+    USED_BY[_name] = tuple(_verbs.split())
+    _define(_name, _default, help=f"[{', '.join(USED_BY[_name])}] {_text}")
+
+
+# From words to values
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parsing, with its errors and those of the configuration file as one line."""
+    if any(arg in ("--help", "-help", "--helpfull", "--helpshort") for arg in argv):
+        return app.parse_flags_with_usage(list(argv))
+    try:
+        # ml_collections looks for the overrides of the configuration in
+        # sys.argv.
+        sys.argv = with_config(list(argv))
+        for stage in re.findall(rf"^--?{WEIGHTS}(\w+)", "\n".join(sys.argv), re.MULTILINE):
+            if WEIGHTS + stage not in flags.FLAGS:
+                text = f"[train, sample, evaluate, plot] Folder with the weights of stage {stage}."
+                flags.DEFINE_string(WEIGHTS + stage, "", text)
+        words = flags.FLAGS(sys.argv)
+        if len(words) > 1:
+            fail(f"unexpected argument {words[1]!r}; flags look like --name=value")
+        check_verb(flags.FLAGS.mode)
+        if CONFIG_FLAG.value is None:
+            fail("name a configuration, --config=demo, or a run, --workdir=runs/NAME")
+    except (UserError, flags.Error) as error:
+        fail(error)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+        fail(error)  # of ml_collections, or of the configuration file
+    return words
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """The arguments with --config as a file that is there: a name of the package, or the run's own.
+
+    Raises UserError for a configuration that is not there, and for keys
+    of earlier versions.
+    """
+    texts = {}
+    for place, arg in enumerate(argv):
+        match = re.fullmatch(r"--?(config|workdir)(?:=(.*))?", arg, re.DOTALL)
+        if match and (match[2] is not None or place + 1 < len(argv)):
+            inline = match[2] is not None
+            texts[match[1]] = place, inline, match[2] if inline else argv[place + 1]
+        for (section, old), new in RENAMED.items():
+            if re.match(rf"--?config\.stages\.\w+\.{section}\.{old}\b", arg):
+                raise UserError(f"{section}.{old} is called {section}.{new} now")
+    if "config" in texts:
+        place, inline, text = texts["config"]
+        argv[place if inline else place + 1] = ("--config=" if inline else "") + config_file(text)
+    elif "workdir" in texts:
+        folder = Path(texts["workdir"][2]).expanduser()
+        if (folder / CONFIG).exists():
+            # Read once here, because an error inside of the flag's file
+            # would name that file.
+            workdir_module.open_config(folder)
+            argv.insert(1, f"--config={workdir_module.__file__}:{folder}")
+        elif texts["workdir"][2]:
+            raise UserError(
+                f"no run in {folder} ({CONFIG} is missing); name a configuration, such as "
+                "--config=demo, or correct --workdir"
+            )
+    return argv
+
+
+def check_verb(mode: str) -> None:
+    """Raises UserError for a flag that the verb does not use."""
+    for name in flags.FLAGS:
+        if not flags.FLAGS[name].present or not (name in USED_BY or name.startswith(WEIGHTS)):
+            continue
+        verbs = USED_BY.get(name, ("train", "sample", "evaluate", "plot"))
+        if mode not in verbs:
+            raise UserError(
+                f"--{name} is not used by --mode={mode}, only by {', '.join(verbs)}; leave it out"
+            )
+    if mode == "evaluate" and flags.FLAGS.images:
+        for name in ("seeds", "class", "low_res", "stage"):
+            if flags.FLAGS[name].present:
+                raise UserError(
+                    f"--{name} is about samples of a run, and --images names others; leave one out"
+                )
+
+
+def value_of(name: str) -> Any:
+    """The value of a flag."""
+    return flags.FLAGS[name].value
+
+
+def path_of(name: str) -> Path | None:
+    """The path that a flag names, with ~ expanded, None where it names none.
+
+    Raises UserError for a bucket: pathlib would make a local folder
+    `gs:` of it.
+    """
+    text = value_of(name)
+    if not text:
+        return None
+    if re.match(r"\w+://", text):
+        raise UserError(
+            f"--{name}={text}: only folders can be used; mount the bucket (gcsfuse --implicit-dirs "
+            "BUCKET DIR, as launch/tpu_pod.sh does) and name a folder in it"
+        )
+    return Path(text).expanduser()

@@ -1,0 +1,256 @@
+"""One stage of a relay: a network with its forward process, and what can be done with it.
+
+All methods that take parameters are pure functions of arrays, to be
+jitted by the caller: the train step, the sampling chain, the pictures
+and a notebook use the same ones.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relay_jax.data.images import to_float
+from relay_jax.diffusion.augment import Augmentation, augment
+from relay_jax.diffusion.guidance import Guidance, classifier_free
+from relay_jax.diffusion.loss import loss
+from relay_jax.diffusion.precondition import Denoiser, precondition
+from relay_jax.diffusion.process import PROCESSES, EdmProcess
+from relay_jax.diffusion.sampler import SAMPLERS, Sampler
+from relay_jax.models.network import Network, describe, init_params, shapes_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Optimisation of a stage; lengths in images (configs/default.py says what each is).
+
+    Raises ValueError for values that cannot be, naming the key.
+    """
+
+    images: int
+    batch: int
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup_images: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    ema_halflife_images: float = 500_000.0
+    ema_rampup: float = 0.05
+    label_dropout: float = 0.0
+    augment: float = 0.0
+    max_nonfinite: int = 50
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[Callable[[float], bool], str]] = {
+            "images batch accumulate learning_rate adam_epsilon max_nonfinite": (
+                lambda value: 0 < value < math.inf,
+                "must be positive",
+            ),
+            "warmup_images ema_halflife_images": (
+                lambda value: 0 <= value < math.inf,
+                "must not be negative",
+            ),
+            "label_dropout augment ema_rampup": (
+                lambda value: 0 <= value <= 1,
+                "must lie in [0, 1]",
+            ),
+            "adam_beta1 adam_beta2": (
+                lambda value: 0 <= value < 1,
+                "must lie in [0, 1)",
+            ),
+        }
+        for names, (holds, rule) in limits.items():
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"train.{name} {rule}, not {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"train.batch {self.batch} is not divisible by train.accumulate {self.accumulate}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training; the last one may go beyond `images`."""
+        return math.ceil(self.images / self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A network and its process. `sample_process` is `process` as sampling uses it (cdf_max).
+
+    index: place in the relay; the noise of every seed depends on it.
+    """
+
+    name: str
+    index: int
+    network: Network
+    process: EdmProcess
+    sample_process: EdmProcess
+    sampler: Sampler
+    guidance: Guidance
+    train: TrainSettings
+
+    @property
+    def resolution(self) -> int:
+        """Pixels per side of its images."""
+        return self.network.resolution
+
+    @property
+    def num_classes(self) -> int:
+        """0 for an unconditional network."""
+        return self.network.num_classes
+
+    @property
+    def starts_from_images(self) -> bool:
+        """Whether sampling continues images of a stage before, and does not start from noise."""
+        return self.process.starts_from_images
+
+    @property
+    def low_resolution(self) -> int:
+        """Pixels per side of the images that it continues, 0 for a first stage."""
+        return self.resolution // self.process.patch if self.starts_from_images else 0
+
+    def check(self) -> None:
+        """Raises ValueError for parts that do not fit together, naming the key to change."""
+        self.network.check()
+        self.process.check_training()
+        self.process.check_resolution(self.resolution)
+        self.sampler.check(self.sample_process)
+        weight = self.guidance.weight
+        if weight > 1 and not self.num_classes:
+            raise ValueError(f"sample.guidance {weight} needs classes (dataset.num_classes); use 1")
+        if weight > 1 and not self.train.label_dropout:
+            raise ValueError(
+                "sample.guidance above 1 needs a network trained with train.label_dropout above 0 "
+                "(0.1 is usual)"
+            )
+
+    def init(self, key: jax.Array) -> dict:
+        """Fresh parameters, a nested dictionary of float32 arrays."""
+        return init_params(self.network, key)
+
+    def shapes(self) -> Any:
+        """The shapes of the parameters; nothing is computed."""
+        return shapes_of(self.network)
+
+    def preconditioned(self, params: dict) -> Denoiser:
+        """(x [b, h, w, c], sigma scalar or [b], class_labels, augment_labels) -> x0, not guided."""
+
+        def apply(*inputs: Any) -> jax.Array:
+            return self.network.apply({"params": params}, *inputs)
+
+        return precondition(apply, self.process.sigma_data)
+
+    def one_hot(self, classes: jax.Array | None) -> jax.Array | None:
+        """Classes int [b] as the network's labels [b, num_classes]; None if it has none."""
+        if classes is None or not self.num_classes:
+            return None
+        return jax.nn.one_hot(classes, self.num_classes)
+
+    def denoiser(self, params: dict, classes: jax.Array | None = None) -> Denoiser:
+        """(x [b, h, w, c], scalar sigma) -> denoised images, guided as the stage is sampled.
+
+        classes: int [b]; None or an unconditional network: no labels.
+        Source: docs/math.md section 5. Raises ValueError for guidance
+        above 1 without classes.
+        """
+        return classifier_free(self.preconditioned(params), self.one_hot(classes), self.guidance)
+
+    def loss(
+        self,
+        params: dict,
+        images: jax.Array,
+        labels: jax.Array | None,
+        key: jax.Array,
+        index: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Training loss of each image, float32 [b] (docs/math.md section 5).
+
+        images: sharp, [b, r, r, c], uint8 or floats in [-1, 1]; labels:
+        int [b] or None. index: int [b], places of the images in the
+        whole batch, by default 0, 1, ...: noise, augmentation and
+        dropped labels of an image depend on the key and its place
+        alone. train: with augmentation, label dropout and dropout, as
+        in training; else without. Raises AssertionError (chex) for
+        images of another shape than the network's.
+        """
+        size = (self.resolution, self.resolution, self.network.image_channels)
+        chex.assert_shape(
+            images,
+            (None, *size),
+            custom_message=f"images must be [b, {', '.join(map(str, size))}]",
+        )
+        images = to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+        index = jnp.arange(images.shape[0]) if index is None else index
+        loss_key, dropout_key, label_key, augment_key = jax.random.split(key, 4)
+        augment_labels = None
+        if train and self.train.augment > 0:
+            settings = Augmentation(probability=self.train.augment)
+            images, augment_labels = augment(images, augment_key, settings, index)
+        class_labels = self.one_hot(labels)
+        if class_labels is not None and train and self.train.label_dropout > 0:
+            class_labels = drop_labels(class_labels, self.train.label_dropout, label_key, index)
+        # Dropout masks belong to the part of a batch that is computed at
+        # once, by its first place.
+        rngs = {"dropout": jax.random.fold_in(dropout_key, index[0])} if train else {}
+
+        def apply(x: jax.Array, c_noise: jax.Array, *_: jax.Array | None) -> jax.Array:
+            return self.network.apply(
+                {"params": params},
+                x,
+                c_noise,
+                class_labels,
+                augment_labels,
+                train,
+                rngs=rngs,
+            )
+
+        denoise = precondition(apply, self.process.sigma_data)
+        return loss(self.process, denoise, images, loss_key, index)
+
+    def describe(self) -> dict[str, Any]:
+        """All that the stage does to its input, but for its weights, as plain values."""
+        return {
+            "resolution": self.resolution,
+            "index": self.index,
+            "dtype": np.dtype(self.network.dtype).name,
+            "network": describe(self.network),
+            "process": {
+                "kind": kind_of(self.process, PROCESSES),
+                **asdict(self.sample_process),
+            },
+            "sampler": {
+                "kind": kind_of(self.sampler, SAMPLERS),
+                **asdict(self.sampler),  # type: ignore[call-overload]
+                "steps": len(self.sampler.levels()) - 1,
+            },
+            "guidance": asdict(self.guidance),
+        }
+
+
+def kind_of(part: object, known: Mapping[str, type]) -> str:
+    """The name of a part's class in a configuration: a short one, or package.module:Class."""
+    # By the class itself: a part derived from a known one must not be
+    # taken for it in a record.
+    short = [name for name, known_class in known.items() if type(part) is known_class]
+    return short[0] if short else f"{type(part).__module__}:{type(part).__name__}"
+
+
+def drop_labels(
+    class_labels: jax.Array, probability: float, key: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Sets whole rows of [b, classes] to zero ("no label") with the given probability.
+
+    index: int [b], places in the whole batch: what a row draws depends
+    on the key and its place.
+    """
+    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(index)
+    keep = jax.vmap(jax.random.uniform)(keys) >= probability
+    return jnp.where(keep[:, None], class_labels, 0.0)

@@ -1,0 +1,100 @@
+"""EDM's zips: images by name, labels by their index, and every defect is one clear line."""
+
+import pickle
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from relay_jax.data.zip import EdmZip
+from relay_jax.runtime.files import digest
+from tests.conftest import error_of
+from tests.data.pictures import SHARED, colour, png, read_all, write_zip
+
+
+def test_a_zip_gives_images_by_name_with_the_labels_of_its_index(tmp_path: Path) -> None:
+    images = {f"00000/img{i}.png": png(colour(10 * i)) for i in (2, 0, 1)}
+    labels = [["00000/img1.png", 4], ["00000\\img0.png", 2], ["00000/img2.png", 0]]
+    source = EdmZip(write_zip(tmp_path / "set.zip", images, {"labels": labels}))
+    assert (source.num_classes, source.resolution, len(source)) == (5, 8, 3)
+    assert source.class_names == ("0", "1", "2", "3", "4")
+    assert read_all(source) == [(0, 2), (10, 4), (20, 0)]
+
+
+@pytest.mark.parametrize("index", [None, {"labels": None}, {}])
+def test_a_zip_without_labels_has_none(tmp_path: Path, index: object) -> None:
+    source = EdmZip(write_zip(tmp_path / "set.zip", {"a.png": png(colour(7))}, index))
+    assert (source.num_classes, source.class_names) == (0, ())
+    assert read_all(source) == [(7, 0)]
+
+
+def test_a_zip_can_be_read_by_many_threads_and_after_pickling(tmp_path: Path) -> None:
+    images = {f"{i:03d}.png": png(colour(i)) for i in range(100)}
+    source = EdmZip(
+        write_zip(
+            tmp_path / "set.zip", images, {"labels": [[f"{i:03d}.png", i % 3] for i in range(100)]}
+        )
+    )
+    expected = [(i, i % 3) for i in range(100)]
+    copy = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(8) as pool:
+        for reader in (source, copy):
+            values = pool.map(
+                lambda i, reader=reader: (int(reader[i][0][0, 0, 0]), reader[i][1]), range(100)
+            )
+            assert list(values) == expected
+
+
+def test_zip_defects_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+    good = {"a.png": png(colour(1)), "b.png": png(colour(2))}
+    path = tmp_path / "set.zip"
+
+    def error(images: dict[str, bytes], index: object = None) -> str:
+        return error_of(lambda: EdmZip(write_zip(path, images, index)))
+
+    assert "needs a path" in error_of(lambda: EdmZip(""))
+    assert "absent.zip: no such file" in error_of(lambda: EdmZip(tmp_path / "absent.zip"))
+    (tmp_path / "text.zip").write_text("hello")
+    assert "text.zip: not a readable zip file" in error_of(lambda: EdmZip(tmp_path / "text.zip"))
+    assert "set.zip: no images" in error({"a.txt": b""})
+    assert "set.zip:dataset.json: no label for b.png" in error(good, {"labels": [["a.png", 0]]})
+    for bad in (1.5, "1", [0, 1], -1, True):
+        assert "the label of a.png is" in error(good, {"labels": [["a.png", bad], ["b.png", 0]]})
+    for broken in ("{", "[]", {"labels": 3}, {"labels": [["a.png"]]}):
+        assert "set.zip:dataset.json: not an EDM label list" in error(good, broken)
+    assert "set.zip:a.png: wrong image size 4x8" in error({"a.png": png(colour(1)[:, :4])})
+
+
+def test_a_damaged_or_odd_sized_member_is_named_when_it_is_read(tmp_path: Path) -> None:
+    images = {
+        "a.png": png(colour(1)),
+        "b.png": b"junk",
+        "c.png": png(colour(1, 16)),
+        "d.png": png(colour(9)),
+    }
+    path = write_zip(tmp_path / "set.zip", images)
+    source = EdmZip(path)
+    assert f"{path}:b.png: cannot decode" in error_of(lambda: source[1])
+    assert f"{path}:c.png: wrong image size 16x16" in error_of(lambda: source[2])
+    raw = path.read_bytes()
+    start = raw.index(images["d.png"])
+    path.write_bytes(raw[: start + 20] + b"\xff" * 10 + raw[start + 30 :])
+    assert f"{path}:d.png: cannot be read (Bad CRC" in error_of(lambda: EdmZip(path)[3])
+
+
+def test_the_cifar10_zip_reads_as_fifty_thousand_labelled_squares() -> None:
+    path = SHARED / "cifar10-train-32x32.zip"
+    if not path.exists():
+        pytest.skip("the CIFAR-10 zip is not here")
+    source = EdmZip(path)
+    assert (len(source), source.num_classes, source.resolution) == (50000, 10, 32)
+    image, label = source[49999]
+    assert image.shape == (32, 32, 3) and 0 <= label < 10
+
+
+def test_the_fingerprint_is_of_the_names_checksums_and_sizes(tmp_path: Path) -> None:
+    images = {"a.png": png(colour(1)), "b.png": png(colour(2))}
+    path = write_zip(tmp_path / "set.zip", images)
+    rows = [[name, zlib.crc32(data), len(data)] for name, data in images.items()]
+    assert EdmZip(path).fingerprint() == digest(rows)
