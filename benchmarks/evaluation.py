@@ -49,16 +49,19 @@ def metrics(samples: int, reference: int, dims: int) -> None:
             rng.standard_normal((count, dims), dtype=np.float32) * spread + np.float32(shift)
         )
 
-    ours, theirs = features(samples, 0.0), features(reference, 0.02)
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    sample_features, reference_features = features(samples, 0.0), features(reference, 0.02)
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     timed(
-        "mean and covariance", lambda: found.update(a=feature_stats(ours), b=feature_stats(theirs))
+        "mean and covariance",
+        lambda: statistics.update(
+            a=feature_stats(sample_features), b=feature_stats(reference_features)
+        ),
     )
     timed(
         "Frechet distance",
         lambda: score(
-            FeatureSet(count=reference, statistics={"pool": found["b"]}),
-            FeatureSet(count=samples, statistics={"pool": found["a"]}),
+            FeatureSet(count=reference, statistics={"pool": statistics["b"]}),
+            FeatureSet(count=samples, statistics={"pool": statistics["a"]}),
             "inception",
         ),
     )
@@ -72,15 +75,15 @@ def metrics(samples: int, reference: int, dims: int) -> None:
     timed(
         "precision and recall",
         lambda: score(
-            FeatureSet(count=reference, rows=theirs),
-            FeatureSet(count=samples, rows=ours),
+            FeatureSet(count=reference, rows=reference_features),
+            FeatureSet(count=samples, rows=sample_features),
             "inception",
         ),
     )
     print(
         f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, of "
         "which the features are "
-        f"{(ours.nbytes + theirs.nbytes) / 2**30:.2f}"
+        f"{(sample_features.nbytes + reference_features.nbytes) / 2**30:.2f}"
     )
 
 

@@ -61,13 +61,13 @@ def jpegs(folder: str, count: int = 64) -> list[bytes]:
     a folder, made ones."""
     if not folder:
         return [made_jpeg(seed) for seed in range(count)]
-    found = []
+    files = []
     for file in sorted(Path(folder).rglob("*")):
         if file.suffix.lower() in (".jpg", ".jpeg"):
             with Image.open(file) as image:
                 if image.mode == "RGB":
-                    found.append((max(image.size) == 500, file))
-    usual = [file for is_usual, file in found if is_usual] or [file for _, file in found]
+                    files.append((max(image.size) == 500, file))
+    usual = [file for is_usual, file in files if is_usual] or [file for _, file in files]
     if not usual:
         sys.exit(f"error: no RGB JPEGs in {folder}")
     return [file.read_bytes() for file in usual[:count]]
@@ -76,44 +76,44 @@ def jpegs(folder: str, count: int = 64) -> list[bytes]:
 def decoders() -> dict[str, Decoder]:
     """Those installed here, asked for the pixels of libjpeg-turbo's exact settings, which are
     Pillow's."""
-    found: dict[str, Decoder] = {
+    by_name: dict[str, Decoder] = {
         "Pillow, cropped as it is (the loader)": lambda data: decode_picture(data, "")
     }
-    found["Pillow, by way of an array"] = lambda data: np.asarray(decode_picture(data, ""))
+    by_name["Pillow, by way of an array"] = lambda data: np.asarray(decode_picture(data, ""))
     with suppress(ImportError):
         import simplejpeg
 
-        found["simplejpeg"] = lambda data: simplejpeg.decode_jpeg(
+        by_name["simplejpeg"] = lambda data: simplejpeg.decode_jpeg(
             data, fastdct=False, fastupsample=False
         )
-        found["simplejpeg, fast DCT and upsampling"] = lambda data: simplejpeg.decode_jpeg(
+        by_name["simplejpeg, fast DCT and upsampling"] = lambda data: simplejpeg.decode_jpeg(
             data, fastdct=True, fastupsample=True
         )
     with suppress(ImportError):
         import imagecodecs
 
-        found["imagecodecs"] = lambda data: imagecodecs.jpeg8_decode(data, outcolorspace="RGB")
+        by_name["imagecodecs"] = lambda data: imagecodecs.jpeg8_decode(data, outcolorspace="RGB")
     with suppress(ImportError):
         import cv2
 
         cv2.setNumThreads(1)
         how = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        found["opencv-python-headless"] = lambda data: cv2.imdecode(
+        by_name["opencv-python-headless"] = lambda data: cv2.imdecode(
             np.frombuffer(data, np.uint8), how
         )
     with suppress(ImportError, OSError):
         import pyvips
 
         pyvips.cache_set_max(0)
-        found["pyvips"] = lambda data: pyvips.Image.new_from_buffer(
+        by_name["pyvips"] = lambda data: pyvips.Image.new_from_buffer(
             data, "", access="sequential"
         ).numpy()
     with suppress(ImportError, RuntimeError):  # needs a library that its wheel does not bring
         import turbojpeg
 
         turbo = turbojpeg.TurboJPEG()
-        found["PyTurboJPEG"] = lambda data: turbo.decode(data, pixel_format=turbojpeg.TJPF_RGB)
-    return found
+        by_name["PyTurboJPEG"] = lambda data: turbo.decode(data, pixel_format=turbojpeg.TJPF_RGB)
+    return by_name
 
 
 def cropped(decode: Decoder, resolution: int, data: bytes) -> np.ndarray:
@@ -156,19 +156,19 @@ def cpu_in_turns(
 def measure_decoders(data: Sequence[bytes], rounds: int) -> None:
     """Prints a table. Equal pixels are found out, not assumed."""
     keep_memory()
-    known = decoders()
+    by_name = decoders()
     exact = [np.asarray(decode_picture(item, "")) for item in data]
     apart = {
         name: max(
             int(np.abs(np.asarray(decode(item)).astype(int) - pixels).max())
             for item, pixels in zip(data, exact, strict=True)
         )
-        for name, decode in known.items()
+        for name, decode in by_name.items()
     }
-    times = {0: cpu_in_turns(known, data, rounds)}
+    times = {0: cpu_in_turns(by_name, data, rounds)}
     for resolution in RESOLUTIONS:
         whole: dict[str, Callable[[bytes], np.ndarray]] = {
-            name: partial(cropped, decode, resolution) for name, decode in known.items()
+            name: partial(cropped, decode, resolution) for name, decode in by_name.items()
         }
         whole["Pillow, reduced by the DCT (draft)"] = partial(drafted, resolution)
         times[resolution] = cpu_in_turns(whole, data, rounds)
@@ -188,13 +188,13 @@ def measure_decoders(data: Sequence[bytes], rounds: int) -> None:
     )
     print("|---" * (5 + len(RESOLUTIONS)) + "|")
     for name in times[RESOLUTIONS[0]]:
-        own = [times[r][name] for r in RESOLUTIONS]
+        row = [times[r][name] for r in RESOLUTIONS]
         alone = f"{times[0][name]:.2f}" if name in times[0] else "-"
         print(
             f"| {name} | {alone} | "
-            + " | ".join(f"{ms:.2f}" for ms in own)
+            + " | ".join(f"{ms:.2f}" for ms in row)
             + " | "
-            + ", ".join(f"{1e3 / ms:.0f}" for ms in own)
+            + ", ".join(f"{1e3 / ms:.0f}" for ms in row)
             + " | "
             + ", ".join(f"{best[r] / times[r][name]:.2f}" for r in RESOLUTIONS)
             + f" | {apart[name]} |"
@@ -260,8 +260,8 @@ def measure_loader(data: Sequence[bytes], rounds: int) -> None:
         "processor second |"
     )
     print("|---" * 6 + "|")
-    for (source, r, threads, workers), found in rates.items():
-        wall, cpu = np.median(np.array(found), axis=0)
+    for (source, r, threads, workers), pairs in rates.items():
+        wall, cpu = np.median(np.array(pairs), axis=0)
         print(
             f"| {source} | {r} | {threads} | {workers} | {wall:.0f} | "
             f"{'-' if workers else f'{cpu:.0f}'} |"
@@ -309,7 +309,7 @@ def measure_index(folder: Path, files: int) -> None:
         ):
             if what.startswith("third"):
                 drop_caches()
-            said = subprocess.run(
+            output = subprocess.run(
                 [sys.executable, "-c", START, str(images)],
                 env=environment,
                 check=True,
@@ -318,7 +318,7 @@ def measure_index(folder: Path, files: int) -> None:
             ).stdout.strip()
             print(
                 f"{what}{', disk cache dropped' if dropped and what == 'first start' else ''}: "
-                f"{said}",
+                f"{output}",
                 flush=True,
             )
     finally:
@@ -345,13 +345,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "relay-index")
-    asked = parser.parse_args()
-    if asked.what == "decoders":
-        measure_decoders(jpegs(asked.images), asked.rounds)
-    elif asked.what == "loader":
-        measure_loader(jpegs(asked.images), min(asked.rounds, 3))
+    arguments = parser.parse_args()
+    if arguments.what == "decoders":
+        measure_decoders(jpegs(arguments.images), arguments.rounds)
+    elif arguments.what == "loader":
+        measure_loader(jpegs(arguments.images), min(arguments.rounds, 3))
     else:
-        measure_index(asked.folder, asked.files)
+        measure_index(arguments.folder, arguments.files)
 
 
 if __name__ == "__main__":

@@ -110,23 +110,23 @@ def bare_calls(stage: Stage, steps: int, step_seconds: float) -> np.ndarray:
 
 
 def main(_: Sequence[str]) -> None:
-    settings, given = settings_of(_CONFIG.value), flags.FLAGS
-    stage = parse_stage(settings.stages, given.stage) or settings.stages[-1]
+    settings, values = settings_of(_CONFIG.value), flags.FLAGS
+    stage = parse_stage(settings.stages, values.stage) or settings.stages[-1]
     # Reports and saves as asked for, and no trace, which would be measured as well.
     settings = replace(
         settings,
-        log=replace(settings.log, every_steps=given.report_every, profile_first=0),
-        checkpoint=replace(settings.checkpoint, every_images=given.save_every * stage.train.batch),
+        log=replace(settings.log, every_steps=values.report_every, profile_first=0),
+        checkpoint=replace(settings.checkpoint, every_images=values.save_every * stage.train.batch),
     )
     source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
-    idle = measure(settings, stage, source, given.steps, given.step_seconds)
-    bare = 1e3 * np.median(bare_calls(stage, given.steps // 4, given.step_seconds))
+    idle = measure(settings, stage, source, values.steps, values.step_seconds)
+    bare = 1e3 * np.median(bare_calls(stage, values.steps // 4, values.step_seconds))
     plain = ~(idle.after_report | idle.after_save)
     print(
         f"{jax.devices()[0].device_kind}, stage {stage.name}, batch {stage.train.batch}, "
-        f"{given.steps} steps of "
-        f"{1e3 * given.step_seconds:g} ms, a report every {given.report_every}, a save every "
-        f"{given.save_every}"
+        f"{values.steps} steps of "
+        f"{1e3 * values.step_seconds:g} ms, a report every {values.report_every}, a save every "
+        f"{values.save_every}"
     )
     for name, chosen in (
         ("all steps", np.ones_like(plain)),
@@ -141,7 +141,7 @@ def main(_: Sequence[str]) -> None:
                 "(lowest tenth), "
                 f"{np.median(gaps):.2f} (median); processor time of the loop "
                 f"{np.median(work):.2f} ms (median), "
-                f"{work.mean():.2f} (mean), {work.mean() / 10 / given.step_seconds:.2f}% of "
+                f"{work.mean():.2f} (mean), {work.mean() / 10 / values.step_seconds:.2f}% of "
                 "the step"
             )
     print(f"a call of the step alone: {bare:.2f} ms (median) of processor time")

@@ -21,7 +21,7 @@ from relay_jax.runtime.sharding import batch_sharding, replicated, state_shardin
 from relay_jax.sampling.chain import sample_stage
 from relay_jax.stage import Stage
 from relay_jax.training.state import TrainState, init_state
-from relay_jax.training.step import make_train_step
+from relay_jax.training.step import jit_step, make_train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +132,7 @@ def train_program(stage: Stage, mesh: Mesh) -> Program:
     key = jax.device_put(jax.random.key(0), whole)
     state = jax.jit(partial(init_state, stage), out_shardings=shardings)(key)
     batch = jax.device_put(random_batch(stage, stage.train.batch), batch_sharding(mesh))
-    function = jit(
-        make_train_step(stage, mesh),
-        mesh,
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh), whole),
-        out_shardings=(shardings, whole),
-    )
+    function = jit_step(make_train_step(stage, mesh), mesh, shardings)
     program = compile_program(function, (state, batch, key), stage.train.batch)
     return replace(program, run=TrainingStep(program.run.args[0], state, batch, key))
 

@@ -60,22 +60,22 @@ def differences(stage: Stage, params: dict) -> tuple[float, float]:
     with jax.default_matmul_precision("highest"):
         gradient, out = jax.jit(jax.grad(loss, has_aux=True))(params)
     twin = TorchStage(stage, jax.device_get(params), "cpu", half=False, channels_last=False)
-    theirs = twin.model(
+    output = twin.model(
         channels_first(x), torch.tensor(c_noise), None if labels is None else torch.tensor(labels)
     )
-    theirs.square().mean().backward()
+    output.square().mean().backward()
     expected = twin.model.state_dict()
     twin.model.load_flax(jax.device_get(gradient))  # our gradient in their names and layouts
-    ours = {name: value.clone() for name, value in twin.model.state_dict().items()}
+    gradients = {name: value.clone() for name, value in twin.model.state_dict().items()}
     apart = max(
-        float((ours[name] - p.grad).abs().max() / (p.grad.abs().max() + 1e-12))
+        float((gradients[name] - p.grad).abs().max() / (p.grad.abs().max() + 1e-12))
         for name, p in twin.model.named_parameters()
         if p.grad is not None
     )
-    assert set(expected) == set(ours)
-    scale = float(theirs.detach().abs().max())
+    assert set(expected) == set(gradients)
+    scale = float(output.detach().abs().max())
     return float(
-        np.abs(np.asarray(out) - theirs.detach().numpy().transpose(0, 2, 3, 1)).max()
+        np.abs(np.asarray(out) - output.detach().numpy().transpose(0, 2, 3, 1)).max()
     ) / scale, apart
 
 
@@ -139,17 +139,17 @@ def compare(stage: Stage, rounds: int, kinds: Sequence[str]) -> list[dict[str, A
         )
         layout = min(baselines, key=lambda name: np.median(seconds[name]))
         middle, low, high = ratio(seconds[layout], seconds["ours"])
-        ours, theirs = np.median(seconds["ours"]), np.median(seconds[layout])
+        own_seconds, baseline_seconds = np.median(seconds["ours"]), np.median(seconds[layout])
         rows.append(
             {
                 "stage": stage.name,
                 "what": kind,
                 "batch": stage.train.batch,
-                "ours ms": f"{ours * 1e3:.1f}",
-                "PyTorch ms": f"{theirs * 1e3:.1f}",
+                "ours ms": f"{own_seconds * 1e3:.1f}",
+                "PyTorch ms": f"{baseline_seconds * 1e3:.1f}",
                 "layout": layout,
-                "images/s": f"{program.images / ours:.3g}",
-                "TFLOP/s": f"{program.flops / ours / 1e12:.3g}",
+                "images/s": f"{program.images / own_seconds:.3g}",
+                "TFLOP/s": f"{program.flops / own_seconds / 1e12:.3g}",
                 "ratio": f"{middle:.2f}",
                 "quartiles": f"{low:.2f}-{high:.2f}",
             }

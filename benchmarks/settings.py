@@ -72,12 +72,12 @@ def cores() -> set[int]:
     return os.sched_getaffinity(0)
 
 
-def kinds(known: Sequence[str]) -> list[str]:
+def kinds(possible: Sequence[str]) -> list[str]:
     """--what, of those that a benchmark knows."""
-    chosen = _KINDS.value or [kind for kind in known if kind != "trace"]
+    chosen = _KINDS.value or [kind for kind in possible if kind != "trace"]
     for kind in chosen:
-        if kind not in known:
-            fail(f"--what knows {', '.join(known)}, not {kind}")
+        if kind not in possible:
+            fail(f"--what knows {', '.join(possible)}, not {kind}")
     return list(chosen)
 
 

@@ -1,9 +1,8 @@
 """CIFAR-10, 8 -> 32 px, class-conditional: a relay on real photographs.
 
-For one GPU, or overnight on a laptop.
-
 Command:   python -m relay_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
                --config.dataset.path=data/cifar10-train-32x32.zip
+Hardware:  one GPU, or overnight on a laptop; not yet measured.
 Score:     not yet measured.
 """
 

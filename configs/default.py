@@ -62,7 +62,7 @@ def edm_stage(resolution: int) -> ConfigDict:
             ),
             train=train(),
             sample=dict(
-                kind="heun",  # heun | package.module:Class (diffusion/sampler.py)
+                kind="heun",  # heun | multistep | package.module:Class (diffusion/sampler.py)
                 num_steps=18,  # levels of the grid
                 sigma_min=0.002,
                 sigma_max=80.0,
@@ -72,6 +72,9 @@ def edm_stage(resolution: int) -> ConfigDict:
                 s_max=float("inf"),
                 s_noise=1.0,
                 fresh_noise=0.0,  # share of fresh noise per step (CelebA-HQ)
+                correction="official",  # of heun; second_order: without its first-order term
+                fresh_noise_rate=0.0,  # of multistep: eta, per factor e of sigma
+                corrector=False,  # of multistep: correct each step by the next call
                 guidance=1.0,  # classifier-free guidance weight, at most 1 = off
                 guidance_interval=(0.0, float("inf")),  # sigmas where it acts
             ),
@@ -107,6 +110,14 @@ def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
                 handoff_sigma=0.9,  # of the grid, only levels below this are used
                 cdf_max=0.93,  # as in process, but for sampling
                 fresh_noise=0.2,  # share of fresh noise per step
+                correction="official",
+                fresh_noise_rate=0.0,
+                corrector=False,
+                direct=True,  # of multistep: num_steps levels from handoff_sigma to sigma_min
+                exact_first_blur=False,  # of multistep: the hand-off holds patch means alone
+                # image: continues finished images; noise: the state of a first stage that stops
+                # at the level of the hand-off over the patch, in law the same.
+                handoff="image",
                 guidance=1.0,
                 guidance_interval=(0.0, float("inf")),
             ),
@@ -130,8 +141,13 @@ def get_config() -> ConfigDict:
                 split="train",
                 data_dir="",
                 num_classes=0,  # 0 = unconditional
+                # By what a changed set is recognised: names and sizes of its files (listing), or
+                # also their bytes (contents), which reads all of them at every start.
+                identity="listing",
                 size=50_000,  # images in the synthetic set
                 x_flip=True,  # mirror images at random
+                exif=True,  # turn photographs as the camera says; False: as stored (ADM)
+                background=(255, 255, 255),  # RGB that transparent images are laid on
                 threads=2,  # decoding threads per host
                 workers=0,  # decoding processes per host, for when threads are not enough
                 hint="",  # where to get the data: added to the message when it is missing
@@ -167,6 +183,9 @@ def get_config() -> ConfigDict:
                 reference_images=10_000,  # real images that samples are compared with, 0 = all
                 every=0,  # images between small evaluations during training, 0 = none
                 every_samples=1_000,  # samples of each of them
+                # How a training samples: previews, small evaluations, the report at its end. A
+                # preset (below), or "" for what `sample` of the stages says.
+                preset="",
             ),
         )
     )
@@ -238,3 +257,32 @@ def variant(config: ConfigDict, name: str, slices: dict[str, dict] | None = None
         known = ", ".join(f":{known}" for known in ("smoke", *slices))
         raise ValueError(f"unknown variant {name!r} of the configuration; there is only {known}")
     return smoke(config) if name == "smoke" else config
+
+
+# Sampling by one word (--preset=NAME): the keys of `sample` that differ from the configuration's
+# own, for the stage that starts from noise (edm) and for those that continue images (relay).
+# Guidance weights stay. One denoiser call per level: 40 + 25, 18 + 13 and 12 + 9 of them. Levels
+# below 0.2 need no guidance (2404.07724), which only the shortest one makes use of: 4 of its 9
+# calls are guided. Where the relay begins stays as configured, but in the shortest one: with so
+# few levels a lower and shorter range is more exact (docs/math.md section 6).
+_FEW = dict(kind="multistep", fresh_noise_rate=0.0, corrector=True)
+_CONTINUES = dict(exact_first_blur=True, direct=True, rho=7.0)
+PRESETS: dict[str, dict[str, dict]] = {
+    "official": {},
+    "safe": {
+        "edm": _FEW | dict(num_steps=40),
+        "relay": _FEW | _CONTINUES | dict(num_steps=25, sigma_min=0.008),
+    },
+    "fast": {
+        "edm": _FEW | dict(num_steps=18),
+        "relay": _FEW | _CONTINUES | dict(num_steps=13, sigma_min=0.008),
+    },
+    "draft": {
+        "edm": _FEW | dict(num_steps=12),
+        "relay": _FEW
+        | _CONTINUES
+        | dict(
+            num_steps=9, sigma_min=0.02, handoff_sigma=0.6, guidance_interval=(0.2, float("inf"))
+        ),
+    },
+}

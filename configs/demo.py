@@ -1,6 +1,8 @@
 """The whole relay on a laptop: procedural shapes, 8 -> 32 px, class-conditional, no download.
 
 Command:   python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo
+Hardware:  any machine; 4 minutes on 2 cores of an AMD EPYC.
+Score:     class_accuracy 94%, FD-random-conv 0.093 (256 samples; README.md has the real images').
 """
 
 from ml_collections import ConfigDict

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from relay_jax.diffusion.grid import BoundDenoiser, Samples, relay_sigmas
 from relay_jax.diffusion.process import EdmProcess, NoiseFn
-from relay_jax.diffusion.sampler import BoundDenoiser, Samples, relay_sigmas
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ _HOMES = {
     "relay_jax.diffusion.guidance": ("Guidance",),
     "relay_jax.diffusion.process": ("PROCESSES", "EdmProcess", "RelayProcess"),
     "relay_jax.diffusion.sampler": ("SAMPLERS", "Heun"),
+    "relay_jax.diffusion.multistep": ("Multistep",),
     "relay_jax.models.network": ("NETWORKS", "Network", "UNet"),
     "relay_jax.data.source": ("SOURCES", "Source"),
     "relay_jax.errors": ("DataError", "StorageError", "UserError"),
@@ -36,6 +37,7 @@ __all__ = [
     "EdmProcess",
     "Guidance",
     "Heun",
+    "Multistep",
     "Network",
     "Relay",
     "RelayProcess",
@@ -54,6 +56,7 @@ __all__ = [
 if TYPE_CHECKING:
     from relay_jax.data.source import SOURCES, Source
     from relay_jax.diffusion.guidance import Guidance
+    from relay_jax.diffusion.multistep import Multistep
     from relay_jax.diffusion.process import PROCESSES, EdmProcess, RelayProcess
     from relay_jax.diffusion.sampler import SAMPLERS, Heun
     from relay_jax.errors import DataError, StorageError, UserError

@@ -20,15 +20,19 @@ from relay_jax.config import config_file
 from relay_jax.errors import UserError
 from relay_jax.planning.plan import DEFAULT_UTILISATION
 from relay_jax.plots.plot import PLOTS
+from relay_jax.presets import PRESET_HELP
+from relay_jax.runtime import start
+from relay_jax.runtime.files import expanded
 from relay_jax.runtime.logs import fail
 from relay_jax.sampling.folder import FORMATS
 from relay_jax.workdir import CONFIG, RENAMED
 
-VERBS = ("train", "sample", "evaluate", "prepare", "plan", "plot")
+VERBS = ("train", "sample", "evaluate", "sweep", "prepare", "plan", "plot", "verify")
 WEIGHTS = "weights."  # --weights.STAGE=DIR
+WEIGHTS_VERBS = ("train", "sample", "evaluate", "sweep", "plot", "verify")
 
-# Which verbs use a flag; another verb refuses it. The help text of a flag
-# begins with them.
+# Which verbs use a flag; another verb refuses it. The help text of a
+# flag begins with them.
 USED_BY: dict[str, tuple[str, ...]] = {"config": VERBS, "mode": VERBS}
 
 
@@ -48,44 +52,53 @@ flags.DEFINE_enum(
     "train",
     VERBS,
     "What to do; sample writes images of a run, evaluate scores images or samples of a run and "
-    "writes a report, prepare packs the data set for all stages into --out, plan says what a "
-    "training costs before it is launched, plot draws pictures of data, schedules and the run.",
+    "writes a report, sweep compares ways to sample a run, prepare packs the data set for all "
+    "stages into --out, plan says what a training costs before it is launched, plot makes "
+    "pictures of data, schedules and the run, verify compares its checkpoints with their "
+    "checksums.",
 )
 # fmt: off
 for _define, _name, _default, _verbs, _text in (
-    (_TEXT, "workdir", "", "train sample evaluate plan plot",
+    (_TEXT, "workdir", "", "train sample evaluate sweep plan plot verify",
      "Folder of the run."),
-    (_TEXT, "stage", "", "train sample evaluate plan",
+    (_TEXT, "stage", "", "train sample evaluate sweep plan verify",
      "This stage alone (default: all, in order)."),
     (_SWITCH, "debug", False, "train",
      "Name the first layer that is not finite, and keep the batch."),
-    (_TEXT, "seeds", "", "sample evaluate plot",
-     "Seeds, one image each, e.g. 0-63 or 1,5,10-12 (default: 0-63; evaluate: as "
-     "many as evaluate.samples)."),
-    (_TEXT, "class", None, "sample evaluate plot",
+    (_TEXT, "preset", "", "sample evaluate plan plot",
+     f"Sample by one word: {PRESET_HELP} (default: as configured)."),
+    (_TEXT, "sweep", "official,safe,fast,draft", "sweep",
+     "Samplers to compare: presets, or multistep or heun with KEY=VALUE of all stages or "
+     "STAGE.KEY=VALUE of one, e.g. fast,fast:relay.num_steps=9,heun:num_steps=20."),
+    (_TEXT, "sweep_reference", "", "sweep",
+     "The sampler that the others are compared with (default: the first)."),
+    (_TEXT, "seeds", "", "sample evaluate sweep plot",
+     "Seeds, one image each, e.g. 0-63 or 1,5,10-12 (default: 0-63; evaluate and sweep: "
+     "as many as evaluate.samples)."),
+    (_TEXT, "class", None, "sample evaluate sweep plot",
      "The class of a seed's image: mod (seed mod classes, the default), balanced, "
-     "random, or a number for all."),
+     "random, or the name or number of a class for all."),
     (_TEXT, "low_res", "", "sample evaluate",
      "With --stage of a relay: folder of low-resolution images written before "
      "(default: down-sampled real images)."),
-    (_TEXT, "out", "", "sample evaluate prepare plot",
-     "Folder for what is made (default: samples/images, evaluation or plots in "
+    (_TEXT, "out", "", "sample evaluate sweep prepare plot",
+     "Folder for what is made (default: samples/images, evaluation, sweep or plots in "
      "WORKDIR)."),
     (_FORMAT, "format", "png", "sample",
      "Numbered PNG files, npz files as ADM's, and all of them in one, or ArrayRecord "
      "files, a data set for dataset.source=packed."),
-    (_TEXT, "reference", "dataset", "evaluate",
+    (_TEXT, "reference", "dataset", "evaluate sweep",
      "What to compare with: dataset (the configuration's), a folder of images, ADM's "
      "VIRTUAL_*.npz or EDM's fid-refs npz."),
-    (_COUNT, "reference_images", None, "evaluate",
+    (_COUNT, "reference_images", None, "evaluate sweep",
      "Images of the reference at most, 0 = all (default: evaluate.reference_images)."),
     (_TEXT, "images", "", "evaluate",
      "Folder of images, or npz, to score (default: samples of the run, with --seeds)."),
-    (_TEXT, "features", "", "evaluate",
+    (_TEXT, "features", "", "evaluate sweep",
      "inception, random-conv or package.module:function (default: evaluate.features)."),
-    (_TEXT, "inception", "", "evaluate",
+    (_TEXT, "inception", "", "evaluate sweep",
      "File of the Inception weights (default: evaluate.inception)."),
-    (_TEXT, "cache", "", "evaluate",
+    (_TEXT, "cache", "", "evaluate sweep",
      "Folder for the features of references (default: WORKDIR/cache)."),
     (_LIST, "plot", [], "plot",
      f"Only these pictures, of {','.join(PLOTS)} (default: all that can be plotted)."),
@@ -110,15 +123,18 @@ for _define, _name, _default, _verbs, _text in (
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parsing, with its errors and those of the configuration file as one line."""
+    reset()
     if any(arg in ("--help", "-help", "--helpfull", "--helpshort") for arg in argv):
         return app.parse_flags_with_usage(list(argv))
     try:
-        # ml_collections looks for the overrides of the configuration in
-        # sys.argv.
+        start.refuse_bytes(argv)
+        # ml_collections looks for the overrides
+        # of the configuration in sys.argv.
         sys.argv = with_config(list(argv))
         for stage in re.findall(rf"^--?{WEIGHTS}(\w+)", "\n".join(sys.argv), re.MULTILINE):
             if WEIGHTS + stage not in flags.FLAGS:
-                text = f"[train, sample, evaluate, plot] Folder with the weights of stage {stage}."
+                verbs = ", ".join(WEIGHTS_VERBS)
+                text = f"[{verbs}] Folder with the weights of stage {stage}."
                 flags.DEFINE_string(WEIGHTS + stage, "", text)
         words = flags.FLAGS(sys.argv)
         if len(words) > 1:
@@ -128,16 +144,43 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             fail("name a configuration, --config=demo, or a run, --workdir=runs/NAME")
     except (UserError, flags.Error) as error:
         fail(error)
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        fail(error)  # of ml_collections, or of the configuration file
+    except Exception as error:
+        # Of ml_collections, of the configuration file, which is a
+        # program, or of a folder that cannot be read.
+        fail(unknown_key(error) or (error if str(error) else type(error).__name__))
     return words
+
+
+def unknown_key(error: Exception) -> str:
+    """What to say of a key that ml_collections does not find; '' for another error."""
+    # It says the last part of the key alone, as `"'heads'"`.
+    cause = error.args[0] if isinstance(error, AttributeError) and error.args else error
+    if not isinstance(cause, KeyError) or not cause.args:
+        return ""
+    name, *advice = str(cause.args[0]).split(maxsplit=1)
+    for arg in sys.argv:
+        key, *parts = arg.partition("=")[0].lstrip("-").split(".")
+        if key == "config" and name.strip("'\"") in parts:
+            hint = f" ({advice[0]})" if advice else ""
+            return f"the configuration has no key {'.'.join(parts)}{hint}"
+    return ""
+
+
+def reset() -> None:
+    """Forgets an earlier command line of this process, such as of a cell run twice."""
+    for name in list(flags.FLAGS):
+        if name.startswith(("config.", WEIGHTS)):
+            delattr(flags.FLAGS, name)
+    if flags.FLAGS.is_parsed():
+        for flag in flags.FLAGS.get_flags_for_module(__name__):
+            flag.unparse()
 
 
 def with_config(argv: list[str]) -> list[str]:
     """The arguments with --config as a file that is there: a name of the package, or the run's own.
 
-    Raises UserError for a configuration that is not there, and for keys
-    of earlier versions.
+    Raises UserError for a configuration that is not there, and for
+    keys of earlier versions.
     """
     texts = {}
     for place, arg in enumerate(argv):
@@ -152,10 +195,10 @@ def with_config(argv: list[str]) -> list[str]:
         place, inline, text = texts["config"]
         argv[place if inline else place + 1] = ("--config=" if inline else "") + config_file(text)
     elif "workdir" in texts:
-        folder = Path(texts["workdir"][2]).expanduser()
+        folder = expanded(texts["workdir"][2])
         if (folder / CONFIG).exists():
-            # Read once here, because an error inside of the flag's file
-            # would name that file.
+            # Read once here, because an error inside of the flag's
+            # file would name that file.
             workdir_module.open_config(folder)
             argv.insert(1, f"--config={workdir_module.__file__}:{folder}")
         elif texts["workdir"][2]:
@@ -171,17 +214,26 @@ def check_verb(mode: str) -> None:
     for name in flags.FLAGS:
         if not flags.FLAGS[name].present or not (name in USED_BY or name.startswith(WEIGHTS)):
             continue
-        verbs = USED_BY.get(name, ("train", "sample", "evaluate", "plot"))
+        verbs = USED_BY.get(name, WEIGHTS_VERBS)
         if mode not in verbs:
             raise UserError(
                 f"--{name} is not used by --mode={mode}, only by {', '.join(verbs)}; leave it out"
             )
     if mode == "evaluate" and flags.FLAGS.images:
-        for name in ("seeds", "class", "low_res", "stage"):
+        for name in ("seeds", "class", "low_res", "stage", "preset"):
             if flags.FLAGS[name].present:
                 raise UserError(
                     f"--{name} is about samples of a run, and --images names others; leave one out"
                 )
+
+
+def overridden_keys() -> set[str]:
+    """The keys of the configuration that this command line sets: `stages.relay.sample.rho`."""
+    return {
+        name.removeprefix("config.")
+        for name in flags.FLAGS
+        if name.startswith("config.") and flags.FLAGS[name].present
+    }
 
 
 def value_of(name: str) -> Any:
@@ -192,8 +244,8 @@ def value_of(name: str) -> Any:
 def path_of(name: str) -> Path | None:
     """The path that a flag names, with ~ expanded, None where it names none.
 
-    Raises UserError for a bucket: pathlib would make a local folder
-    `gs:` of it.
+    Raises UserError for a bucket: pathlib
+    would make a local folder `gs:` of it.
     """
     text = value_of(name)
     if not text:
@@ -203,4 +255,4 @@ def path_of(name: str) -> Path | None:
             f"--{name}={text}: only folders can be used; mount the bucket (gcsfuse --implicit-dirs "
             "BUCKET DIR, as launch/tpu_pod.sh does) and name a folder in it"
         )
-    return Path(text).expanduser()
+    return expanded(text)

@@ -22,10 +22,15 @@ from relay_jax.diffusion.guidance import Guidance
 from relay_jax.diffusion.process import PROCESSES, EdmProcess
 from relay_jax.diffusion.sampler import SAMPLERS, Sampler
 from relay_jax.errors import UserError, one_line
-from relay_jax.models.network import NETWORKS, Network
-from relay_jax.stage import Stage, TrainSettings
+from relay_jax.models.network import NETWORKS, Network, shapes_of
+from relay_jax.runtime.files import expanded
+from relay_jax.stage import Stage, TrainSettings, joined
+from relay_jax.values import at_least, at_most, check_size, check_value, check_values, made
 
 MAX_SEED = 2**32 - 1
+MAX_BATCH = 2**22  # images at once, over all devices
+MAX_GRID = 2**14  # images of a preview
+MAX_SAMPLES = 10_000_000  # images of a report
 DTYPES = ("float32", "bfloat16")
 PIXEL_EDITS = ("none", "imagenet", "celebahq")
 
@@ -34,8 +39,8 @@ PIXEL_EDITS = ("none", "imagenet", "celebahq")
 class DatasetSettings:
     """`config.dataset`: where images come from, and how they are read.
 
-    keys: all of them as plain values; each source reads its own
-    (data/source.py).
+    keys: all of them as plain values; each
+    source reads its own (data/source.py).
     """
 
     keys: Mapping[str, Any]
@@ -45,7 +50,8 @@ class DatasetSettings:
     workers: int
 
     def __post_init__(self) -> None:
-        _at_least("dataset", self, num_classes=0, threads=0, workers=0)
+        at_least("dataset", self, num_classes=0, threads=0, workers=0)
+        at_most("dataset", self, num_classes=10**6, threads=1024, workers=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ class CheckpointSettings:
     keep_every_images: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, every_images=1, keep=1, keep_every_images=0)
+        at_least("checkpoint", self, every_images=1, keep=1, keep_every_images=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +77,9 @@ class LogSettings:
     profile_steps: int = 5
 
     def __post_init__(self) -> None:
-        _at_least("log", self, every_steps=1, grid_every_images=0, grid_images=1)
-        _at_least("log", self, profile_first=0, profile_steps=1)
+        at_least("log", self, every_steps=1, grid_every_images=0, grid_images=1)
+        at_least("log", self, profile_first=0, profile_steps=1)
+        at_most("log", self, grid_images=MAX_GRID)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,8 @@ class SampleSettings:
     pixel_edit: str = "none"
 
     def __post_init__(self) -> None:
-        _at_least("sample", self, batch=1)
+        at_least("sample", self, batch=1)
+        at_most("sample", self, batch=MAX_BATCH)
         if self.pixel_edit not in PIXEL_EDITS:
             raise ValueError(
                 f"sample.pixel_edit must be one of {', '.join(PIXEL_EDITS)}, "
@@ -102,9 +110,11 @@ class EvaluateSettings:
     reference_images: int = 10_000
     every: int = 0
     every_samples: int = 1_000
+    preset: str = ""
 
     def __post_init__(self) -> None:
-        _at_least("evaluate", self, samples=4, reference_images=0, every=0, every_samples=4)
+        at_least("evaluate", self, samples=4, reference_images=0, every=0, every_samples=4)
+        at_most("evaluate", self, samples=MAX_SAMPLES, every_samples=MAX_SAMPLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,33 +145,27 @@ class Settings:
         return [stage.resolution for stage in self.stages]
 
 
-def _at_least(section: str, settings: object, **limits: int) -> None:
-    for name, least in limits.items():
-        value = getattr(settings, name)
-        if value < least:
-            raise ValueError(f"{section}.{name} must be at least {least}, not {value}")
-
-
 def settings_of(config: ConfigDict) -> Settings:
     """All of a configuration, checked. Raises UserError, one line."""
     try:
         dataset = dict(config.dataset.items())
+        for key in ("path", "data_dir"):
+            # A bucket's address is no path.
+            if str(dataset.get(key, "")).startswith("~"):
+                dataset[key] = str(expanded(dataset[key]))
+        field_names = [field.name for field in fields(DatasetSettings) if field.name != "keys"]
+        dataset_keys = {"keys": dataset, **{name: dataset[name] for name in field_names}}
+        check_value("seed", int, config.seed)
+        check_value("mesh.fsdp", int, config.mesh.fsdp)
         return Settings(
             seed=config.seed,
             stages=build(config),
-            dataset=DatasetSettings(
-                keys=dataset,
-                **{
-                    field.name: dataset[field.name]
-                    for field in fields(DatasetSettings)
-                    if field.name != "keys"
-                },
-            ),
+            dataset=made(DatasetSettings, "dataset", dataset_keys),
             fsdp=config.mesh.fsdp,
-            checkpoint=CheckpointSettings(**config.checkpoint),
-            log=LogSettings(**config.log),
-            sample=SampleSettings(**config.sample),
-            evaluate=EvaluateSettings(**config.evaluate),
+            checkpoint=made(CheckpointSettings, "checkpoint", config.checkpoint),
+            log=made(LogSettings, "log", config.log),
+            sample=made(SampleSettings, "sample", config.sample),
+            evaluate=made(EvaluateSettings, "evaluate", config.evaluate),
             debug=bool(config.get("debug", False)),
             plain=json.loads(config.to_json_best_effort()),
         )
@@ -182,14 +186,14 @@ def config_file(text: str) -> str:
     name, colon, variant = text.partition(":")
     path = Path(name).expanduser()
     if path.suffix != ".py" or not path.is_file():
-        # A bare name means the same in a checkout, in an installed
-        # package and in any folder, also in one that has a folder of that
-        # name.
-        known = {file.stem: file for file in configurations()}
-        if path.name != name or path.stem not in known:
-            names = ", ".join(sorted(known))
+        # A bare name means the same in a checkout, in an
+        # installed package and in any folder, also in one that
+        # has a folder of that name.
+        files = {file.stem: file for file in configurations()}
+        if path.name != name or path.stem not in files:
+            names = ", ".join(sorted(files))
             raise UserError(f"no configuration file {name}; the package has {names}")
-        path = known[path.stem]
+        path = files[path.stem]
     return f"{path}{colon}{variant}"
 
 
@@ -231,6 +235,8 @@ def build(config: ConfigDict) -> list[Stage]:
         names = stage_names(config)
     except (AttributeError, KeyError) as error:
         raise UserError(f"a key is missing ({error}); start from configs/default.py") from error
+    except (TypeError, IndexError) as error:
+        raise UserError(f"stages.*.resolution must be whole numbers: {one_line(error)}") from error
     if not names:
         raise UserError("the configuration has no stages")
     for index, name in enumerate(names):
@@ -248,7 +254,13 @@ def build(config: ConfigDict) -> list[Stage]:
                 f"stage {name}: a key is missing ({error}); start from configs/default.py"
             ) from error
         stages.append(stage)
+    joined(stages)  # raises for a hand-off that cannot be
     return stages
+
+
+def rebuild(plain: Mapping[str, Any]) -> list[Stage]:
+    """`build` of a configuration that is plain values, such as `Settings.plain`."""
+    return build(ConfigDict(plain))
 
 
 def _check_chain(before: Stage, stage: Stage) -> None:
@@ -271,16 +283,24 @@ def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
             "the first stage has process.kind 'edm', every later one 'relay' (or another process "
             "that starts from images)"
         )
-    process: EdmProcess = process_class(**keys_of(process_class, PROCESSES, process_keys))
-    # Sampling may change some keys of the process, such as cdf_max: a key
-    # of `sample` with the name of one of the process's belongs to it.
-    changes = {f.name: sample.pop(f.name) for f in fields(process_class) if f.name in sample}
-    guidance = Guidance(
-        weight=sample.pop("guidance"), interval=tuple(sample.pop("guidance_interval"))
+    process: EdmProcess = made(
+        process_class, "process", keys_of(process_class, PROCESSES, process_keys)
     )
+    # Sampling may change some keys of the process, such as
+    # cdf_max: a key of `sample` with the name of one of the
+    # process's belongs to it.
+    changes = {f.name: sample.pop(f.name) for f in fields(process_class) if f.name in sample}
+    check_values("sample", process_class, changes)
+    weight, interval = sample.pop("guidance"), sample.pop("guidance_interval")
+    check_value("sample.guidance", float, weight)
+    check_value("sample.guidance_interval", tuple[float, ...], interval)
+    guidance = Guidance(weight=weight, interval=tuple(interval))
+    handoff = sample.pop("handoff", "image")
     sampler_class = named_class(SAMPLERS, sample.pop("kind", "heun"), "sample.kind")
-    sampler: Sampler = sampler_class(**keys_of(sampler_class, SAMPLERS, sample))
-    train = TrainSettings(**node.train)
+    sampler: Sampler = made(sampler_class, "sample", keys_of(sampler_class, SAMPLERS, sample))
+    train: TrainSettings = made(TrainSettings, "train", node.train)
+    check_value("resolution", int, node.resolution)
+    check_value("dataset.num_classes", int, config.dataset.num_classes)
     network = _build_network(dict(node.model.items()), node.resolution, config.dataset.num_classes)
     if train.augment > 0 and network.num_augment != NUM_LABELS:
         raise ValueError(
@@ -295,6 +315,7 @@ def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
         sampler=sampler,
         guidance=guidance,
         train=train,
+        handoff=handoff,
     )
 
 
@@ -302,19 +323,28 @@ def _build_network(model: dict[str, Any], resolution: int, num_classes: int) -> 
     if model.get("dtype", "float32") not in DTYPES:
         raise ValueError(f"model.dtype must be {' or '.join(DTYPES)}, not {model['dtype']!r}")
     kind = model.pop("kind", "unet")
-    keys = keys_of(named_class(NETWORKS, kind, "model.kind"), NETWORKS, model)
-    return network_from(
+    chosen = named_class(NETWORKS, kind, "model.kind")
+    keys = keys_of(chosen, NETWORKS, model)
+    check_values("model", chosen, keys)
+    network = network_from(
         {"kind": kind, "resolution": resolution, "num_classes": num_classes, **keys}
     )
+    network.check()
+    check_size(network)
+    # The checks of these networks are complete. Another one is tried:
+    # only its trace says whether it can be built.
+    if chosen not in NETWORKS.values():
+        shapes_of(network)
+    return network
 
 
-def keys_of(chosen: type, known: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+def keys_of(chosen: type, kinds: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a section for the class of its `kind`, without those of other known kinds."""
-    # So that a kind can be named on the command line over a section that
-    # was written for another one. Keys that no kind knows stay, and are
-    # refused by the class; so are those of a class derived from the
-    # chosen one, such as `patch` in a stage of kind edm.
-    others = [other for other in known.values() if not issubclass(other, chosen)]
+    # So that a kind can be named on the command line over a section
+    # that was written for another one. Keys that no kind knows stay,
+    # and are refused by the class; so are those of a class derived from
+    # the chosen one, such as `patch` in a stage of kind edm.
+    others = [other for other in kinds.values() if not issubclass(other, chosen)]
     foreign = {field.name for other in others for field in fields(other)}
     foreign -= {field.name for field in fields(chosen)}
     return {key: value for key, value in keys.items() if key not in foreign}
@@ -333,17 +363,18 @@ def network_from(description: Mapping[str, Any]) -> Network:
     return network_class(**keys)
 
 
-def named_class(known: Mapping[str, type], name: str, key: str) -> Any:
+def named_class(classes: Mapping[str, type], name: str, key: str) -> Any:
     """The class of a short name, or of `package.module:Class`, for parts that live elsewhere.
 
-    Raises UserError that says what is known, or why the module cannot
-    be imported.
+    Raises UserError that says what is known,
+    or why the module cannot be imported.
     """
-    if name in known:
-        return known[name]
+    check_value(key, str, name)
+    if name in classes:
+        return classes[name]
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        names = " or ".join(repr(short) for short in known)
+        names = " or ".join(repr(short) for short in classes)
         raise UserError(f"{key} must be {names} or package.module:Class, not {name!r}")
     try:
         return getattr(importlib.import_module(module_name), class_name)

@@ -4,44 +4,74 @@
     python -m relay_jax.main --workdir=runs/demo --mode=sample --seeds=0-63 --out=images
     python -m relay_jax.main --config=imagenet256 --mode=sample --weights.base=A --weights.relay=B
 
---config takes a name of the package or a file; a run in --workdir opens
-itself without one. Bad input ends with one line and exit status 2,
-before anything is compiled or written; status 1 where trying again may
-help, such as for a full disk. SIGTERM saves and ends with status 75:
-start the same command again. Several processes: see
-relay_jax/runtime/distributed.py and launch/.
+--config takes a name of the package or a file; a run in --workdir
+opens itself without one. Bad input ends with one line and exit
+status 2, before anything is compiled or written; status 1 where
+trying again may help, such as for a full disk. SIGTERM saves and
+ends with status 75: start the same command again. Several processes:
+see relay_jax/runtime/distributed.py and launch/.
 """
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+# Started as a file, `python relay_jax/main.py`: Python looks for
+# packages beside the file, and this one is a folder above.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from relay_jax.runtime import start
+
+# Before JAX, whose import takes seconds and may fail.
+if start.is_command(__name__):
+    start.begin()
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from relay_jax import commandline
-from relay_jax.commandline import CONFIG_FLAG, WEIGHTS, parse_flags, path_of, value_of
+from relay_jax.commandline import (
+    CONFIG_FLAG,
+    WEIGHTS,
+    overridden_keys,
+    parse_flags,
+    path_of,
+    value_of,
+)
 from relay_jax.config import Settings, parse_stage, settings_of
+from relay_jax.data.description import describe
 from relay_jax.data.prepare import prepare
-from relay_jax.data.source import describe_source, open_source
-from relay_jax.errors import Stopped, StorageError, UserError, one_line
+from relay_jax.data.source import open_source
+from relay_jax.errors import Stopped, UserError
 from relay_jax.evaluation.evaluate import Comparison, evaluate_run
+from relay_jax.evaluation.sweep import Contender, sweep
+from relay_jax.planning.cost import forward_flops, sampling_cost
 from relay_jax.planning.plan import PlanSettings, plan
 from relay_jax.plots.inputs import PlotSettings
 from relay_jax.plots.plot import plot
+from relay_jax.plots.sweep import plot_sweep
+from relay_jax.presets import (
+    by_preset,
+    check_preset,
+    settings_for,
+    split_samplers,
+    with_preset,
+)
 from relay_jax.relay import set_up_devices
 from relay_jax.runtime import distributed
-from relay_jax.runtime.logs import Progress, fail, quieten
+from relay_jax.runtime.checkpoint import verify_all
+from relay_jax.runtime.ending import to_the_end
+from relay_jax.runtime.files import expanded, is_writable, try_folder
+from relay_jax.runtime.logs import Progress
 from relay_jax.sampling.generate import generate
 from relay_jax.sampling.request import Request, parse_request
-from relay_jax.sampling.seeds import parse_class_rule, parse_seeds
-from relay_jax.stage import Stage
-from relay_jax.training.train import train
-from relay_jax.workdir import CONFIG, claim_workdir, parse_weights
+from relay_jax.sampling.seeds import CLASS_RULES, parse_class_rule, parse_seeds
+from relay_jax.stage import Stage, joined
+from relay_jax.training.train import may_only_be_read, train, try_places
+from relay_jax.workdir import CONFIG, claim_workdir, class_names, parse_weights
 
 flags.adopt_module_key_flags(commandline)  # for --help, which shows those of the main module
 
@@ -58,7 +88,13 @@ class Command:
             with config.unlocked():
                 config.debug = True
         self.mode: str = value_of("mode")
-        self.settings: Settings = settings_of(config)
+        self.configured: Settings = settings_of(config)
+        if self.configured.evaluate.preset:
+            check_preset(self.configured.evaluate.preset)
+        # A key that the same command names is
+        # meant; the preset sets the others.
+        preset = value_of("preset")
+        self.settings = with_preset(self.configured, preset, keep=overridden_keys())
         stages = self.settings.stages
         self.only: Stage | None = parse_stage(stages, value_of("stage"))
         self.stages: Sequence[Stage] = [self.only] if self.only else stages
@@ -94,17 +130,23 @@ class Command:
         folders = {stage.name: self.workdir / stage.name for stage in self.settings.stages}
         return folders | self.weights
 
-    def out(self, default: str) -> Path:
-        """--out, or a folder of the run. Raises UserError if neither is named."""
-        out = path_of("out")
-        if out is not None:
-            return out
-        if self.workdir is None:
+    def out(self, default: str, *files: str) -> Path:
+        """--out, or a folder of the run, tried before anything is computed.
+
+        files: those that will be replaced in it. Raises
+        UserError if neither is named, and StorageError where
+        nothing can be written.
+        """
+        out = path_of("out") or (self.workdir and self.workdir / default)
+        if out is None:
             raise UserError(
                 f"name the run or a folder for what --mode={self.mode} makes: "
                 "--workdir=runs/NAME or --out=DIR"
             )
-        return self.workdir / default
+        with distributed.agree():
+            if distributed.is_first():
+                try_folder(out, files=files)
+        return out
 
     def request(self, default_seeds: str) -> Request:
         """The samples that --seeds, --class and --low_res ask for. Raises UserError."""
@@ -114,6 +156,30 @@ class Command:
             seeds=value_of("seeds") or default_seeds,
             class_rule=value_of("class") or "",
             low_res=path_of("low_res"),
+            class_names=self.class_names(),
+        )
+
+    def class_names(self) -> list[str]:
+        """Of the run or the weights, if --class may need them: a rule or a number does not."""
+        text = value_of("class") or "mod"
+        return [] if text in CLASS_RULES else class_names(self.workdir, self.weights)
+
+    def comparison(self, out: Path) -> Comparison:
+        """What --reference, --features and their like name. out: of a command without a run."""
+        settings = self.settings.evaluate
+        limit, inception = value_of("reference_images"), path_of("inception")
+        if inception is None and settings.inception:
+            inception = expanded(settings.inception)
+        # A run that may only be read keeps nothing.
+        cache = (self.workdir or out) / "cache"
+        if not distributed.of_first(is_writable(cache)):
+            cache = out / "cache"
+        return Comparison(
+            reference=str(expanded(value_of("reference"))),
+            reference_images=settings.reference_images if limit is None else limit,
+            features=value_of("features") or settings.features,
+            inception=inception,
+            cache=path_of("cache") or cache,
         )
 
     def needs_weights(self, advice: str) -> None:
@@ -124,7 +190,7 @@ class Command:
 
 def use_compilation_cache(workdir: Path) -> None:
     """Compiled programs are kept in the workdir, unless the user has chosen a place."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and is_writable(workdir / "cache"):
         jax.config.update("jax_compilation_cache_dir", str((workdir / "cache").absolute()))
 
 
@@ -136,7 +202,12 @@ def train_verb(command: Command) -> None:
     settings = command.settings
     if command.workdir is None:
         raise UserError("name the folder of the run: --workdir=runs/NAME")
+    if may_only_be_read(settings.stages, command.workdir):
+        command.claim(create=False)
+        return
     with distributed.agree():
+        if distributed.is_first():
+            try_places(command.stages, command.workdir)
         source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
     command.claim(create=True)
     train(settings, command.only, source, command.workdir, command.weights)
@@ -145,7 +216,7 @@ def train_verb(command: Command) -> None:
 def sample_verb(command: Command) -> None:
     """--mode=sample: images of --seeds into --out."""
     command.needs_weights("name the folder of the run: --workdir=runs/NAME")
-    out = path_of("out") or (command.workdir or Path()) / "samples" / "images"
+    out = command.out("samples/images")
     with distributed.agree():
         request = command.request("0-63")
     generate(command.settings, request, command.open_run(), out, value_of("format"))
@@ -158,7 +229,7 @@ def evaluate_verb(command: Command) -> None:
         command.needs_weights(
             "name what to score: --images=DIR, or the run with --workdir=runs/NAME"
         )
-    out = command.out("evaluation")
+    out = command.out("evaluation", "report.json", "report.md")
     weights: dict[str, Path] = {}
     with distributed.agree():
         samples = images or command.request(f"0-{settings.samples - 1}")
@@ -166,17 +237,44 @@ def evaluate_verb(command: Command) -> None:
         weights = command.open_run()
     elif command.workdir is not None:
         use_compilation_cache(command.workdir)
-    limit, inception = value_of("reference_images"), path_of("inception")
-    if inception is None and settings.inception:
-        inception = Path(settings.inception).expanduser()
-    comparison = Comparison(
-        reference=value_of("reference"),
-        reference_images=settings.reference_images if limit is None else limit,
-        features=value_of("features") or settings.features,
-        inception=inception,
-        cache=path_of("cache") or (command.workdir or out) / "cache",
+    evaluate_run(command.settings, samples, weights, command.comparison(out), out)
+
+
+def sweep_verb(command: Command) -> None:
+    """--mode=sweep: the samplers of --sweep, scored on the same seeds, into --out."""
+    command.needs_weights("name the run: --workdir=runs/NAME")
+    out = command.out("sweep", "sweep.json", "sweep.md", "sweep.png")
+    with distributed.agree():
+        names = split_samplers(value_of("sweep"))
+        baseline = value_of("sweep_reference") or names[0]
+        if baseline not in names:
+            names.append(baseline)
+        forward = {stage.name: forward_flops(stage) for stage in command.stages}
+        contenders = []
+        for name in names:
+            sampled = settings_for(command.settings, name)
+            request = parse_request(
+                sampled,
+                parse_stage(sampled.stages, value_of("stage")),
+                seeds=value_of("seeds") or f"0-{sampled.evaluate.samples - 1}",
+                class_rule=value_of("class") or "",
+                class_names=command.class_names(),
+            )
+            cost = sampling_cost(joined(request.stages), forward)
+            contenders.append(Contender(name=name, request=request, cost=cost))
+    weights = command.open_run()
+    report = sweep(
+        command.settings,
+        contenders,
+        baseline,
+        weights,
+        command.comparison(out),
+        out,
     )
-    evaluate_run(command.settings, samples, weights, comparison, out)
+    with distributed.agree():
+        if distributed.is_first():
+            plot_sweep(report, out / "sweep.png")
+            logging.info("look at %s and %s", out / "sweep.md", out / "sweep.png")
 
 
 def plot_verb(command: Command) -> None:
@@ -186,7 +284,7 @@ def plot_verb(command: Command) -> None:
     request = PlotSettings(
         names=value_of("plot"),
         seeds=parse_seeds(value_of("seeds") or "0-63"),
-        class_rule=parse_class_rule(value_of("class") or "mod", num_classes),
+        class_rule=parse_class_rule(value_of("class") or "mod", num_classes, command.class_names()),
         images=value_of("plot_images"),
     )
     plot(command.settings, command.open_run(), request, out)
@@ -194,18 +292,22 @@ def plot_verb(command: Command) -> None:
 
 def prepare_verb(command: Command) -> None:
     """--mode=prepare: packs the data set, cropped and resized for every stage, into --out."""
-    if jax.process_count() > 1:
+    if distributed.joined():
         raise UserError("--mode=prepare runs in one process; start it on one host")
     out = value_of("out")
     if not out:
         raise UserError("name the folder to prepare into: --out=DIR or --out=gs://BUCKET/PATH")
+    if "://" not in out:
+        out = str(command.out(""))
     settings = command.settings
-    dataset, seed = settings.dataset.keys, settings.seed
+    source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
+    description = describe(source, settings.dataset.keys, settings.resolutions, settings.seed)
+    description.show()
     prepare(
-        open_source(dataset, settings.resolutions, seed),
+        source,
         settings.resolutions,
-        out if "://" in out else Path(out).expanduser(),
-        description=describe_source(dataset, settings.resolutions[-1], seed),
+        out if "://" in out else Path(out),
+        description=description.source | {"identity": description.identity},
         threads=settings.dataset.threads,
         report=PrepareProgress(),
     )
@@ -233,7 +335,17 @@ def plan_verb(command: Command) -> None:
         hardware=value_of("hardware"),
         topology=value_of("topology"),
     )
-    plan(command.settings, command.only, request, command.workdir)
+    presets = by_preset(command.configured)
+    if command.workdir is not None:
+        try_folder(command.workdir, files=["plan.json"])
+    plan(command.settings, command.only, request, command.workdir, presets)
+
+
+def verify_verb(command: Command) -> None:
+    """--mode=verify: compares every checkpoint of the run, or of --weights, with its checksums."""
+    command.needs_weights("name the run: --workdir=runs/NAME")
+    base = command.workdir or Path()
+    verify_all([command.weights.get(s.name, base / s.name) for s in command.stages])
 
 
 # How it ends
@@ -243,64 +355,24 @@ def run(config: ConfigDict) -> None:
     """Checks everything that can be checked cheaply, then does what --mode says."""
     with distributed.agree():
         command = Command(config)
-    if command.mode in ("train", "sample", "evaluate", "plot"):
+    if command.mode in ("train", "sample", "evaluate", "sweep", "plot"):
         set_up_devices(command.settings)
     verbs = {
         "train": train_verb,
         "sample": sample_verb,
         "evaluate": evaluate_verb,
+        "sweep": sweep_verb,
         "prepare": prepare_verb,
         "plan": plan_verb,
         "plot": plot_verb,
+        "verify": verify_verb,
     }
     verbs[command.mode](command)
 
 
-def give_up(error: UserError) -> NoReturn:
-    """Ends with one line, also where other processes are waiting in a collective."""
-    if not distributed.joined():
-        fail(error, error.status)
-    try:
-        if not error.agreed or jax.process_index() == 0:
-            fail(error, error.status)
-    finally:
-        if error.agreed:
-            distributed.leave()
-        else:
-            # Leaving in order would wait for the others; the launcher, or
-            # JAX's heartbeat, ends them.
-            os._exit(error.status)
-    sys.exit(error.status)
-
-
 def main(_: Sequence[str]) -> None:
     """Runs the verb of the parsed flags; every way to end has its exit status."""
-    quieten()
-    try:
-        distributed.initialize()
-        with distributed.sigterm_asks():
-            run(CONFIG_FLAG.value)
-        distributed.leave()
-    except Stopped as stop:
-        logging.info("%s; the same command continues", stop)
-        distributed.leave()
-        sys.exit(distributed.STOPPED)
-    except UserError as error:
-        give_up(error)
-    except OSError as error:
-        give_up(StorageError(f"{one_line(error)}; the same command continues"))
-    except KeyboardInterrupt:
-        logging.info("interrupted; the same command continues from the last checkpoint")
-        if distributed.joined():
-            os._exit(130)
-        sys.exit(130)
-    except Exception:
-        if not distributed.joined():
-            raise
-        # The interpreter's own way out would wait for processes that wait
-        # for this one.
-        traceback.print_exc()
-        os._exit(1)
+    to_the_end(lambda: run(CONFIG_FLAG.value))
 
 
 def console() -> None:

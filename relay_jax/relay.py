@@ -2,11 +2,12 @@
 
     relay = load("runs/demo")
     images = relay.sample(seeds=range(16), classes=3)
+    quick = relay.with_preset("fast").sample(seeds=range(16))
     fewer = relay.replace("relay", sampler=Heun(num_steps=20, handoff_sigma=0.9)).sample(range(16))
 
 A thin facade over Stage and the sampling chain, through which the
-command line draws as well: equal seeds, weights and settings give equal
-images. One process; several devices are used if there are.
+command line samples as well: equal seeds, weights and settings give
+equal images. One process; several devices are used if there are.
 """
 
 import dataclasses
@@ -32,16 +33,18 @@ from relay_jax.config import (
 from relay_jax.diffusion.precondition import Denoiser
 from relay_jax.errors import UserError
 from relay_jax.models.network import describe, parameter_count
+from relay_jax.presets import check_preset, with_preset
 from relay_jax.runtime import devices
 from relay_jax.runtime.checkpoint import read_meta
 from relay_jax.runtime.sharding import make_mesh, place
 from relay_jax.sampling.chain import Chain, sample_stage
 from relay_jax.sampling.record import plain
 from relay_jax.sampling.seeds import classes_for, parse_class_rule
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, joined
 from relay_jax.workdir import (
     CONFIG,
     claim_workdir,
+    class_names,
     open_config,
     parse_weights,
     read_config,
@@ -52,15 +55,18 @@ from relay_jax.workdir import (
 class Relay:
     """Stages with their averaged weights.
 
-    stages: low resolution first; params: by stage name; notes: what the
-    checkpoints say of themselves; batch: images per call of the
-    compiled programs.
+    stages: low resolution first; params: by stage name; notes: what
+    the checkpoints say of themselves; batch: images per call of the
+    compiled programs; class_names: of the data set, where it is
+    known; settings: of its configuration, where it has one.
     """
 
     stages: Sequence[Stage]
     params: Mapping[str, dict]
     notes: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     batch: int = 64
+    class_names: Sequence[str] = ()
+    settings: Settings | None = None
 
     @cached_property
     def chain(self) -> Chain:
@@ -81,16 +87,19 @@ class Relay:
     def sample(
         self,
         seeds: Sequence[int] | np.ndarray,
-        classes: int | str | Sequence[int] | np.ndarray | None = None,
+        classes: int | str | Sequence[int | str] | np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Images of every stage by its name, float32 [n, h, w, 3], about [-1, 1], not clipped.
 
         seeds: [n], 0 to 2^32 - 1; image i depends on seed i and its
-        class alone. classes: one for all, one for each seed [n], a rule
-        (sampling/seeds.py: mod, balanced, random), or None for mod, as
-        the command line.
-        Raises UserError for classes or seeds that cannot be. Source:
-        docs/math.md section 6.
+        class alone. classes: one for all, by number or name, one for
+        each seed [n], a rule (sampling/seeds.py: mod, balanced,
+        random), or None for mod, as on the command line.
+
+        A stage before a relay with handoff "noise" has no finished
+        image: what its network makes of the state that it hands
+        over. Raises UserError for classes or seeds that cannot be.
+        Source: docs/math.md section 6.
         """
         numbers = np.asarray(list(seeds), np.int64)
         if len(numbers) and not (numbers.min() >= 0 and numbers.max() < 2**32):
@@ -100,43 +109,52 @@ class Relay:
     def _classes(self, seeds: np.ndarray, classes: Any) -> np.ndarray:
         num_classes = self.stages[-1].num_classes
         if classes is None or isinstance(classes, str | int | np.integer):
-            rule = parse_class_rule("mod" if classes is None else str(classes), num_classes)
+            rule = self._class_rule("mod" if classes is None else str(classes))
             return classes_for(seeds, num_classes, rule)
-        values = np.asarray(classes, np.int32)
+        # Names and numbers may stand side by side.
+        numbers = [int(self._class_rule(c)) if isinstance(c, str) else c for c in classes]
+        values = np.asarray(numbers, np.int32)
         if values.shape != seeds.shape:
             raise UserError(f"{len(seeds)} seeds need as many classes, not {list(values.shape)}")
         if len(values) and not (values.min() >= 0 and values.max() < max(num_classes, 1)):
             raise UserError(f"classes must lie in 0 to {num_classes - 1}")
         return values
 
+    def _class_rule(self, text: str) -> str:
+        return parse_class_rule(text, self.stages[-1].num_classes, self.class_names)
+
     def denoiser(self, stage: str, classes: jax.Array | Sequence[int] | None = None) -> Denoiser:
         """(x [b, h, w, 3], scalar sigma) -> denoised images x0, guided as the stage is sampled.
 
         stage: its name; classes: int [b], or None for no labels.
-        Jittable. Source: docs/math.md section 5. Raises UserError for
-        an unknown stage.
+        Jittable. Source: docs/math.md section 5. Raises UserError
+        for an unknown stage.
         """
         labels = None if classes is None else jnp.asarray(classes, jnp.int32)
         return self.stage(stage).denoiser(self.params[stage], labels)
 
     def loss(
-        self, stage: str, images: jax.Array, labels: jax.Array | None, key: jax.Array
+        self,
+        stage: str,
+        images: jax.Array,
+        labels: jax.Array | None,
+        key: jax.Array,
     ) -> jax.Array:
         """Training loss of each image without augmentation and dropout, float32 [b].
 
-        stage: its name; images: [b, r, r, 3], uint8 or floats in [-1,
-        1], at the resolution of the stage; labels: int [b] or None;
-        key: of the levels and the noise. Source: docs/math.md section
-        5. Raises UserError for an unknown stage.
+        stage: its name; images: [b, r, r, 3], uint8 or floats in
+        [-1, 1], at the resolution of the stage; labels: int [b] or
+        None; key: of the levels and the noise. Source: docs/math.md
+        section 5. Raises UserError for an unknown stage.
         """
         chosen = self.stage(stage)
         return loss(chosen, self.params[stage], jnp.asarray(images), labels, key)
 
     def replace(self, stage: str, **changes: Any) -> "Relay":
-        """The same relay with other parts of one stage, such as sampler= or guidance=.
+        """The same relay with other parts of one stage, such as sampler=, guidance=, handoff=.
 
-        Raises UserError for an unknown stage or parts that do not work
-        together, TypeError for a field that a stage has not.
+        Raises UserError for an unknown stage or parts that do not
+        work together, TypeError for a field that a stage has not.
         """
         old = self.stage(stage)
         new = dataclasses.replace(old, **changes)
@@ -146,24 +164,51 @@ class Relay:
             raise
         except ValueError as error:
             raise UserError(f"stage {stage}: {error}") from error
-        return dataclasses.replace(self, stages=[new if s is old else s for s in self.stages])
+        stages = [new if s is old else s for s in self.stages]
+        joined(stages)  # raises for a hand-off that cannot be
+        return dataclasses.replace(self, stages=stages)
+
+    def with_preset(self, name: str) -> "Relay":
+        """The same weights, sampled as a preset says, as by --preset: official, safe, fast, draft.
+
+        What `replace` has changed is as in the configuration again.
+        Raises UserError for an unknown name, and for a relay without
+        a configuration.
+        """
+        if self.settings is None:
+            raise UserError("this relay has no configuration; use replace(stage, sampler=...)")
+        names = [stage.name for stage in self.stages]
+        stages = with_preset(self.settings, name).stages
+        return dataclasses.replace(self, stages=[s for s in stages if s.name in names])
 
 
 def load(
-    run: str | Path | Mapping[str, str | Path], config: str | ConfigDict | None = None
+    run: str | Path | Mapping[str, str | Path],
+    config: str | ConfigDict | None = None,
+    preset: str = "",
 ) -> Relay:
     """Opens a training run, or converted weights.
 
     run: the workdir of a run; or a folder of converted stages, a
-    sub-folder for each; or their folders by stage name, {"base": ...,
-    "relay": ...}, FOLDER@STEP for one checkpoint. config: name, file or
-    ConfigDict. A run has its own and needs none. Checkpoints alone say
-    what their network is, but not its process and sampler: without
-    `config` it is the one configuration of the package that has these
-    networks.
-    Raises UserError for what is not there, does not fit, or is not one
-    configuration's.
+    sub-folder for each; or their folders by stage name, {"base":
+    ..., "relay": ...}, FOLDER@STEP for one checkpoint. config: name,
+    file or ConfigDict. A run has its own and needs none. Checkpoints
+    alone say what their network is, but not its process and sampler:
+    without `config` it is the one configuration of the package that
+    has these networks. preset: how it is sampled, as --preset; ''
+    for the configuration's own samplers.
+
+    Raises UserError for what is not there, does not fit, or is not
+    one configuration's.
     """
+    # Before the weights are read, which may take minutes.
+    if preset:
+        check_preset(preset)
+    relay = _open(run, config)
+    return relay.with_preset(preset) if preset else relay
+
+
+def _open(run: str | Path | Mapping[str, str | Path], config: str | ConfigDict | None) -> Relay:
     if isinstance(run, Mapping):
         texts = {name: str(Path(folder).expanduser()) for name, folder in run.items()}
     else:
@@ -185,10 +230,11 @@ def _load_run(workdir: Path, config: str | ConfigDict | None) -> Relay:
     else:
         settings = settings_of(config_of(config))
         claim_workdir(settings.plain, workdir, create=False)
-    return _load(settings, {stage.name: workdir / stage.name for stage in settings.stages})
+    folders = {stage.name: workdir / stage.name for stage in settings.stages}
+    return _load(settings, folders, class_names(workdir, {}))
 
 
-def _load(settings: Settings, folders: Mapping[str, Path]) -> Relay:
+def _load(settings: Settings, folders: Mapping[str, Path], names: Sequence[str] = ()) -> Relay:
     set_up_devices(settings)
     stages = [stage for stage in settings.stages if stage.name in folders]
     for stage in stages:
@@ -202,6 +248,8 @@ def _load(settings: Settings, folders: Mapping[str, Path]) -> Relay:
         params=chain.params,
         notes=chain.notes,
         batch=settings.sample.batch,
+        class_names=names or class_names(None, folders),
+        settings=settings,
     )
 
 
@@ -209,8 +257,8 @@ def _difference(described: Mapping[str, Any], stage: Stage) -> str:
     """The first field in which a checkpoint's network differs from that of a stage, '' if none."""
     fields = json.loads(json.dumps(plain(describe(stage.network))))
     for name, value in fields.items():
-        # Precision, dropout and recomputation may be chosen anew for the
-        # same weights.
+        # Precision, dropout and recomputation may be chosen anew for
+        # the same weights.
         if name in ("dtype", "dropout", "remat") or name not in described:
             continue
         if described[name] != value:
@@ -241,9 +289,9 @@ def _configuration_of(folders: Mapping[str, Path]) -> ConfigDict:
 def set_up_devices(settings: Settings) -> None:
     """One CPU device for each core, if the weights fit as often; before the first use of a device.
 
-    The command line and `load` do the same, so that their programs and
-    their bits are the same. In a process that has used JAX before, its
-    devices stay as they are.
+    The command line and `load` do the same, so that their programs
+    and their bits are the same. In a process that has used JAX
+    before, its devices stay as they are.
     """
     if settings.fsdp > 1:
         devices.setup()
@@ -261,8 +309,8 @@ def build(config: str | ConfigDict, seed: int = 0) -> Relay:
     """A relay with fresh parameters, to look at, count or train.
 
     config: name ("demo", "imagenet256:smoke"), file or ConfigDict.
-    seed: of the parameters. Raises UserError for a configuration that
-    cannot work.
+    seed: of the parameters. Raises UserError for a configuration
+    that cannot work.
     """
     settings = settings_of(config_of(config))
     set_up_devices(settings)
@@ -271,7 +319,12 @@ def build(config: str | ConfigDict, seed: int = 0) -> Relay:
         stage.name: place(stage.init(jax.random.fold_in(jax.random.key(seed), stage.index)), mesh)
         for stage in settings.stages
     }
-    return Relay(stages=settings.stages, params=params, batch=settings.sample.batch)
+    return Relay(
+        stages=settings.stages,
+        params=params,
+        batch=settings.sample.batch,
+        settings=settings,
+    )
 
 
 def sample(
@@ -283,10 +336,14 @@ def sample(
 ) -> jax.Array:
     """Images of one stage as a pure function, to be jitted: float32 [b, h, w, c], not clipped.
 
-    seeds: uint32 [b]; classes: int [b] or None; low_res: [b, h/p, w/p,
-    c], for a stage that starts from images. Source: docs/math.md
-    section 6. Raises ValueError without low_res where it is needed.
+    seeds: uint32 [b]; classes: int [b] or None; low_res:
+    [b, h/p, w/p, c], for a stage that starts from images.
+    Source: docs/math.md section 6. Raises ValueError without low_res
+    where it is needed, AssertionError (chex) for other shapes,
+    UserError for a stage with handoff "noise", which continues no
+    image.
     """
+    joined([stage])
     return sample_stage(stage, params, jnp.asarray(seeds, jnp.uint32), classes, low_res).final
 
 
@@ -299,8 +356,9 @@ def loss(
 ) -> jax.Array:
     """Training loss of each image of one stage as a pure function: float32 [b].
 
-    images: [b, r, r, c], uint8 or floats in [-1, 1]; labels: int [b] or
-    None; key: of the levels and the noise. No augmentation, no dropout.
-    Source: docs/math.md section 5.
+    images: [b, r, r, c], uint8 or floats in [-1, 1]; labels: int [b]
+    or None; key: of the levels and the noise. No augmentation, no
+    dropout. Source: docs/math.md section 5. Raises AssertionError
+    (chex) for images of another shape than the network's.
     """
     return stage.loss(params, images, None if labels is None else jnp.asarray(labels), key)

@@ -1,13 +1,13 @@
 """One stage of a relay: a network with its forward process, and what can be done with it.
 
 All methods that take parameters are pure functions of arrays, to be
-jitted by the caller: the train step, the sampling chain, the pictures
-and a notebook use the same ones.
+jitted by the caller: the train step, the sampling chain, the
+pictures and a notebook use the same ones.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import chex
@@ -22,7 +22,10 @@ from relay_jax.diffusion.loss import loss
 from relay_jax.diffusion.precondition import Denoiser, precondition
 from relay_jax.diffusion.process import PROCESSES, EdmProcess
 from relay_jax.diffusion.sampler import SAMPLERS, Sampler
+from relay_jax.errors import UserError
 from relay_jax.models.network import Network, describe, init_params, shapes_of
+
+HANDOFFS = ("image", "noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,13 @@ class TrainSettings:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"train.{name} {rule}, not {getattr(self, name)}")
+        # Steps are counted in int32 on the devices.
+        for name, value, most in (
+            ("batch", self.batch, 2**22),
+            ("steps", self.steps, 2**31 - 1),
+        ):
+            if value > most:
+                raise ValueError(f"train.{name} must be at most {most:,}, not {value}")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"train.batch {self.batch} is not divisible by train.accumulate {self.accumulate}"
@@ -84,7 +94,11 @@ class TrainSettings:
 class Stage:
     """A network and its process. `sample_process` is `process` as sampling uses it (cdf_max).
 
-    index: place in the relay; the noise of every seed depends on it.
+    name: its key in config.stages. index: place in the relay; the
+    noise of every seed depends on it. sampler and guidance: how it
+    is sampled; train: how it is trained. handoff: what it continues,
+    the finished "image" of the stage before, or its state at a level
+    where it stops, "noise" (docs/math.md section 6).
     """
 
     name: str
@@ -95,6 +109,7 @@ class Stage:
     sampler: Sampler
     guidance: Guidance
     train: TrainSettings
+    handoff: str = "image"
 
     @property
     def resolution(self) -> int:
@@ -116,12 +131,18 @@ class Stage:
         """Pixels per side of the images that it continues, 0 for a first stage."""
         return self.resolution // self.process.patch if self.starts_from_images else 0
 
+    @property
+    def alone(self) -> "Stage":
+        """The stage by itself, which continues images, also where a relay hands it a state."""
+        return replace(self, handoff="image")
+
     def check(self) -> None:
         """Raises ValueError for parts that do not fit together, naming the key to change."""
         self.network.check()
         self.process.check_training()
         self.process.check_resolution(self.resolution)
         self.sampler.check(self.sample_process)
+        self._check_handoff()
         weight = self.guidance.weight
         if weight > 1 and not self.num_classes:
             raise ValueError(f"sample.guidance {weight} needs classes (dataset.num_classes); use 1")
@@ -129,6 +150,20 @@ class Stage:
             raise ValueError(
                 "sample.guidance above 1 needs a network trained with train.label_dropout above 0 "
                 "(0.1 is usual)"
+            )
+
+    def _check_handoff(self) -> None:
+        if self.handoff not in HANDOFFS:
+            names = " or ".join(map(repr, HANDOFFS))
+            raise ValueError(f"sample.handoff must be {names}, not {self.handoff!r}")
+        if self.handoff == "image":
+            return
+        if not self.starts_from_images:
+            raise ValueError("sample.handoff 'noise' is for a relay stage; leave it out")
+        if not self.sample_process.continues_noise:
+            raise ValueError(
+                f"{kind_of(self.process, PROCESSES)} says how to start from images, not from a "
+                "noisy state; use sample.handoff 'image'"
             )
 
     def init(self, key: jax.Array) -> dict:
@@ -156,9 +191,9 @@ class Stage:
     def denoiser(self, params: dict, classes: jax.Array | None = None) -> Denoiser:
         """(x [b, h, w, c], scalar sigma) -> denoised images, guided as the stage is sampled.
 
-        classes: int [b]; None or an unconditional network: no labels.
-        Source: docs/math.md section 5. Raises ValueError for guidance
-        above 1 without classes.
+        classes: int [b]; None or an unconditional network: no
+        labels. Source: docs/math.md section 5. Raises ValueError for
+        guidance above 1 without classes.
         """
         return classifier_free(self.preconditioned(params), self.one_hot(classes), self.guidance)
 
@@ -173,13 +208,13 @@ class Stage:
     ) -> jax.Array:
         """Training loss of each image, float32 [b] (docs/math.md section 5).
 
-        images: sharp, [b, r, r, c], uint8 or floats in [-1, 1]; labels:
-        int [b] or None. index: int [b], places of the images in the
-        whole batch, by default 0, 1, ...: noise, augmentation and
-        dropped labels of an image depend on the key and its place
-        alone. train: with augmentation, label dropout and dropout, as
-        in training; else without. Raises AssertionError (chex) for
-        images of another shape than the network's.
+        images: sharp, [b, r, r, c], uint8 or floats in [-1, 1];
+        labels: int [b] or None. index: int [b], places of the images
+        in the whole batch, by default 0, 1, ...: noise, augmentation
+        and dropped labels of an image depend on the key and its
+        place alone. train: with augmentation, label dropout and
+        dropout, as in training; else without. Raises AssertionError
+        (chex) for images of another shape than the network's.
         """
         size = (self.resolution, self.resolution, self.network.image_channels)
         chex.assert_shape(
@@ -197,8 +232,8 @@ class Stage:
         class_labels = self.one_hot(labels)
         if class_labels is not None and train and self.train.label_dropout > 0:
             class_labels = drop_labels(class_labels, self.train.label_dropout, label_key, index)
-        # Dropout masks belong to the part of a batch that is computed at
-        # once, by its first place.
+        # Dropout masks belong to the part of a batch that is
+        # computed at once, by its first place.
         rngs = {"dropout": jax.random.fold_in(dropout_key, index[0])} if train else {}
 
         def apply(x: jax.Array, c_noise: jax.Array, *_: jax.Array | None) -> jax.Array:
@@ -217,7 +252,8 @@ class Stage:
 
     def describe(self) -> dict[str, Any]:
         """All that the stage does to its input, but for its weights, as plain values."""
-        return {
+        handoff = {"handoff": self.handoff} if self.starts_from_images else {}
+        return handoff | {
             "resolution": self.resolution,
             "index": self.index,
             "dtype": np.dtype(self.network.dtype).name,
@@ -235,11 +271,58 @@ class Stage:
         }
 
 
-def kind_of(part: object, known: Mapping[str, type]) -> str:
+def joined(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages as a chain samples them.
+
+    One before a relay from noise stops at the level that the relay's
+    first one has there, sigma / patch. Raises UserError, one line,
+    for a stage that cannot hand over a state, and for a relay from
+    noise without the stage before.
+    """
+    if stages and stages[0].handoff == "noise":
+        raise UserError(
+            f"stage {stages[0].name}: with sample.handoff 'noise' it continues a state of the "
+            "stage before and not images: sample the whole relay, or use sample.handoff 'image'"
+        )
+    following = [*stages[1:], None]
+    return [_until(stage, after) for stage, after in zip(stages, following, strict=True)]
+
+
+def _until(stage: Stage, after: Stage | None) -> Stage:
+    """The stage, stopped where `after` continues its state. Raises UserError."""
+    if after is None or after.handoff == "image":
+        return stage
+    begin = f"stage {after.name}: sample.handoff 'noise' "
+    # The noise of a relay is white and block noise: its means over
+    # patches are not those that the next stage's noise has.
+    if stage.starts_from_images:
+        raise UserError(
+            f"{begin}continues a stage that starts from noise, and {stage.name} is a relay itself; "
+            "use 'image'"
+        )
+    until = getattr(stage.sampler, "until", None)
+    if until is None:
+        kind = kind_of(stage.sampler, SAMPLERS)
+        raise UserError(
+            f"{begin}needs a stage before that can stop early, and the sampler {kind} of stage "
+            f"{stage.name} cannot; use 'image', or kind 'heun' or 'multistep' there"
+        )
+    try:
+        return replace(stage, sampler=until(handed_sigma(after)))
+    except ValueError as error:
+        raise UserError(f"{begin}stops stage {stage.name}: {error}") from error
+
+
+def handed_sigma(stage: Stage) -> float:
+    """The level of the state that a relay from noise continues: its first level over the patch."""
+    return float(stage.sampler.levels()[0]) / stage.process.patch
+
+
+def kind_of(part: object, classes: Mapping[str, type]) -> str:
     """The name of a part's class in a configuration: a short one, or package.module:Class."""
-    # By the class itself: a part derived from a known one must not be
-    # taken for it in a record.
-    short = [name for name, known_class in known.items() if type(part) is known_class]
+    # By the class itself: a part derived from a known one must not
+    # be taken for it in a record.
+    short = [name for name, candidate in classes.items() if type(part) is candidate]
     return short[0] if short else f"{type(part).__module__}:{type(part).__name__}"
 
 
@@ -248,8 +331,8 @@ def drop_labels(
 ) -> jax.Array:
     """Sets whole rows of [b, classes] to zero ("no label") with the given probability.
 
-    index: int [b], places in the whole batch: what a row draws depends
-    on the key and its place.
+    index: int [b], places in the whole batch: what a row draws
+    depends on the key and its place.
     """
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(index)
     keep = jax.vmap(jax.random.uniform)(keys) >= probability

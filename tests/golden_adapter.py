@@ -4,6 +4,8 @@ Nothing is computed here. Used by tests/test_golden.py and by the external check
 official numbers.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,8 @@ import numpy as np
 from relay_jax.diffusion import augment as augmentation
 from relay_jax.diffusion import blur as blur_module
 from relay_jax.diffusion import dct as dct_module
+from relay_jax.diffusion import grid, multistep, sampler
 from relay_jax.diffusion import loss as loss_module
-from relay_jax.diffusion import sampler
 from relay_jax.diffusion.block_noise import block_noise as our_block_noise
 from relay_jax.diffusion.guidance import Guidance, classifier_free
 from relay_jax.diffusion.precondition import precondition
@@ -91,11 +93,11 @@ def edm_loss(denoiser, images, normal, gaussian):
 
 
 def edm_sigmas(**settings):
-    return sampler.edm_sigmas(**settings)
+    return grid.edm_sigmas(**settings)
 
 
 def relay_sigmas(**settings):
-    return sampler.relay_sigmas(**settings)
+    return grid.relay_sigmas(**settings)
 
 
 # Samplers
@@ -164,6 +166,58 @@ def sample_relay(
     return _result(run(nhwc(low_res), noise))
 
 
+# Few steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OnLevels(multistep.Multistep):
+    """On levels of the caller's own."""
+
+    num_steps: int = 1
+    sigmas: tuple = (1.0,)
+
+    def levels(self):
+        return np.append(self.sigmas, 0.0)
+
+
+def _few_steps(denoiser, start, noise, sigmas, process, **settings):
+    solver = _OnLevels(sigmas=tuple(np.asarray(sigmas, float)), **settings)
+    run = jax.jit(lambda x, noise: solver(denoiser(jnp), x, process, _replay(noise)).final)
+    return nchw(run(nhwc(start), noise))
+
+
+def edm_multistep(denoiser, start, noise, sigmas, fresh_noise_rate, corrector):
+    settings = {"fresh_noise_rate": fresh_noise_rate, "corrector": corrector}
+    return _few_steps(denoiser, start, noise, sigmas, EdmProcess(), **settings)
+
+
+def relay_multistep(
+    denoiser,
+    start,
+    noise,
+    sigmas,
+    fresh_noise_rate,
+    corrector,
+    exact_first_blur,
+    **process,
+):
+    settings = {
+        "fresh_noise_rate": fresh_noise_rate,
+        "corrector": corrector,
+        "exact_first_blur": exact_first_blur,
+    }
+    return _few_steps(denoiser, start, noise, sigmas, RelayProcess(**process), **settings)
+
+
+def noise_handoff(low_state, gauss, block, sigma, patch, block_noise_scale):
+    process = RelayProcess(patch=patch, block_noise_scale=block_noise_scale)
+    noise_fn = _replay({"initial_gauss": gauss, "initial_block": block})
+    return nchw(process.initial_state_from_noise(sigma, noise_fn, nhwc(low_state)))
+
+
+fresh_noise_rate = multistep.rate_of_share
+
+
 # Network
 
 
@@ -182,7 +236,7 @@ def _network(config):
 
 
 def unet(params, config, x, sigma, class_labels, augment_labels):
-    net, ours = _network(config), from_official(params)
+    net, flax_params = _network(config), from_official(params)
     raw = {}
 
     @jax.jit
@@ -193,7 +247,7 @@ def unet(params, config, x, sigma, class_labels, augment_labels):
 
         return precondition(network)(x, sigma, class_labels, augment_labels), raw["F_x"]
 
-    d_x, f_x = run(ours, nhwc(x), sigma)
+    d_x, f_x = run(flax_params, nhwc(x), sigma)
     return {"D_x": nchw(d_x), "F_x": nchw(f_x)}
 
 
@@ -221,13 +275,13 @@ def read_checkpoint(path):
 
 
 def read_training_state(path):
-    found = read_official(path, optimizer=True)
+    state = read_official(path, optimizer=True)
     return {
-        "images_seen": found.images_seen,
-        "ema": found.ema.params,
-        "net": found.net.params,
-        "exp_avg": found.exp_avg,
-        "exp_avg_sq": found.exp_avg_sq,
+        "images_seen": state.images_seen,
+        "ema": state.ema.params,
+        "net": state.net.params,
+        "exp_avg": state.exp_avg,
+        "exp_avg_sq": state.exp_avg_sq,
     }
 
 

@@ -89,6 +89,15 @@ def test_without_a_run_a_configuration_must_be_named(
     assert "is damaged" in refusal(capsys, f"--workdir={tmp_path}", "--mode=sample")
 
 
+@pytest.mark.parametrize("key", ["nothing", "stages.base.nothing", "stages.base.model.head_wdth"])
+def test_a_key_that_is_not_there_is_named_whole(
+    capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    line = refusal(capsys, DEMO, f"--config.{key}=3")
+    assert f"the configuration has no key {key}" in line
+    assert ('Did you mean "head_width"' in line) == key.endswith("wdth")
+
+
 def test_names_and_files_are_the_same_configuration(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 refused in one line."""
 
 import importlib
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from relay_jax.diffusion.process import EdmProcess, RelayProcess
 from relay_jax.diffusion.sampler import Heun
 from relay_jax.errors import UserError
 from relay_jax.stage import Stage
+from tests.overrides import overrides, try_override
 
 FOLDER = Path(default.__file__).parent
 NAMES = sorted(
@@ -320,7 +322,7 @@ def test_a_stage_is_found_by_its_name() -> None:
         ({"stages.base.sample.fresh_noise": 1.5}, "fresh_noise must lie in .* not 1.5"),
         ({"stages.base.sample.handoff_sigma": 0.9}, "handoff_sigma is for a stage that continues"),
         ({"stages.relay.sample.s_churn": 1.0}, "continues images has no churn"),
-        ({"stages.base.sample.kind": "euler"}, "sample.kind must be 'heun' or package.module"),
+        ({"stages.base.sample.kind": "euler"}, "sample.kind must be 'heun' or 'multistep' or pack"),
         ({"stages.base.model.kind": "no.such:Net"}, "model.kind='no.such:Net' cannot be imported"),
         ({"sample.batch": 0}, "sample.batch must be at least 1, not 0"),
         # labels
@@ -380,6 +382,77 @@ def test_what_cannot_work_is_refused_in_one_line_that_names_it(
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
         settings_of(changed(changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        # numbers that are none
+        ({"stages.base.process.P_mean": float("nan")}, "process.P_mean must be a finite number"),
+        ({"stages.relay.process.P_std": float("inf")}, "process.P_std must be a finite number"),
+        ({"stages.base.process.sigma_data": 1e300}, "process.sigma_data must be a finite number"),
+        ({"stages.base.process.sigma_data": 1e-30}, "whose loss is no finite number"),
+        ({"stages.base.process.P_mean": 100.0}, "whose loss is no finite number"),
+        ({"stages.relay.process.sigma_floor": 1e30}, "sigma_floor 1e\\+30 lies outside"),
+        ({"stages.base.train.learning_rate": float("nan")}, "learning_rate must be a finite"),
+        ({"stages.base.sample.guidance": float("nan")}, "sample.guidance must be a finite"),
+        # grids
+        ({"stages.base.sample.rho": float("inf")}, "sample.rho must be a finite number"),
+        ({"stages.base.sample.sigma_max": float("inf")}, "sample.sigma_max must be a finite"),
+        ({"stages.base.sample.rho": 1e-3}, "rho 0.001 .* gives no falling grid"),
+        ({"stages.relay.sample.rho": 1e16}, "rho 1e\\+16 .* gives no falling grid"),
+        ({"stages.base.sample.sigma_min": 1e-50}, "gives no falling grid"),
+        ({"stages.base.sample.num_steps": 10**12}, "num_steps must be at most 100,000, not 1000"),
+        (
+            {"stages.base.sample.s_noise": 2.9e38, "stages.base.sample.s_churn": 4.0},
+            "churn_amount of the sampler's steps is not finite",
+        ),
+        # networks that cannot be traced, or never end
+        ({"stages.base.model.head_width": 3}, "head_width 3 makes 10 heads at level 4, .* 32"),
+        ({"stages.base.model.multipliers": (1.5,)}, r"multipliers must be a whole number, not 1.5"),
+        ({"stages.base.model.multipliers": (-1,)}, r"multipliers must be positive whole .*\(-1,\)"),
+        ({"stages.base.model.channels": 10**12}, "needs at least .* GB .* this machine has"),
+        ({"stages.base.model.channels": 10**30}, "model.channels must be at most 9007199254740992"),
+        ({"stages.base.model.blocks": 1000}, "model.blocks must be at most 64, not 1000"),
+        (
+            {"stages.relay.resolution": 2**40, "stages.relay.model.attention": ()},
+            "needs at least .* GB for its weights or one image",
+        ),
+        # types
+        ({"stages.base.train.batch": 16.0}, "train.batch must be a whole number, not 16.0"),
+        ({"stages.base.train.images": True}, "train.images must be a whole number, not True"),
+        ({"stages.base.model.remat": "no"}, "model.remat must be True or False, not 'no'"),
+        ({"stages.base.resolution": "8"}, "resolution must be whole numbers|a whole number"),
+        ({"dataset.threads": 10**9}, "dataset.threads must be at most 1,024, not 1000000000"),
+        ({"log.every_steps": None}, "log.every_steps must be a whole number, not None"),
+        ({"sample.pixel_edit": 3}, "sample.pixel_edit must be a text, not 3"),
+        ({"stages.base.train.images": 2**52, "stages.base.train.batch": 1}, "train.steps must be"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_before_anything_is_traced(
+    changes: dict[str, object], message: str
+) -> None:
+    begun = time.process_time()
+    with pytest.raises(UserError, match=message) as error:
+        settings_of(changed(changes))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert time.process_time() - begun < 1
+
+
+def test_any_value_of_any_key_works_or_is_refused_in_a_line() -> None:
+    wrong = [try_override(key, value) for key, value in overrides(400, seed=0)]
+    assert [text for text in wrong if text] == []
+
+
+def test_a_network_of_another_kind_is_traced_before_it_is_trained() -> None:
+    config = changed({"stages.base.model.kind": "examples.new_network:Transformer"})
+    for key in ("channels", "multipliers", "blocks", "attention", "head_width", "dropout"):
+        del config.stages.base.model[key]
+    with config.unlocked():
+        config.stages.base.model.update(width=-2, depth=1, heads=1, patch=2)
+    with pytest.raises(UserError, match=r"stage base: .*(-2|negative)") as error:
+        build(config)
     assert "\n" not in str(error.value)
 
 

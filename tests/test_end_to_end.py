@@ -58,8 +58,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    said = run(workdir, config=DEMO)
-    assert "continues at 128 images" in said or "stage base is finished" in said, said
+    output = run(workdir, config=DEMO)
+    assert "continues at 128 images" in output or "stage base is finished" in output, output
     return workdir
 
 

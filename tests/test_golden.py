@@ -304,10 +304,10 @@ def test_unet_without_class() -> None:
 
 def test_unet_gradients() -> None:
     arrays, _ = golden("unet")
-    wanted = below(arrays, "grad/")
-    got = ours.unet_grad(*network_inputs(), arrays["G"], list(wanted))
+    expected = below(arrays, "grad/")
+    got = ours.unet_grad(*network_inputs(), arrays["G"], list(expected))
     assert_close(got["x"], arrays["grad_x"], 1e-4, per="row")
-    for name, want in wanted.items():
+    for name, want in expected.items():
         assert_close(got[name], want, 1e-4)
 
 

@@ -48,11 +48,11 @@ def test_nothing_but_the_package_is_installed(installed: Path) -> None:
 def test_a_configuration_is_found_by_name_away_from_the_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
-    said = run(
+    output = run(
         installed, tmp_path, "-m", "relay_jax.main", "--config=demo", "--mode=plan",
         "--hardware=v5e",
     )  # fmt: skip
-    assert "stage relay: 32 px" in said
+    assert "stage relay: 32 px" in output
     code = "import relay_jax as rx; print(rx.__file__, len(rx.build('cifar10:smoke').stages))"
     place, count = run(installed, tmp_path, "-c", code).split()
     assert Path(place).is_relative_to(installed) and count == "2"

@@ -11,6 +11,7 @@ from PIL import Image
 import relay_jax as rx
 from relay_jax.data.loader import read
 from relay_jax.data.synthetic import SyntheticShapes
+from relay_jax.errors import UserError
 from relay_jax.sampling.folder import image_path
 from relay_jax.sampling.pixels import to_uint8
 from tests.conftest import command_line, run_main
@@ -142,9 +143,9 @@ def test_weights_find_the_configuration_that_has_their_networks(tmp_path: Path) 
         with Checkpoints(tmp_path / stage.name / "checkpoints") as checkpoints:
             meta = {"images": 0, "network": describe(stage.network)}
             checkpoints.save(0, fresh.params[stage.name], {"step": np.int32(0)}, meta)
-    found = rx.load(tmp_path)
-    assert found.stages == fresh.stages
-    for old, new in zip(*map(jax.tree.leaves, (fresh.params, found.params)), strict=True):
+    relay = rx.load(tmp_path)
+    assert relay.stages == fresh.stages
+    for old, new in zip(*map(jax.tree.leaves, (fresh.params, relay.params)), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
@@ -155,3 +156,13 @@ def test_pure_functions_are_those_of_the_relay(
     seeds = jnp.arange(2, dtype=jnp.uint32)
     alone = jax.jit(lambda p, s, c: rx.sample(stage, p, s, c))(params, seeds, jnp.arange(2))
     np.testing.assert_allclose(alone, images["base"][:2], atol=2e-5)
+
+
+def test_a_class_may_be_called_by_its_name(relay: rx.Relay) -> None:
+    assert relay.class_names[:2] == ["stripes disc", "stripes square"]
+    named = relay.sample([3, 4], classes="stripes square")["base"]
+    np.testing.assert_array_equal(named, relay.sample([3, 4], classes=1)["base"])
+    mixed = relay.sample([3, 4], classes=["stripes square", 0])["base"]
+    np.testing.assert_array_equal(mixed, relay.sample([3, 4], classes=[1, 0])["base"])
+    with pytest.raises(UserError, match="such as stripes disc"):
+        relay.sample([3], classes="striped disc")

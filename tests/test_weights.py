@@ -58,11 +58,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_converted_stages_are_sampled_without_a_run(converted: Path, tmp_path: Path) -> None:
-    given = [f"--weights.base={converted / 'base'}", f"--weights.relay={converted / 'relay'}@0"]
+    weights = [f"--weights.base={converted / 'base'}", f"--weights.relay={converted / 'relay'}@0"]
     with command_line(
         f"--config={converted / 'config.py'}",
         "--mode=sample",
-        *given,
+        *weights,
         "--seeds=7-9",
         f"--out={tmp_path}",
     ):
@@ -82,10 +82,10 @@ def test_a_training_starts_from_converted_weights(converted: Path, tmp_path: Pat
     ):
         main.main([])
     stage = build(official_relay())[1]
-    ours, _ = load_ema(tmp_path / "run" / "relay", stage.shapes(), mesh_of(1))
-    given, _ = load_ema(converted / "relay", stage.shapes(), mesh_of(1))
+    trained, _ = load_ema(tmp_path / "run" / "relay", stage.shapes(), mesh_of(1))
+    converted_params, _ = load_ema(converted / "relay", stage.shapes(), mesh_of(1))
     np.testing.assert_array_equal(
-        ours["out_conv"]["kernel"], given["out_conv"]["kernel"]
+        trained["out_conv"]["kernel"], converted_params["out_conv"]["kernel"]
     )  # first step: rate 0
 
 

@@ -1,12 +1,12 @@
 """Image files in a folder, listed once: a scan of a million files on a remote disk takes minutes.
 
 The listing is kept in the user's cache folder ($XDG_CACHE_HOME or
-~/.cache, below relay_jax), not beside the images, whose folder is often
-read-only and shared. Adding, removing or renaming a file changes the
-time of the folder it is in: the listing is used as long as all folders
-have the inode and the times they had, which takes one `stat` per
-folder. A file system that keeps no folder times (some bucket mounts)
-would not show a change; removing the cache helps.
+~/.cache, below relay_jax), not beside the images, whose folder is
+often read-only and shared. Adding, removing or renaming a file
+changes the time of the folder it is in: the listing is used as long
+as all folders have the inode and the times they had, which takes one
+`stat` per folder. A file system that keeps no folder times (some
+bucket mounts) would not show a change; removing the cache helps.
 """
 
 import contextlib
@@ -14,67 +14,77 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from relay_jax.data.images import EXTENSIONS, EncodedImages, is_image
+from relay_jax.data.decoding import ending, is_hidden, is_image
+from relay_jax.data.files import read_file, refusing
+from relay_jax.data.images import EncodedImages
+from relay_jax.data.listing import (
+    INDEX,
+    RECORD,
+    SPECIAL,
+    Index,
+    Listing,
+    class_order,
+    count,
+    labelled,
+)
 from relay_jax.errors import DataError, StorageError, one_line
-from relay_jax.runtime.files import digest, write_text
+from relay_jax.runtime.files import MAX_TEXT, digest, write_text
 
-VERSION = 1
+VERSION = 2
 # Smaller folders are listed faster than their index is checked.
 CACHED_IMAGES = 10_000
-# A folder that changed just now may change again without a new time:
-# clocks tick.
+# A folder that changed just now may change
+# again without a new time: clocks tick.
 SETTLED_SECONDS = 2.0
-# Inode, time of the last change of the entries, time of the last change
-# of anything.
+# Inode, time of the last change of the entries, time of the last
+# change of anything.
 Stamp = list[int]
 
 
 class ImageFolder(EncodedImages):
-    """One class per sub-folder (labels by sorted name), or a flat folder without labels."""
+    """Images in a folder with one class per sub-folder, or with EDM's dataset.json, or without."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises DataError for a folder that is missing, empty or mixes both layouts."""
+        """Raises DataError for a folder that is missing, empty or contradicts itself."""
         root = os.fspath(path)
         if not root:
             raise DataError(
                 "the folder source needs a path: a folder of images, with one sub-folder per "
                 "class or none"
             )
+        if os.path.isfile(root):
+            kind = {".zip": "zip", ".npz": "npz"}.get(ending(root))
+            cure = f"use --config.dataset.source={kind}" if kind else "name the folder it is in"
+            raise DataError(f"{root}: is a file, not a folder; {cure}")
         if not os.path.isdir(root):
             raise DataError(
                 f"{root}: no such folder; put the images there, with one sub-folder per class "
                 "or none"
             )
-        try:
+        with refusing(f"{root}: cannot be listed"):
             listing = list_images(root)
-        except OSError as error:
-            raise DataError(f"{root}: cannot be listed ({one_line(error)})") from error
-        flat, classes = listing.flat, listing.classes
-        # Images beside class folders are a mistake nearly always; to drop
-        # either would be silent.
-        if flat and classes:
-            raise DataError(
-                f"{root}: holds images (such as {flat[0]}) beside sub-folders of images (such as "
-                f"{next(iter(classes))}); move them into the sub-folders, or keep a single "
-                "flat folder"
-            )
-        if not flat and not classes:
-            raise DataError(
-                f"{root}: no images found; wanted files ending in {' '.join(EXTENSIONS)}"
-            )
-        self.path = root
-        self.class_names = tuple(classes)
-        self.num_classes = len(classes)
-        # Paths below the folder of the class, not whole ones: a million
-        # of them are in memory, and are sent to every worker process.
-        self._files = flat or [file for files in classes.values() for file in files]
-        self._labels = np.repeat(
-            np.arange(len(classes)), [len(files) for files in classes.values()]
+        # Kept open for the next start is the listing
+        # alone: what these files say may change without a
+        # new time of the folder.
+        _check_below(root, listing)
+        samples = os.path.exists(os.path.join(root, RECORD))
+        images = labelled(listing, root, _index(root), samples)
+        self.path, self.unused = root, images.unused
+        self.class_names = images.class_names
+        self.num_classes = len(self.class_names)
+        # Paths below the folder of the class, not whole ones:
+        # a million of them are in memory, and are sent to
+        # every worker process.
+        self._files, self._labels, self._folders = (
+            images.files,
+            images.labels,
+            images.folders,
         )
 
     def __len__(self) -> int:
@@ -82,13 +92,13 @@ class ImageFolder(EncodedImages):
 
     def where(self, position: int) -> str:
         """Path of the image at a position."""
-        below = [self.class_names[self._label(position)]] if self.num_classes else []
+        below = [self.class_names[self._label(position)]] if self._folders else []
         return os.path.join(self.path, *below, self._files[position])
 
     def encoded(self, position: int) -> tuple[bytes, str, int]:
         label, file = self._label(position), self.where(position)
         try:
-            data = Path(file).read_bytes()
+            data = read_file(file)
         except OSError as error:
             raise DataError(
                 f"{file}: cannot be read ({error.strerror or one_line(error)})"
@@ -97,30 +107,59 @@ class ImageFolder(EncodedImages):
 
     def fingerprint(self) -> str:
         """Hash of the listing: paths below the folder, sizes and times. Raises DataError."""
-        # The images themselves are not read: a data set may be terabytes.
-        # The price is that a copy with new times has another hash.
+        # The images themselves are not read: a data set may be
+        # terabytes. The price is that a copy with new times has
+        # another hash.
         rows = []
         for file in map(self.where, range(len(self))):
             try:
                 status = os.stat(file)
             except OSError as error:
                 raise DataError(f"{file}: cannot be read ({one_line(error)})") from error
-            rows.append([os.path.relpath(file, self.path), status.st_size, status.st_mtime_ns])
+            rows.append(
+                [
+                    os.path.relpath(file, self.path),
+                    status.st_size,
+                    status.st_mtime_ns,
+                ]
+            )
         return digest(rows)
+
+    def known_labels(self) -> np.ndarray | None:
+        return np.asarray(self._labels, np.int64) if self.num_classes else None
+
+    def file_name(self, position: int) -> str:
+        return os.path.relpath(self.where(position), self.path)
+
+    def file_stamp(self, position: int) -> int:
+        """The size in bytes. Raises DataError."""
+        file = self.where(position)
+        try:
+            return os.stat(file).st_size
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({one_line(error)})") from error
 
     def _label(self, position: int) -> int:
         return int(self._labels[position]) if self.num_classes else 0
 
 
-@dataclass
-class Listing:
-    """Image files, sorted, as paths below the folder of their class; flat: those without one."""
+def _check_below(root: str, listing: Listing) -> None:
+    """Raises DataError if all images are in one folder, with a description that nobody reads."""
+    if listing.flat or len(listing.classes) != 1:
+        return
+    below = os.path.join(root, next(iter(listing.classes)))
+    for name in (INDEX, RECORD):
+        if os.path.exists(os.path.join(below, name)):
+            raise DataError(f"{root}: the images are in {below}, with their {name}; name that one")
 
-    flat: list[str] = field(default_factory=list)
-    classes: dict[str, list[str]] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.flat) + sum(map(len, self.classes.values()))
+def _index(root: str) -> Index | None:
+    """The dataset.json of a folder, if there is one. Raises DataError."""
+    file = os.path.join(root, INDEX)
+    if not os.path.lexists(file):
+        return None
+    with refusing(f"{file}: cannot be read"):
+        return read_file(file, MAX_TEXT), file
 
 
 def list_images(root: str) -> Listing:
@@ -152,18 +191,20 @@ def cache_file(root: str) -> Path:
 class _Scan:
     """Walks a folder, noting the stamp of every folder before its entries are read."""
 
-    # Before, so that a file which arrives during the scan leaves a stamp
-    # that no longer holds.
+    # Before, so that a file which arrives during the scan leaves a
+    # stamp that no longer holds.
 
     def __init__(self, root: str) -> None:
         self._root = root
         self.stamps: dict[str, Stamp] = {}
+        self._unused: dict[str, int] = {}
 
     def listing(self) -> Listing:
         """Raises OSError. Folders without images are no classes."""
         flat, folders = self._entries("")
-        classes = {name: sorted(self._below(name, name, ())) for name in sorted(folders)}
-        return Listing(sorted(flat), {name: files for name, files in classes.items() if files})
+        classes = {name: sorted(self._below(name, name, ())) for name in folders}
+        order = class_order(name for name, files in classes.items() if files)
+        return Listing(sorted(flat), {name: classes[name] for name in order}, self._unused)
 
     def _entries(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of the images and of the sub-folders in one folder; hidden ones are left out."""
@@ -172,15 +213,24 @@ class _Scan:
         images, folders = [], []
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.is_dir():
-                    folders += [] if entry.name.startswith(".") else [entry.name]
+                if is_hidden(entry.name):
+                    continue
+                if _is(entry.is_dir):
+                    folders.append(entry.name)
+                # Reading a pipe would wait for ever; a link may lead
+                # nowhere, or to itself.
+                elif not _is(entry.is_file):
+                    count(self._unused, SPECIAL)
                 elif is_image(entry.name):
                     images.append(entry.name)
+                elif folder or entry.name not in (INDEX, RECORD):
+                    count(self._unused, ending(entry.name))
         return images, folders
 
     def _below(self, top: str, folder: str, above: tuple[tuple[int, int], ...]) -> list[str]:
         """Images at any depth below `top`, as paths from there; above: the parents' inodes."""
-        # A link to a parent folder would otherwise be followed for ever.
+        # A link to a parent folder would
+        # otherwise be followed for ever.
         status = os.stat(os.path.join(self._root, folder))
         inode = (status.st_dev, status.st_ino)
         if inode in above:
@@ -191,6 +241,13 @@ class _Scan:
         for name in folders:
             files += self._below(top, os.path.join(folder, name), (*above, inode))
         return files
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _stamp(folder: str) -> Stamp:
@@ -209,7 +266,14 @@ def _load(file: Path, root: str) -> Listing | None:
                 return None
         return Listing(**kept["listing"])
     # Absent, damaged, or a folder has gone: a scan is always right.
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):
         return None
 
 

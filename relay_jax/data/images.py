@@ -1,4 +1,4 @@
-"""From an image file to pixels: the one decoder, and the operations between a source and a network.
+"""From an image file to pixels: the operations between a source and a network.
 
     bytes -> decode_picture -> center_crop_resize -> uint8 [r, r, 3] -> flip_x -> to_float
 
@@ -7,52 +7,24 @@ data/source.py says what a source promises and lists those there are.
 """
 
 import abc
-import io
-import re
-import struct
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
 
-from relay_jax.errors import DataError, one_line
+from relay_jax.data.decoding import (
+    AS_SHOWN,
+    Decoding,
+    Header,
+    decode_picture,
+    read_header,
+)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name or path is an image's."""
-    # Hidden files are not: macOS leaves '._name.jpg' beside 'name.jpg'.
-    return name.lower().endswith(EXTENSIONS) and not re.split(r"[/\\]", name)[-1].startswith(".")
-
-
-def decode_picture(data: bytes, where: str) -> Image.Image:
-    """An encoded image as an RGB picture; grey, palette and CMYK become RGB.
-
-    where: what an error calls the image. Raises DataError if it is
-    damaged.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-    # What Pillow's decoders raise for damaged files; SyntaxError is a
-    # broken PNG.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        # Pillow quotes the address of the buffer, which says nothing to
-        # the user.
-        why = "not an image" if "BytesIO" in str(error) else one_line(error)
-        raise DataError(
-            f"{where}: cannot decode this image ({why}); replace or remove it"
-        ) from error
+# Longer pictures than this, compared with their shorter side, are
+# cut before they are resized.
+MAX_ASPECT = 32
 
 
 def center_crop_resize(image: np.ndarray | Image.Image, resolution: int) -> np.ndarray:
@@ -61,26 +33,42 @@ def center_crop_resize(image: np.ndarray | Image.Image, resolution: int) -> np.n
     ADM's procedure (arXiv 2105.05233): halve with a box filter while
     the shorter side is at least twice too long, then bicubic, then
     crop. An image that already fits is returned as it is. A square
-    power-of-two reduction is a box average but for Pillow's rounding:
-    halves go up after each axis, so a halving adds 0 to 1 levels of
-    255, on average half a level.
+    power-of-two reduction is a box average but for Pillow's
+    rounding: halves go up after each axis, so a halving adds 0 to 1
+    levels of 255, on average half a level.
     """
-    # The filters are part of the data set's definition: the reference
-    # statistics of FID were made from images reduced this way. Another
-    # filter would be another data set.
+    # The filters are part of the data set's definition: the
+    # reference statistics of FID were made from images reduced this
+    # way. Another filter would be another data set.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if picture.size == (resolution, resolution):
         return np.asarray(image)
     while min(picture.size) >= 2 * resolution:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    picture = _not_too_long(picture)
     scale = resolution / min(picture.size)
     # Python rounds halves to even, as ADM's code does.
     picture = picture.resize(
         (round(picture.width * scale), round(picture.height * scale)),
         Image.Resampling.BICUBIC,
     )
-    top, left = (picture.height - resolution) // 2, (picture.width - resolution) // 2
+    top, left = (
+        (picture.height - resolution) // 2,
+        (picture.width - resolution) // 2,
+    )
     return np.asarray(picture)[top : top + resolution, left : left + resolution]
+
+
+def _not_too_long(picture: Image.Image) -> Image.Image:
+    """Without the ends of a picture that is a strip, which the crop would drop in any case."""
+    # A strip of 30000 x 1 pixels would be enlarged to millions of
+    # columns, of which the crop keeps 256.
+    width, height = picture.size
+    most = MAX_ASPECT * min(width, height)
+    if max(width, height) <= most:
+        return picture
+    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+    return picture.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def to_float(pixels: Any) -> Any:
@@ -99,16 +87,18 @@ def flip_x(image: np.ndarray) -> np.ndarray:
 class ImageSource(abc.ABC):
     """What sources have in common: a new one adds `__len__`, `__getitem__` and `fingerprint`.
 
-    resolution: the side of all images in pixels, None where they
-    differ. prepared: cropped and resized for the stages already, so the
-    originals are elsewhere. config_keys: the keys of config.dataset
-    that the class is made from, named as its parameters.
+    resolution: the side of all images in pixels, None where
+    they differ. prepared: cropped and resized for the stages
+    already, so the originals are elsewhere. config_keys: the
+    keys of config.dataset that the class is made from, named
+    as its parameters.
     """
 
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     resolution: int | None = None
     prepared: ClassVar[bool] = False
+    unused: Mapping[str, int] = MappingProxyType({})
     config_keys: ClassVar[tuple[str, ...]] = ("path",)
 
     @abc.abstractmethod
@@ -121,6 +111,29 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 of what the set holds, as far as known without decoding it. Raises DataError."""
+
+    def identity(self) -> str:
+        """As `fingerprint`, but the same wherever the set lies. Raises DataError."""
+        return self.fingerprint()
+
+    def known_labels(self) -> np.ndarray | None:
+        """The labels of all images, int64 [n], None where they are not known without decoding."""
+        return None
+
+    def class_counts(self) -> list[int] | None:
+        """Images of each class, None where they are not known without decoding."""
+        labels = self.known_labels()
+        if labels is None or not self.num_classes:
+            return None
+        return np.bincount(labels, minlength=self.num_classes).tolist()
+
+    def file_name(self, position: int) -> str:
+        """The path of an image's file below the set, '' for images that are no files."""
+        return ""
+
+    def file_stamp(self, position: int) -> int:
+        """A number that changes with the bytes of an image's file: its size, or a checksum."""
+        return 0
 
     def at(self, resolution: int) -> Self:
         """The source that a stage of this resolution reads: the same one."""
@@ -149,19 +162,45 @@ class ImageSource(abc.ABC):
 
 
 class EncodedImages(ImageSource):
-    """A source of image files: `encoded` says which; pictures and arrays of them follow."""
+    """A source of image files: `encoded` says which; pictures and arrays of them follow.
+
+    decoding: how they are shown, of
+    config.dataset where it made the source.
+    """
+
+    decoding: Decoding = AS_SHOWN
+
+    @classmethod
+    def from_config(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> Self:
+        decoding = Decoding.from_config(dataset)
+        source = super().from_config(dataset, resolution, seed)
+        source.decoding = decoding
+        return source
+
+    @classmethod
+    def describe(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> dict[str, Any]:
+        # Other pixels are another set, for a preparation and for
+        # kept features.
+        decoding = Decoding.from_config(dataset)
+        shown = {"exif": decoding.exif, "background": list(decoding.background)}
+        return {**super().describe(dataset, resolution, seed), **shown}
 
     @abc.abstractmethod
     def encoded(self, position: int) -> tuple[bytes, str, int]:
         """The file at `position`, what errors call it, and its label. Raises DataError."""
 
-    # The picture goes to the crop as Pillow has decoded it: an array of
-    # it would be one more copy of the whole image, which is many times
-    # larger than what is left of it.
+    def header(self, position: int) -> Header:
+        """Size, mode and transparency of an image without decoding it. Raises DataError."""
+        data, where, _ = self.encoded(position)
+        return read_header(data, where, self.decoding)
+
+    # The picture goes to the crop as Pillow has decoded it: an array
+    # of it would be one more copy of the whole image, which is many
+    # times larger than what is left of it.
     def picture(self, position: int) -> tuple[Image.Image, int]:
         """The decoded file as an RGB picture, and its label. Raises DataError."""
         data, where, label = self.encoded(position)
-        return decode_picture(data, where), label
+        return decode_picture(data, where, self.decoding), label
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
         """Image uint8 [h, w, 3] and its label, 0 without labels. Raises DataError."""

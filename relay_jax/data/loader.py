@@ -6,9 +6,9 @@
               its devices hold
 
 So a run resumes with nothing but n, and row r of a batch is the same
-image whatever the number of hosts, threads or worker processes. Grain
-(github.com/google/grain) supplies the random-access shuffle and the
-prefetching.
+image whatever the number of hosts, threads or worker processes.
+Grain (github.com/google/grain) supplies the random-access shuffle
+and the prefetching.
 """
 
 from collections.abc import Iterator, Sequence
@@ -102,9 +102,10 @@ class Loader(Iterator[Batch]):
             batch_size=size,
             x_flip=stream.x_flip,
         )
-        # The order matters: shuffling before repeating covers each image
-        # once per epoch, and anything random comes before the choice of
-        # rows, so that it depends on the position in the global stream.
+        # The order matters: shuffling before repeating covers each
+        # image once per epoch, and anything random comes before the
+        # choice of rows, so that it depends on the position in the
+        # global stream.
         examples = grain.MapDataset.source(_Examples(source, stream.resolution))
         images = examples.seed(stream.seed).shuffle().repeat()
         if stream.x_flip:
@@ -133,7 +134,7 @@ class Loader(Iterator[Batch]):
             batch = next(self._batches)
         except Exception as error:
             # Grain would go on with the batch after the bad one, and
-            # `state` would no longer say where we are.
+            # `state` would no longer say where the stream is.
             self.close()
             # Grain has added lines of its own to the message.
             if isinstance(error, DataError):
@@ -146,8 +147,8 @@ class Loader(Iterator[Batch]):
         """Ends threads and worker processes; `next` then raises ValueError. May be called twice."""
         if self._batches is not None:
             self._batches.close()
-            # An iterator that is alive when the interpreter exits prints
-            # a traceback from Grain.
+            # An iterator that is alive when the interpreter exits
+            # prints a traceback from Grain.
             self._batches = None
 
     def __enter__(self) -> Self:
@@ -199,7 +200,11 @@ class _HostRows:
     """The rows of one batch after the other that this host loads, as a source for Grain."""
 
     def __init__(self, images: grain.MapDataset, batch_size: int, rows: np.ndarray) -> None:
-        self._images, self._batch_size, self._rows = images, batch_size, rows.tolist()
+        self._images, self._batch_size, self._rows = (
+            images,
+            batch_size,
+            rows.tolist(),
+        )
 
     def __len__(self) -> int:
         return len(self._images) // self._batch_size * len(self._rows)
@@ -212,8 +217,8 @@ class _HostRows:
 class _RandomFlip(grain.transforms.RandomMap):
     """Mirrors half of the images."""
 
-    # Grain's generator depends on nothing but the seed and the position
-    # in the stream.
+    # Grain's generator depends on nothing but the seed and the
+    # position in the stream.
 
     def random_map(
         self, element: dict[str, np.ndarray], rng: np.random.Generator

@@ -3,44 +3,40 @@
     arr_0    uint8 [n, side, side, 3]
     arr_1    int [n], classes from 0; there may be none
 
-`np.savez` does not compress: the bytes of image i then begin at a known
-place of the file, and one image is read without the others. A
+`np.savez` does not compress: the bytes of image i then begin at a
+known place of the file, and one image is read without the others. A
 compressed npz is held in memory once it is read.
 """
 
 import bisect
 import itertools
+import math
 import os
 import re
 import struct
 import threading
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
 
+from relay_jax.data.files import (
+    MAX_CLASSES,
+    check_member,
+    read_member,
+    refusing,
+    several,
+)
 from relay_jax.data.images import ImageSource
 from relay_jax.errors import DataError, one_line
 from relay_jax.runtime.files import digest, file_sha256
 
 IMAGES, LABELS = "arr_0.npy", "arr_1.npy"
-# What zipfile and NumPy raise for files that are cut short, overwritten
-# or of another kind.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    NotImplementedError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_HEADER = 1 << 16  # bytes that the header of an array may have; NumPy takes less
 
 
 @dataclass(frozen=True)
@@ -66,9 +62,14 @@ class NpzImages(ImageSource):
                 "the npz source needs a path: an npz with images in arr_0, or a folder of them"
             )
         place = Path(self.path)
+        if place.suffix.lower() == ".zip":
+            raise DataError(f"{place}: is a zip, not an npz; use --config.dataset.source=zip")
         files = npz_files(place) if place.is_dir() else [place]
         if not files:
-            raise DataError(f"{self.path}: no npz files in this folder")
+            raise DataError(
+                f"{self.path}: no npz files in this folder; for image files use "
+                "--config.dataset.source=folder"
+            )
         self._files = [_open(file) for file in files]
         first = self._files[0]
         for file in self._files:
@@ -90,6 +91,7 @@ class NpzImages(ImageSource):
         self.num_classes = int(self._labels.max()) + 1 if rows else 0
         self.class_names = tuple(str(label) for label in range(self.num_classes))
         self._forget_images()
+        self._check_no_sum()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -111,6 +113,9 @@ class NpzImages(ImageSource):
         number, row = self._place(position)
         return f"{self._files[number].path}[{row}]"
 
+    def known_labels(self) -> np.ndarray | None:
+        return self._labels if self.num_classes else None
+
     def fingerprint(self) -> str:
         """Hash of the bytes of the file, or of the hashes of all. Raises DataError."""
         sums = []
@@ -123,16 +128,35 @@ class NpzImages(ImageSource):
 
     def verify(self) -> None:
         """Compares every file with its checksums. Raises DataError for the first that differs."""
-        # Reading one image cannot do it: the zip has one checksum for all
-        # images of a file.
+        # Reading one image cannot do it: the zip has one checksum
+        # for all images of a file.
         for file in self._files:
-            try:
-                with zipfile.ZipFile(file.path) as archive:
-                    member = archive.testzip()
-            except _DAMAGE as error:
-                raise DataError(f"{file.path}: damaged ({one_line(error)})") from error
+            with (
+                refusing(f"{file.path}: damaged"),
+                zipfile.ZipFile(file.path) as archive,
+            ):
+                for info in archive.infolist():
+                    check_member(info, _memory())
+                member = archive.testzip()
             if member is not None:
                 raise DataError(f"{file.path}: damaged (the checksum of {member} differs)")
+
+    def _check_no_sum(self) -> None:
+        """Raises DataError if one file holds the images of all others together."""
+        counts = [file.shape[0] for file in self._files]
+        if len(counts) < 3 or 2 * max(counts) != sum(counts):
+            return
+        largest = int(np.argmax(counts))
+        starts = [end - count for end, count in zip(self._ends, counts, strict=True)]
+        # The number may be a coincidence, an image of one part at
+        # its beginning is none.
+        first = self[starts[largest]][0]
+        parts = [start for n, start in enumerate(starts) if n != largest and counts[n]]
+        if any(np.array_equal(self[start][0], first) for start in parts):
+            raise DataError(
+                f"{self._files[largest].path}: holds the images of the {len(counts) - 1} other "
+                "files together; name one file, or move what is not meant to another folder"
+            )
 
     def _place(self, position: int) -> tuple[int, int]:
         """Number of the file and row in it. Raises IndexError."""
@@ -146,16 +170,14 @@ class NpzImages(ImageSource):
         with self._lock:
             if number not in self._images:
                 file = self._files[number]
-                try:
-                    with (
-                        zipfile.ZipFile(file.path) as archive,
-                        archive.open(IMAGES) as stream,
-                    ):
-                        _read_header(stream)
-                        data = stream.read()
-                    images = np.frombuffer(data, np.uint8).reshape(file.shape)
-                except _DAMAGE as error:
-                    raise DataError(f"{file.path}: damaged ({one_line(error)})") from error
+                with (
+                    refusing(f"{file.path}: damaged"),
+                    zipfile.ZipFile(file.path) as archive,
+                ):
+                    data = read_member(archive, IMAGES, _memory())
+                    size = math.prod(file.shape)
+                    images = np.frombuffer(data, np.uint8, size, len(data) - size)
+                    images = images.reshape(file.shape)
                 self._images[number] = images
             return self._images[number]
 
@@ -163,8 +185,8 @@ class NpzImages(ImageSource):
         self._images: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
-    # A worker process reads for itself: gigabytes of images do not travel
-    # through a pipe.
+    # A worker process reads for itself: gigabytes of images do not
+    # travel through a pipe.
     def __getstate__(self) -> dict[str, object]:
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_images", "_lock")
@@ -176,78 +198,145 @@ class NpzImages(ImageSource):
 
 
 def npz_files(folder: Path) -> list[Path]:
-    """The npz files of a folder in their order; of samples those named for their seeds."""
-    # --mode=sample leaves the sum of all beside its files: both together
-    # would count images twice.
-    files = sorted(folder.glob("*.npz"))
+    """The npz files of a folder in their order; of samples those named for their seeds.
+
+    Raises DataError for parts beside what may be their sum: images
+    would count twice.
+    """
+    files = sorted(file for file in folder.glob("*.npz") if file.is_file())
     shards = [file for file in files if re.fullmatch(r"\d+-\d+", file.stem)]
-    return sorted(shards, key=lambda file: int(file.stem.split("-")[0])) or files
+    others = [file for file in files if file not in shards]
+    # --mode=sample leaves the sum of all beside its files.
+    sums = [file for file in others if _SUM.fullmatch(file.stem)]
+    if shards and len(sums) == len(others):
+        return sorted(shards, key=lambda file: int(file.stem.split("-")[0]))
+    if shards or (sums and len(files) > 1):
+        kind = "files of seeds" if shards else "parts"
+        odd = sums if sums and not shards else others
+        raise DataError(
+            f"{folder}: {several(f.name for f in odd)} beside {kind} such as "
+            f"{several([next(f.name for f in files if f not in odd)])}, of which it may be the "
+            "sum; name one file, or move what is not meant to another folder"
+        )
+    return files
+
+
+_SUM = re.compile(r"samples_\d+x\d+x\d+x3")
 
 
 def _open(path: Path) -> _File:
     """What an npz holds, without reading its images. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such folder or npz file of images")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            if IMAGES in members:
-                with archive.open(IMAGES) as stream:
-                    shape, fortran, dtype = _read_header(stream)
-                    header = stream.tell()
-                start = _offset(path, archive.getinfo(IMAGES), header)
-            labels = _labels(archive) if LABELS in members else None
-    except _DAMAGE as error:
-        raise DataError(f"{path}: not a readable npz file ({one_line(error)})") from error
-    if IMAGES not in members:
-        keys = ", ".join(sorted(name.removesuffix(".npy") for name in members)) or "nothing"
-        raise DataError(f"{path}: no images: arr_0 is missing, it holds {keys}")
-    if dtype != np.uint8 or fortran:
-        raise DataError(f"{path}: arr_0 must be uint8 in C order, not {dtype}")
-    if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
-        raise DataError(f"{path}: arr_0 must be images [n, side, side, 3], not {list(shape)}")
-    if labels is not None and (
-        labels.shape != shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any()
+    with (
+        refusing(f"{path}: not a readable npz file"),
+        zipfile.ZipFile(path) as archive,
     ):
+        members = archive.namelist()
+        twice = [name for name in (IMAGES, LABELS) if members.count(name) > 1]
+        if twice:
+            raise DataError(f"{path}: {twice[0]} is there twice; write the file again")
+        if IMAGES not in members:
+            keys = several(sorted(name.removesuffix(".npy") for name in members))
+            raise DataError(f"{path}: no images: arr_0 is missing, it holds {keys}")
+        images = read_array_header(archive, IMAGES)
+        _check_images(path, images)
+        labels = _labels(path, archive, images.shape[0]) if LABELS in members else None
+        start = _offset(path, archive.getinfo(IMAGES), images.start)
+    return _File(path, images.shape, labels, start)
+
+
+@dataclass(frozen=True)
+class ArrayHeader:
+    """What an array in an npz says of itself. start: bytes before its data."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+    start: int
+
+
+def read_array_header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
+    """The header of a member, checked against its size. Raises ValueError, as zipfile does."""
+    member = archive.getinfo(name)
+    check_member(member, _memory())
+    # So much and no more: a header may claim gigabytes.
+    with archive.open(member) as stream:
+        head = BytesIO(stream.read(_HEADER))
+    # NumPy writes the newer headers only where a shape does not fit
+    # the older one.
+    read = npy.read_array_header_1_0
+    if npy.read_magic(head) != (1, 0):
+        read = npy.read_array_header_2_0
+    shape, fortran, dtype = read(head)
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or dtype.hasobject or head.tell() + size != member.file_size:
+        raise ValueError(f"{name.removesuffix('.npy')} has another size than it says")
+    return ArrayHeader(shape, fortran, dtype, head.tell())
+
+
+def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of numbers. Raises ValueError, as zipfile does."""
+    header = read_array_header(archive, name)
+    if header.dtype.kind not in "fiu":
+        raise ValueError(f"{name.removesuffix('.npy')} does not hold numbers")
+    data = np.frombuffer(read_member(archive, name, _memory()), np.uint8)
+    flat = data[header.start :].view(header.dtype)
+    return flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory: what is larger cannot be read whole."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_images(path: Path, images: ArrayHeader) -> None:
+    """Raises DataError for an arr_0 that is not square 8-bit images."""
+    if images.dtype != np.uint8:
+        raise DataError(f"{path}: arr_0 must be uint8 in C order, not {images.dtype!s:.40}")
+    shape, size = images.shape, math.prod(images.shape)
+    if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
         raise DataError(
-            f"{path}: arr_1 must be {shape[0]} classes, whole numbers from 0, not "
-            f"{labels.dtype} {list(labels.shape)}"
+            f"{path}: arr_0 must be images [n, side, side, 3], not {list(shape[:6])!s:.80}"
         )
-    return _File(path, shape, labels, start)
+    if images.fortran and size:
+        raise DataError(
+            f"{path}: arr_0 must be uint8 in C order, it is in Fortran order; save "
+            "numpy.ascontiguousarray of it"
+        )
 
 
-def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and type of an array; the stream is then at its data."""
-    # NumPy writes the newer headers only where a shape does not fit the
-    # older one.
-    if npy.read_magic(stream) == (1, 0):
-        return npy.read_array_header_1_0(stream)
-    return npy.read_array_header_2_0(stream)
+def _labels(path: Path, archive: zipfile.ZipFile, count: int) -> np.ndarray:
+    """The classes of `count` images, int64 [n]. Raises DataError, and as `read_array`."""
+    header = read_array_header(archive, LABELS)
+    fits = header.shape == (count,) and header.dtype.kind in "iu"
+    labels = read_array(archive, LABELS) if fits else np.zeros(0)
+    if not fits or (labels < 0).any() or (labels >= MAX_CLASSES).any():
+        raise DataError(
+            f"{path}: arr_1 must be {count} classes, whole numbers from 0, not "
+            f"{header.dtype!s:.40} {list(header.shape[:6])!s:.80}, and all below {MAX_CLASSES:,}"
+        )
+    return labels.astype(np.int64)
 
 
 def _offset(path: Path, member: zipfile.ZipInfo, header: int) -> int | None:
     """Where the array's data begin in the file, None if compressed. header: bytes before them."""
     if member.compress_type != zipfile.ZIP_STORED:
         return None
-    # The lengths of the name and of the extra field stand in front of the
-    # data; the directory at the end of the file has its own extra field,
-    # of another length.
+    # The lengths of the name and of the extra field stand in front
+    # of the data; the directory at the end of the file has its own
+    # extra field, of another length.
     with path.open("rb") as file:
         file.seek(member.header_offset + 26)
         name, extra = struct.unpack("<HH", file.read(4))
     return member.header_offset + 30 + name + extra + header
 
 
-def _labels(archive: zipfile.ZipFile) -> np.ndarray:
-    with archive.open(LABELS) as stream:
-        return npy.read_array(stream, allow_pickle=False)
-
-
 def _read(file: _File, start: int, size: int) -> bytes:
     """Bytes of a file at an offset. Raises DataError if there are fewer."""
-    # Opened for each image, as image files are: a set may have more files
-    # than a process may hold open. No memory map: a file that shrinks
-    # under it kills the process without a message.
+    # Opened for each image, as image files are: a set may have more
+    # files than a process may hold open. No memory map: a file that
+    # shrinks under it kills the process without a message.
     try:
         with file.path.open("rb", buffering=0) as stream:
             data = os.pread(stream.fileno(), size, start)

@@ -8,21 +8,21 @@ A record is 12 bytes (b"RLY1", height and width as uint16, label as
 int32, little endian) and uint8 [h, w, 3]: each pixel less its left
 neighbour, modulo 256. ArrayRecord compresses it with zstd. So it is
 lossless: training sees the pixels that it would have seen without
-packing. Measured on 256 px photographs, per image and core: 127 KB, 0.3
-ms to read, 1.3 ms to write; PNG: 120 KB, 1.6 ms, 12.5 ms; plain pixels
-under zstd: 167 KB, 0.2 ms, 0.9 ms.
+packing. Measured on 256 px photographs, per image and core: 127 KB,
+0.3 ms to read, 1.3 ms to write; PNG: 120 KB, 1.6 ms, 12.5 ms; plain
+pixels under zstd: 167 KB, 0.2 ms, 0.9 ms.
 
-DIR may be gs://BUCKET/PATH: ArrayRecord and data/storage.py read there
-with the application's default credentials. data/prepare.py writes such
-sets; samples in this format are one, too.
+DIR may be gs://BUCKET/PATH: ArrayRecord and data/storage.py read
+there with the application's default credentials. data/prepare.py
+writes such sets; samples in this format are one, too.
 """
 
 import bisect
 import contextlib
 import copy
 import itertools
-import json
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -32,17 +32,18 @@ from typing import Any, ClassVar, Self, TypedDict, cast
 import numpy as np
 from array_record.python import array_record_module
 
+from relay_jax.data.files import MAX_CLASSES, refusing, show
 from relay_jax.data.images import ImageSource
-from relay_jax.data.storage import storage
-from relay_jax.errors import DataError, one_line
-from relay_jax.runtime.files import digest, replacing
+from relay_jax.data.storage import Folder, storage
+from relay_jax.errors import DataError
+from relay_jax.runtime.files import MAX_TEXT, digest, parse_json, replacing
 
 VERSION = 1
 MANIFEST = "dataset.json"
-# One record per group: read at any position without decoding its
-# neighbours.
+# One record per group: read at any
+# position without decoding its neighbours.
 WRITER_OPTIONS = "group_size:1,zstd:3"
-# Reading ahead is for sequences; ours jumps.
+# Reading ahead is for sequences; training jumps from record to record.
 READER_OPTIONS = "readahead_buffer_size:0"
 _HEADER = struct.Struct("<4sHHi")
 _MAGIC = b"RLY1"
@@ -72,8 +73,8 @@ class Manifest(TypedDict):
 
 def encode_record(image: np.ndarray, label: int) -> bytes:
     """uint8 [h, w, 3] and its label as a record."""
-    # Neighbours are alike: their differences are small numbers, which
-    # zstd packs a quarter better.
+    # Neighbours are alike: their differences are small numbers,
+    # which zstd packs a quarter better.
     differences = image.copy()
     differences[:, 1:] -= image[:, :-1]
     return _HEADER.pack(_MAGIC, image.shape[0], image.shape[1], label) + differences.tobytes()
@@ -97,16 +98,17 @@ def shard_name(resolution: int, number: int, count: int) -> str:
 def record_file(path: Path) -> Iterator[Callable[[bytes], object]]:
     """An ArrayRecord file, whole or not there: gives the function that adds a record.
 
-    Raises StorageError if it cannot be written, such as on a full disk.
+    Raises StorageError if it cannot be
+    written, such as on a full disk.
     """
     with replacing(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         try:
             yield writer.write
         except BaseException:
-            # An open writer would write into the temporary file after it
-            # is gone; on a full disk closing fails once more, and the
-            # first error says more.
+            # An open writer would write into the temporary file
+            # after it is gone; on a full disk closing fails once
+            # more, and the first error says more.
             with contextlib.suppress(RuntimeError):
                 writer.close()
             raise
@@ -118,29 +120,102 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     folder = os.fspath(folder)
     path, place = os.path.join(folder, MANIFEST), storage(folder)
     try:
-        manifest = json.loads(place.read(MANIFEST))
-    except FileNotFoundError as error:
+        with refusing(f"{path}: cannot be read"):
+            manifest = parse_json(_small(place, MANIFEST).decode())
+    except DataError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise DataError(
             f"{folder}: no packed data set ({MANIFEST} is missing); run --mode=prepare"
         ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
     if not isinstance(manifest, dict) or not manifest.keys() >= Manifest.__required_keys__:
-        raise DataError(f"{path}: not a description of a packed data set")
+        cure = ""
+        if isinstance(manifest, dict) and "labels" in manifest:
+            cure = ", but of one in EDM's format; use --config.dataset.source=folder"
+        raise DataError(f"{path}: not a description of a packed data set{cure}")
     if manifest["version"] != VERSION:
         raise DataError(
-            f"{path}: format {manifest['version']}, this program reads {VERSION}; prepare the "
-            "set again"
+            f"{path}: format {show(manifest['version'])}, this program reads {VERSION}; prepare "
+            "the set again"
         )
+    if reason := _contradiction(manifest):
+        raise DataError(f"{path}: damaged ({reason}); start the preparation again")
     return cast(Manifest, manifest)
+
+
+def is_packed(folder: str | os.PathLike[str]) -> bool:
+    """Whether the dataset.json of a folder is that of a packed set: EDM's has the same name."""
+    try:
+        manifest = parse_json(_small(storage(folder), MANIFEST).decode())
+    except (OSError, ValueError):
+        # Damaged: its own reader says how.
+        return True
+    return not isinstance(manifest, dict) or "labels" not in manifest
+
+
+def _small(place: Folder, name: str) -> bytes:
+    """A file that is no longer than a description may be. Raises OSError, ValueError."""
+    data = place.read(name)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"it is longer than {MAX_TEXT:,} bytes")
+    return data
+
+
+def _contradiction(manifest: Mapping[str, Any]) -> str:
+    """What is of another type or number than this program writes, '' if nothing is."""
+    # What is computed with later, here it is looked at once.
+    checks = {
+        "images": _is_count(manifest["images"]),
+        "complete": type(manifest["complete"]) is bool,
+        "source": type(manifest["source"]) is dict,
+        "class_names": _all(str, manifest["class_names"]),
+        "resolutions": _all(int, manifest["resolutions"]),
+        "shard_images": _is_count(manifest["shard_images"]),
+        "shards": type(manifest["shards"]) is dict
+        and all(
+            type(row) is list and all(map(_is_shard, row)) for row in manifest["shards"].values()
+        ),
+    }
+    wrong = [key for key, good in checks.items() if not good]
+    if wrong:
+        return f"{wrong[0]} is not what a preparation writes"
+    if len(manifest["class_names"]) > MAX_CLASSES:
+        return "it has too many classes"
+    for resolution, row in manifest["shards"].items():
+        if sum(shard["images"] for shard in row) != manifest["images"]:
+            return f"the files at {resolution[:9]} px hold another number of images"
+    return ""
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def _all(kind: type, values: object) -> bool:
+    return type(values) is list and all(type(value) is kind for value in values)
+
+
+def _is_shard(shard: object) -> bool:
+    # A file is in the set's own folder: another path could name any
+    # file of the machine.
+    return (
+        type(shard) is dict
+        and shard.keys() >= Shard.__required_keys__
+        and _is_count(shard["images"])
+        and _is_count(shard["bytes"])
+        and type(shard["sha256"]) is str
+        and type(shard["file"]) is str
+        and re.fullmatch(r"[\w-]+/[\w.-]+", shard["file"]) is not None
+        and ".." not in shard["file"]
+    )
 
 
 class PackedDataset(ImageSource):
     """A packed data set at one of its resolutions; `at` gives the others.
 
     Raises DataError, when opened and when read, for a set that is
-    unfinished, or of which a file is missing, truncated, damaged or not
-    of this set, naming the file.
+    unfinished, or of which a file is missing, truncated, damaged or
+    not of this set, naming the file.
     """
 
     prepared: ClassVar[bool] = True
@@ -173,6 +248,20 @@ class PackedDataset(ImageSource):
         """Hash of the description, which has the checksum of every file."""
         return digest(self._manifest)
 
+    def identity(self) -> str:
+        """Hash of the images: not of where the originals were, which the description has, too."""
+        keys = ("images", "class_names", "shards")
+        return digest({key: self._manifest[key] for key in keys})  # type: ignore[literal-required]
+
+    def class_counts(self) -> list[int] | None:
+        """As the preparation has noted them; earlier ones have not."""
+        identity: Any = self._manifest["source"].get("identity")
+        try:
+            counts = [int(part["images"]) for part in identity["parts"]]
+        except (TypeError, KeyError, ValueError):
+            return None
+        return counts if self.num_classes and len(counts) == self.num_classes else None
+
     def at(self, resolution: int) -> Self:
         """The same images at another resolution. Raises DataError naming those there are."""
         if resolution == self.resolution:
@@ -191,8 +280,8 @@ class PackedDataset(ImageSource):
                 f"{self.path}: packed at {present} px, not at {resolution}; prepare it for "
                 "this relay"
             )
-        # In a bucket each look is a request: a thousand files would take
-        # minutes.
+        # In a bucket each look is a request: a thousand files would
+        # take minutes.
         for shard in [] if self.path.startswith("gs://") else shards:
             file = Path(self.path, shard["file"])
             try:
@@ -209,8 +298,8 @@ class PackedDataset(ImageSource):
         self.resolution, self._shards = resolution, shards
         self._ends = list(itertools.accumulate(shard["images"] for shard in shards))
 
-    # Open files and locks cannot be sent to a worker process, which opens
-    # its own.
+    # Open files and locks cannot be sent to a worker process, which
+    # opens its own.
     def __getstate__(self) -> dict[str, object]:
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")
@@ -230,10 +319,12 @@ class PackedDataset(ImageSource):
             if number not in self._readers:
                 shard = self._shards[number]
                 file = os.path.join(self.path, shard["file"])
-                reader = array_record_module.ArrayRecordReader(
-                    file, READER_OPTIONS, file_reader_buffer_size=32768
-                )
-                # It reports 0 for whatever is not an ArrayRecord file.
+                with refusing(f"{file}: cannot be read", "; start the preparation again"):
+                    reader = array_record_module.ArrayRecordReader(
+                        file, READER_OPTIONS, file_reader_buffer_size=32768
+                    )
+                # It reports 0 for whatever
+                # is not an ArrayRecord file.
                 if reader.num_records() != shard["images"]:
                     raise DataError(
                         f"{file}: not the file that was prepared; start the preparation again"
@@ -249,10 +340,10 @@ class PackedDataset(ImageSource):
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} is outside 0..{len(self) - 1}")
         number, offset = self._place(position)
-        try:
+        with refusing(f"{self.where(position)}: damaged", "; start the preparation again"):
             image, label = decode_record(self._reader(number).read([offset])[0])
-            # A record of another set decodes as well: its size or its
-            # label gives it away.
+            # A record of another set decodes as well: its size or
+            # its label gives it away.
             if image.shape != (
                 self.resolution,
                 self.resolution,
@@ -261,12 +352,6 @@ class PackedDataset(ImageSource):
                 raise ValueError(
                     f"image of {image.shape[1]}x{image.shape[0]} px with label {label}"
                 )
-        except DataError:
-            raise
-        except (RuntimeError, ValueError, struct.error) as error:
-            raise DataError(
-                f"{self.where(position)}: damaged ({one_line(error)}); start the preparation again"
-            ) from error
         return image, label
 
     def where(self, position: int) -> str:
@@ -283,13 +368,8 @@ class PackedDataset(ImageSource):
         """Compares every file at this resolution with its checksum. Raises DataError."""
         for shard in self._shards:
             file = os.path.join(self.path, shard["file"])
-            try:
+            with refusing(f"{file}: cannot be read", "; prepare or copy it again"):
                 sha256 = storage(self.path).checksum(shard["file"])[1]
-            except OSError as error:
-                why = error.strerror or one_line(error)
-                raise DataError(
-                    f"{file}: cannot be read ({why}); prepare or copy it again"
-                ) from error
             if sha256 != shard["sha256"]:
                 raise DataError(
                     f"{file}: damaged (its checksum differs); start the preparation again"

@@ -6,8 +6,8 @@
 
 DIR may be gs://BUCKET/PATH; data/packed.py has the format. May be
 stopped at any moment; the same command goes on after the last whole
-file. Started again on a finished set, it compares every file with its
-checksum and makes the damaged ones anew.
+file. Started again on a finished set, it compares every file with
+its checksum and makes the damaged ones anew.
 """
 
 import contextlib
@@ -18,7 +18,15 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +35,7 @@ from typing import Any
 
 from absl import logging
 
+from relay_jax.data.identity import changes
 from relay_jax.data.images import center_crop_resize
 from relay_jax.data.packed import (
     MANIFEST,
@@ -43,9 +52,13 @@ from relay_jax.data.storage import Bucket, Folder, storage
 from relay_jax.errors import DataError
 from relay_jax.runtime.files import cannot_write
 
-# Called with the number of images that are done and that of all, before
-# the first image and after every one; may raise to stop, for instance
-# after SIGTERM.
+# Keys of the source that are not compared where the originals are
+# known by their identity.
+_ELSEWHERE = ("path", "data_dir", "identity")
+
+# Called with the number of images that are done and that of all,
+# before the first image and after every one; may raise to stop, for
+# instance after SIGTERM.
 Report = Callable[[int, int], None]
 
 
@@ -67,7 +80,7 @@ def prepare(
 
     out: a folder, or gs://BUCKET/PATH, whose files are made on this machine first.
     description: what the source is, as plain values: kept in dataset.json, and compared when a
-        preparation goes on.
+        preparation goes on; its "identity" (data/identity.py) recognises changed originals.
     shard_images: images per file: what is lost when the preparation is stopped.
     threads: that decode and resize; 0 for one per core.
     Raises DataError for an unreadable image (finished files stay) or a folder that holds anything
@@ -76,8 +89,8 @@ def prepare(
     threads = threads or os.cpu_count() or 1
     if not resolutions or min(resolutions) < 1 or shard_images < 1 or threads < 1:
         raise DataError(f"cannot prepare with {resolutions=} {shard_images=} {threads=}")
-    # Resized twice, images would not be those that the statistics and the
-    # paper's networks know.
+    # Resized twice, images would not be those that the statistics
+    # and the paper's networks know.
     if source.prepared:
         raise DataError(
             f"{getattr(source, 'path', 'this source')}: is packed already; prepare from the "
@@ -87,8 +100,8 @@ def prepare(
     manifest = Manifest(
         version=VERSION,
         complete=False,
-        # As it will be read back, for the comparison: tuples become
-        # lists.
+        # As it will be read back, for the
+        # comparison: tuples become lists.
         source=json.loads(json.dumps(dict(description))),
         images=len(source),
         class_names=list(source.class_names),
@@ -150,8 +163,8 @@ class _Preparation:
                 f"{total:,}",
             )
         report(done, total)
-        # One stream of images through all files: at the end of a file the
-        # threads go on with the images of the next one.
+        # One stream of images through all files: at the end of a
+        # file the threads go on with the images of the next one.
         positions = itertools.chain.from_iterable(map(self.positions, waiting))
         with contextlib.closing(self._records(positions)) as records:
             for number in waiting:
@@ -191,8 +204,8 @@ class _Preparation:
 
     def _forget(self, number: int) -> list[str]:
         """Takes back the notes of files that are about to be made; gives their names."""
-        # First of all: a note beside a file that it does not describe
-        # would be taken for damage.
+        # First of all: a note beside a file that it does not
+        # describe would be taken for damage.
         for name in self.names(number):
             self.place.forget(_note_name(name))
         return self.names(number)
@@ -207,8 +220,8 @@ class _Preparation:
 
     def _records(self, positions: Iterable[int]) -> Generator[list[bytes], None, None]:
         """For each position, in order, its record at each resolution."""
-        # A bounded number of images is in memory, whatever is slower:
-        # decoding or writing.
+        # A bounded number of images is in memory, whatever is
+        # slower: decoding or writing.
         pool = ThreadPoolExecutor(self.threads)
         ahead: deque[Future[list[bytes]]] = deque()
         try:
@@ -243,9 +256,12 @@ def _belongs(place: Folder, manifest: Manifest) -> bool:
             f"{place.path}: holds something else; name a new or empty folder to prepare into"
         )
     earlier = read_manifest(place.path)
+    same_originals = _check_originals(place.path, earlier["source"], manifest["source"])
+    skip = _ELSEWHERE if same_originals else ("identity",)
     for key in ("source", "images", "class_names", "resolutions", "shard_images"):
-        if earlier[key] != manifest[key]:
-            old, new = (f"{value[key]!r:.200}" for value in (earlier, manifest))
+        before, after = (_without(value[key], skip) for value in (earlier, manifest))
+        if before != after:
+            old, new = (f"{value!r:.100}" for value in (before, after))
             raise DataError(
                 f"{place.path}: belongs to another preparation: {key} is {old} there and {new} "
                 "here; use another"
@@ -253,11 +269,35 @@ def _belongs(place: Folder, manifest: Manifest) -> bool:
     return True
 
 
+def _check_originals(path: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the originals are known to be those of the beginning, wherever they are now.
+
+    Raises DataError, with what has changed, if they are not.
+    """
+    # Preparations of earlier versions do not know them.
+    old, new = earlier.get("identity"), now.get("identity")
+    if not old or not new:
+        return False
+    difference = changes(old, new)
+    if difference:
+        raise DataError(
+            f"{path}: the originals have changed since it was prepared: {difference}; prepare them "
+            "into another folder"
+        )
+    return True
+
+
+def _without(value: Any, skip: Container[str]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: child for key, child in value.items() if key not in skip}
+
+
 @contextlib.contextmanager
 def _only_one(place: Folder) -> Iterator[None]:
     """Keeps a second process out of the folder. Raises DataError if there is one."""
-    # Buckets and some file systems cannot lock; two processes that write
-    # there do the same work twice, and the files are equal.
+    # Buckets and some file systems cannot lock; two processes that
+    # write there do the same work twice, and the files are equal.
     if isinstance(place, Bucket):
         yield
         return
@@ -270,8 +310,8 @@ def _only_one(place: Folder) -> Iterator[None]:
         except OSError:
             pass
         else:
-            # Half files of a run that was killed. Only a lock makes sure
-            # that nobody writes them.
+            # Half files of a run that was killed. Only a lock makes
+            # sure that nobody writes them.
             for temporary in Path(place.path).glob("*/*.tmp"):
                 temporary.unlink()
         yield

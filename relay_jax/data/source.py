@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from relay_jax.data.diagnosis import wrong_classes
 from relay_jax.data.folder import ImageFolder
 from relay_jax.data.images import ImageSource
 from relay_jax.data.npz import NpzImages
@@ -23,7 +24,15 @@ from relay_jax.data.tfds import TfdsSource
 from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError, UserError, one_line
 
-__all__ = ["SOURCES", "ImageSource", "Source", "describe_source", "open_source"]
+__all__ = [
+    "SOURCES",
+    "ImageSource",
+    "Source",
+    "describe_source",
+    "draw",
+    "draw_balanced",
+    "open_source",
+]
 
 
 class Source(Protocol):
@@ -45,6 +54,10 @@ class Source(Protocol):
     def prepared(self) -> bool:
         """Whether the images are cropped and resized for the stages already."""
 
+    @property
+    def unused(self) -> Mapping[str, int]:
+        """Files beside the images that are not used, by ending."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
@@ -52,6 +65,21 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """SHA-256 of what the set holds, as far as known without decoding it. Raises DataError."""
+
+    def identity(self) -> str:
+        """As `fingerprint`, but the same wherever the set lies. Raises DataError."""
+
+    def known_labels(self) -> np.ndarray | None:
+        """The labels of all images, int64 [n], None where they are not known without decoding."""
+
+    def class_counts(self) -> list[int] | None:
+        """Images of each class, None where they are not known without decoding."""
+
+    def file_name(self, position: int) -> str:
+        """The path of an image's file below the set, '' for images that are no files."""
+
+    def file_stamp(self, position: int) -> int:
+        """A number that changes with the bytes of an image's file. Raises DataError."""
 
     def at(self, resolution: int) -> "Source":
         """The source that a stage of this resolution reads. Raises DataError without one."""
@@ -63,6 +91,7 @@ class Source(Protocol):
         """What error messages call the image at a position."""
 
 
+# dataset.source -> class
 SOURCES: dict[str, type[ImageSource]] = {
     "synthetic": SyntheticShapes,
     "folder": ImageFolder,
@@ -76,22 +105,22 @@ SOURCES: dict[str, type[ImageSource]] = {
 def open_source(dataset: Mapping[str, Any], resolutions: Sequence[int], seed: int) -> Source:
     """The data set of a configuration, checked against it.
 
-    dataset: config.dataset. resolutions: of all stages, in any order.
-    Raises DataError if it is missing, damaged or not there at one of
-    the resolutions, and UserError for another number of classes or
-    images smaller than the largest stage.
+    dataset: config.dataset. resolutions: of all stages, in any
+    order. Raises DataError if it is missing, damaged or not there at
+    one of the resolutions, and UserError for another number of
+    classes or images smaller than the largest stage.
     """
     source_class, largest = _source_class(dataset["source"]), max(resolutions)
     try:
         source: Source = source_class.from_config(dataset, largest, seed)
-        # A packed set holds each resolution apart: one that is missing
-        # must be known now, not when the stage that needs it begins, days
-        # later.
+        # A packed set holds each resolution apart: one that is
+        # missing must be known now, not when the stage that needs it
+        # begins, days later.
         for resolution in resolutions:
             source.at(resolution)
     except DataError as error:
-        # The hint says where the originals come from, which is no help
-        # for a prepared set.
+        # The hint says where the originals come from, which is no
+        # help for a prepared set.
         if source_class.prepared or not dataset["hint"]:
             raise
         raise DataError(f"{error}; {dataset['hint']}") from error
@@ -102,11 +131,40 @@ def open_source(dataset: Mapping[str, Any], resolutions: Sequence[int], seed: in
 def describe_source(dataset: Mapping[str, Any], resolution: int, seed: int) -> dict[str, Any]:
     """What config.dataset.source reads, as plain values, for records of what was made from it.
 
-    resolution: of the largest stage. Raises UserError for an unknown
-    source.
+    dataset: config.dataset; resolution: of the largest stage; seed:
+    of the configuration. Raises UserError for an unknown source.
     """
     text = dataset["source"]
-    return {"source": text, **_source_class(text).describe(dataset, resolution, seed)}
+    return {
+        "source": text,
+        **_source_class(text).describe(dataset, resolution, seed),
+    }
+
+
+def draw(total: int, count: int, seed: int) -> np.ndarray:
+    """Positions of at most `count` of `total` images, int [n], in the order they were drawn."""
+    # Never the first ones: most sets are sorted by class. A longer
+    # draw of the same seed begins with the shorter one.
+    return np.random.default_rng(seed).permutation(total)[:count]
+
+
+def draw_balanced(source: Source, count: int, seed: int) -> np.ndarray:
+    """As `draw`, but every part of the draw has all classes as equally often as the set allows.
+
+    At random alone where the labels are not known without decoding.
+    """
+    order, labels = draw(len(source), len(source), seed), source.known_labels()
+    if labels is None or not source.num_classes:
+        return order[:count]
+    # In turns: first the first image of every class, then the
+    # second. The classes take their turns in the order in which they
+    # were drawn, so that no class is always first.
+    grouped = order[np.argsort(labels[order], kind="stable")]
+    sizes = np.bincount(labels, minlength=source.num_classes)
+    turns = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return grouped[np.lexsort((rank[grouped], turns))][:count]
 
 
 def _source_class(text: str) -> type[ImageSource]:
@@ -134,15 +192,10 @@ def _source_class(text: str) -> type[ImageSource]:
 
 def _check(source: Source, dataset: Mapping[str, Any], largest: int) -> None:
     if dataset["num_classes"] and source.num_classes != dataset["num_classes"]:
-        number = f"{source.num_classes} classes" if source.num_classes else "no classes"
-        raise UserError(
-            f"the data set has {number}, the configuration "
-            f"dataset.num_classes={dataset['num_classes']}; set "
-            f"--config.dataset.num_classes={source.num_classes}"
-        )
-    # Only sets of one size are known to be too small without reading
-    # every image; a folder's small images are enlarged, as ADM's
-    # procedure does.
+        raise UserError(wrong_classes(source, dataset))
+    # A set of which some images are smaller is warned of, one of
+    # which all are is refused (data/description.py); here it is
+    # known without reading any.
     if source.resolution is not None and source.resolution < largest:
         raise UserError(
             f"{dataset['path'] or dataset['source']} has images of {source.resolution} px, the "

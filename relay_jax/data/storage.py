@@ -1,8 +1,8 @@
 """A folder, or gs://BUCKET/PATH, as a place for whole files: what packed sets need of either.
 
 Buckets are reached through tensorstore (which orbax brings) with the
-application's default credentials. An object appears when it is whole,
-as a file does here.
+application's default credentials. An object appears when it is
+whole, as a file does here.
 """
 
 import errno
@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from relay_jax.data.files import read_file
 from relay_jax.errors import DataError, one_line
-from relay_jax.runtime.files import file_sha256, write_text
+from relay_jax.runtime.files import MAX_TEXT, file_sha256, write_text
 
 
 class Folder:
@@ -37,7 +38,7 @@ class Folder:
         return {entry.name for entry in root.iterdir()} if root.is_dir() else {root.name}
 
     def read(self, name: str) -> bytes:
-        return Path(self.path, name).read_bytes()
+        return read_file(Path(self.path, name), MAX_TEXT)
 
     def checksum(self, name: str) -> tuple[int, str]:
         """Size and SHA-256, in hexadecimal."""
@@ -47,8 +48,8 @@ class Folder:
     @contextmanager
     def workshop(self) -> Iterator[Path]:
         """Where files are made, under the names that they are to have here."""
-        # The folder itself: to move a file to another disk would be to
-        # write it again.
+        # The folder itself: to move a file to another disk would be
+        # to write it again.
         yield Path(self.path)
 
     def take(self, workshop: Path, name: str) -> None:
@@ -71,13 +72,13 @@ class Bucket(Folder):
 
     def _store(self) -> Any:
         if self._opened is None:
-            # Imported late: it takes a second, and most sets are in
-            # folders.
+            # Imported late: it takes a second,
+            # and most sets are in folders.
             import tensorstore
 
             bucket, _, path = self.path.removeprefix("gs://").partition("/")
-            # The default keeps a user without network waiting for many
-            # minutes.
+            # The default keeps a user without network waiting for
+            # many minutes.
             retries = {"max_retries": 5, "max_delay": "2s"}
             spec = {
                 "driver": "gcs",
@@ -91,8 +92,8 @@ class Bucket(Folder):
     def read(self, name: str) -> bytes:
         try:
             result = self._store().read(name).result()
-        # It raises whatever fits: ValueError, RuntimeError, ImportError
-        # ...
+        # It raises whatever fits: ValueError, RuntimeError,
+        # ImportError ...
         except Exception as error:
             raise OSError(one_line(error)) from error
         if result.state != "value":
@@ -105,8 +106,8 @@ class Bucket(Folder):
         except Exception as error:
             raise OSError(one_line(error)) from error
 
-    # A bucket tells a checksum of its own kind, not SHA-256: the object
-    # has to be read.
+    # A bucket tells a checksum of its own kind, not SHA-256: the
+    # object has to be read.
     def checksum(self, name: str) -> tuple[int, str]:
         content = self.read(name)
         return len(content), hashlib.sha256(content).hexdigest()

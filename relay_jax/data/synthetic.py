@@ -1,10 +1,10 @@
 """A procedural, class-conditional image set: eight classes, no download, a function of (seed, i).
 
-It is made for testing a relay. Four shapes (disc, square, triangle,
-cross) are visible at every resolution, so the base stage can learn
-them; two textures (stripes, checks) have a period of four native
-pixels, so a 4x4 box average erases them and only the relay stage can
-add them.
+It is made for testing a relay. Four shapes (disc, square,
+triangle, cross) are visible at every resolution, so the base stage
+can learn them; two textures (stripes, checks) have a period of
+four native pixels, so a 4x4 box average erases them and only the
+relay stage can add them.
 
     label = i mod 8 = 4 * texture + shape
 """
@@ -45,8 +45,8 @@ class SyntheticShapes(ImageSource):
 
     @classmethod
     def from_config(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> Self:
-        # Made at the size of the largest stage, which sets the scale of
-        # the texture.
+        # Made at the size of the largest stage, which sets the scale
+        # of the texture.
         return cls(resolution, dataset["size"], seed)
 
     @classmethod
@@ -55,8 +55,15 @@ class SyntheticShapes(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of the parameters, which make every pixel."""
-        about = {"size": self.size, "resolution": self.resolution, "seed": self.seed}
+        about = {
+            "size": self.size,
+            "resolution": self.resolution,
+            "seed": self.seed,
+        }
         return digest([{"source": "synthetic", **about}, self.size])
+
+    def known_labels(self) -> np.ndarray:
+        return np.arange(self.size) % self.num_classes
 
     def __len__(self) -> int:
         return self.size
@@ -68,13 +75,13 @@ class SyntheticShapes(ImageSource):
         label = int(position) % self.num_classes
         texture, shape = divmod(label, len(SHAPES))
         r = self.resolution
-        # All random numbers of an image at once: what one of them does
-        # cannot shift another's.
+        # All random numbers of an image at once: what one of them
+        # does cannot shift another's.
         u = np.random.default_rng([self.seed, int(position)]).random(11).tolist()
         x, y = _grid(r)
 
-        # A pastel gradient behind a darker, saturated shape: they differ
-        # in brightness whatever the two hues.
+        # A pastel gradient behind a darker, saturated shape: they
+        # differ in brightness whatever the two hues.
         colours = [
             np.array(colorsys.hsv_to_rgb(h, 0.25, v), np.float32)
             for h, v in ((u[0], 1.0), (u[1], 0.78))
@@ -94,9 +101,9 @@ class SyntheticShapes(ImageSource):
         # which no blur explains.
         inside = np.clip(0.5 - distance, 0, 1)[..., None]
 
-        # The wave swings each channel by 0.7 of its own value (by 0.4 for
-        # the strongest): nothing clips, so the mean over a period stays
-        # the colour, and the hue stays too.
+        # The wave swings each channel by 0.7 of its own value (by
+        # 0.4 for the strongest): nothing clips, so the mean over a
+        # period stays the colour, and the hue stays too.
         tilt = math.radians(20 * u[8] - 10)
         k = 2 * math.pi / TEXTURE_PERIOD
         kx, ky = k * math.sin(tilt), k * math.cos(tilt)
@@ -126,8 +133,8 @@ def _signed_distance(shape: int, x: np.ndarray, y: np.ndarray, radius: float) ->
     if shape == 1:
         return np.maximum(ax, ay) - 0.82 * radius
     if shape == 2:
-        # Equilateral, point up, its bounding box centred; symmetry folds
-        # two sides into one.
+        # Equilateral, point up, its bounding box centred; symmetry
+        # folds two sides into one.
         y = y - 0.3 * radius
         return np.maximum(y, 0.5 * math.sqrt(3) * ax - 0.5 * y) - 0.6 * radius
     return np.maximum(np.maximum(ax, ay) - radius, np.minimum(ax, ay) - 0.32 * radius)

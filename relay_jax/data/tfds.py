@@ -2,9 +2,9 @@
 
 Needs array_record (or parquet) files: TFDS's default, tfrecord, can
 only be read by TensorFlow. The data set is looked up by its folder,
-DATA_DIR/NAME[/CONFIG]/VERSION, and not through its registered builder:
-building that may import TensorFlow and ask the network, while the
-folder says all that is needed. Nothing is ever downloaded.
+DATA_DIR/NAME[/CONFIG]/VERSION, and not through its registered
+builder: building that may import TensorFlow and ask the network,
+while the folder says all that is needed. Nothing is ever downloaded.
 """
 
 import os
@@ -13,19 +13,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from relay_jax.data.files import read_file, refusing, several
 from relay_jax.data.images import EncodedImages
 from relay_jax.errors import DataError, one_line
-from relay_jax.runtime.files import digest
+from relay_jax.runtime.files import MAX_TEXT, digest, parse_json
 
+_OWN_CLASSES = "tensorflow_datasets.core.features."
+# Keys under which features.json has the
+# name of a class: TFDS reads all of them.
+_CLASS_KEYS = {"pythonClassName", "python_class_name", "type"}
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class TfdsSource(EncodedImages):
     """A split (slices such as "train[:90%]" too) of a prepared TFDS data set.
 
-    The features must hold `image`; a ClassLabel named `label` gives the
-    classes, otherwise there are no labels. An empty `data_dir` means
-    $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    The features must hold `image`; a ClassLabel named `label` gives
+    the classes, otherwise there are no labels. An empty `data_dir`
+    means $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     """
 
     config_keys: ClassVar[tuple[str, ...]] = ("name", "split", "data_dir")
@@ -39,23 +44,26 @@ class TfdsSource(EncodedImages):
             raise DataError(
                 f"the tfds source misses a package ({error}); run: pip install tensorflow_datasets"
             ) from error
+        _check_features(folder)
         try:
             builder = tfds.builder_from_directory(folder)
             features = dict(builder.info.features.items())
             label = features.get("label")
-            splits = ", ".join(builder.info.splits)
-        # Protobuf's parser, for one, has an exception class of its own.
+            splits = several(builder.info.splits)
+        # Protobuf's parser, for one, has
+        # an exception class of its own.
         except Exception as error:
             raise DataError(
-                f"{folder}: cannot be read as a TFDS data set ({one_line(error)}); prepare it again"
+                f"{folder}: cannot be read as a TFDS data set ({one_line(error, 160)}); prepare it "
+                "again"
             ) from error
         if "image" not in features:
             raise DataError(
-                f"{folder}: this data set has no feature named image, only {', '.join(features)}"
+                f"{folder}: this data set has no feature named image, only {several(features)}"
             )
         try:
-            # We decode ourselves: TFDS switches decoders where OpenCV is
-            # installed, and leaves grey and CMYK alone.
+            # We decode ourselves: TFDS switches decoders where
+            # OpenCV is installed, and leaves grey and CMYK alone.
             self._records: Sequence[Mapping[str, Any]] = builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}
             )
@@ -67,7 +75,7 @@ class TfdsSource(EncodedImages):
             ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
-                f"{folder}: cannot read split {split!r} ({one_line(error)}); it has {splits}"
+                f"{folder}: cannot read split {split!r} ({one_line(error, 160)}); it has {splits}"
             ) from error
         if not self._length:
             raise DataError(f"{folder}: split {split!r} is empty; it has {splits}")
@@ -93,20 +101,21 @@ class TfdsSource(EncodedImages):
         """Hash of the name, the split and the number of images."""
         return digest([self._about, len(self)])
 
+    def identity(self) -> str:
+        """As the fingerprint, without the folder that the set lies in."""
+        about = {key: value for key, value in self._about.items() if key != "data_dir"}
+        return digest([about, len(self)])
+
     def encoded(self, position: int) -> tuple[bytes, str, int]:
         where = self.where(position)
-        try:
+        with refusing(f"{where}: cannot be read", "; prepare the data set again"):
             record = self._records[position]
             data, label = (
                 record["image"],
                 int(record["label"]) if self.num_classes else 0,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise DataError(
-                f"{where}: cannot be read ({one_line(error)}); prepare the data set again"
-            ) from error
-        # TFDS writes -1 in splits without labels, such as ImageNet's
-        # test.
+        # TFDS writes -1 in splits without
+        # labels, such as ImageNet's test.
         if not 0 <= label < max(self.num_classes, 1):
             raise DataError(
                 f"{where}: has the label {label}, which means none; choose a labelled split"
@@ -118,6 +127,35 @@ class TfdsSource(EncodedImages):
         return data, where, label
 
 
+def _check_features(folder: Path) -> None:
+    """Raises DataError for a features.json with classes that are not TFDS's own."""
+    # TFDS imports the module that such a name begins with: one that
+    # lies in the current folder would run.
+    file = folder / "features.json"
+    with refusing(f"{file}: cannot be read"):
+        nodes = [parse_json(read_file(file, MAX_TEXT).decode())] if file.exists() else []
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, dict):
+                for key in _CLASS_KEYS & node.keys():
+                    _check_class(file, node[key])
+                # Earlier versions keep JSON in a text.
+                inner = node.get("json")
+                if isinstance(inner, str) and inner.lstrip().startswith(("{", "[")):
+                    nodes.append(parse_json(inner))
+            nodes += node.values() if isinstance(node, dict) else []
+            nodes += node if isinstance(node, list) else []
+
+
+def _check_class(file: Path, name: object) -> None:
+    # A name without a dot is none of a module.
+    if isinstance(name, str) and "." in name and not name.startswith(_OWN_CLASSES):
+        raise DataError(
+            f"{file}: names the class {several([name])}, which is not TFDS's own: code of the data "
+            "set would run; prepare it with TFDS's own features"
+        )
+
+
 def _versions(folder: Path) -> list[Path]:
     """The prepared versions in `folder`, oldest first: x.y.z with a dataset_info.json."""
     if not folder.is_dir():
@@ -125,7 +163,10 @@ def _versions(folder: Path) -> list[Path]:
     named = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
     prepared = [path for path in named if (path / "dataset_info.json").is_file()]
     # As numbers: 1.10.0 is newer than 1.9.0.
-    return sorted(prepared, key=lambda path: tuple(int(number) for number in path.name.split(".")))
+    return sorted(
+        prepared,
+        key=lambda path: tuple(int(number) for number in path.name.split(".")),
+    )
 
 
 def _find(name: str, data_dir: str) -> Path:
@@ -137,7 +178,8 @@ def _find(name: str, data_dir: str) -> Path:
             "the tfds source needs the name of a data set, such as imagenet2012 or celeb_a_hq/256"
         )
     configs = [_versions(root / base)]
-    # Without a configuration in the name the only prepared one is meant.
+    # Without a configuration in the name
+    # the only prepared one is meant.
     if not configs[0] and (root / base).is_dir():
         configs = [
             versions
@@ -145,7 +187,7 @@ def _find(name: str, data_dir: str) -> Path:
             if path.is_dir() and (versions := _versions(path))
         ]
     if len(configs) > 1:
-        choices = ", ".join(f"{base}/{versions[0].parent.name}" for versions in configs)
+        choices = several(f"{base}/{versions[0].parent.name}" for versions in configs)
         raise DataError(
             f"{root / base}: several configurations are prepared; name one of {choices}"
         )

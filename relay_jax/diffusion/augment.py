@@ -37,17 +37,16 @@ import numpy as np
 NUM_LABELS = 9
 
 # Daubechies' least asymmetric wavelet with six vanishing moments
-# ("sym6"), low-pass, scaled to sum 1. Its centre of mass is close to tap
-# 5, which is why a fine sample lies on each pixel. Up-sampling is the
-# transpose of
-# down-sampling.
+# ("sym6"), low-pass, scaled to sum 1. Its centre of mass is close to
+# tap 5, which is why a fine sample lies on each pixel. Up-sampling
+# is the transpose of down-sampling.
 SYM6 = np.array([
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
     -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 ]) / np.sqrt(2)  # fmt: skip
-# Down-sampled pixel i reads the fine samples 2i - REACH ... 2i + 1 +
-# REACH.
+# Down-sampled pixel i reads the fine
+# samples 2i - REACH ... 2i + 1 + REACH.
 REACH = len(SYM6) // 2 - 1
 
 
@@ -62,8 +61,8 @@ class Augmentation:
     """
 
     probability: float
-    # So large that the x-flip is always active, whatever the (positive)
-    # probability.
+    # So large that the x-flip is always active, whatever the
+    # (positive) probability.
     xflip: float = 1e8
     yflip: float = 1.0
     scale: float = 1.0
@@ -143,8 +142,8 @@ def apply_draws(
     """Transforms each image by its own draws, equations (1) to (6).
 
     images: [b, h, h, c] in [-1, 1]; the filters may overshoot this
-    range a little, which is left so. draws: from `draw`. augmentation:
-    static under `jit`.
+    range a little, which is left so. draws: from `draw`.
+    augmentation: static under `jit`.
     Returns images [b, h, h, c] and labels [b, 9], float32. Raises
     ValueError for images that are not square.
     """
@@ -164,8 +163,8 @@ def apply_draws(
     images = jnp.where(xflip[:, None, None, None] == 1, images[:, :, ::-1], images)
     images = jnp.where(yflip[:, None, None, None] == 1, images[:, ::-1], images)
 
-    # An inactive transform is one whose normal or angle is 0: then its
-    # labels are 0 and its map is the identity.
+    # An inactive transform is one whose normal or angle is 0: then
+    # its labels are 0 and its map is the identity.
     scale_on = draws.scale_gate < augmentation.scale * p
     rotate_on = draws.rotate_frac_gate < augmentation.rotate_frac * p
     aniso_on = draws.aniso_gate < augmentation.aniso * p
@@ -204,9 +203,9 @@ def apply_draws(
         _rotation(theta - phi)[..., None] * stretch[:, None, :, None] * _rotation(phi)[:, None]
     ).sum(2)
     shift = augmentation.translate_frac_std * images.shape[2] * translate.T
-    # An image without an active transform keeps its pixels to the bit;
-    # the official code sends it through both filters, which changes it by
-    # 1e-6.
+    # An image without an active transform keeps its pixels to the
+    # bit; the official code sends it through both filters, which
+    # changes it by 1e-6.
     moved = (scale_on | rotate_on | aniso_on | translate_on)[:, None, None, None]
     return jnp.where(moved, jax.vmap(_resample)(images, linear, shift), images), labels
 
@@ -219,8 +218,8 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Transforms images [b, h, h, c] at random, `apply_draws` of `draw`.
 
-    index: int [b], the images' places in the whole batch, by default 0,
-    1, ... Returns images [b, h, h, c] and labels [b, 9], float32.
+    index: int [b], the images' places in the whole batch, by default
+    0, 1, ... Returns images [b, h, h, c] and labels [b, 9], float32.
     """
     return apply_draws(images, draw(key, len(images), index), augmentation)
 
@@ -233,15 +232,16 @@ def _rotation(angle: jax.Array) -> jax.Array:
 
 def _resample(image: jax.Array, linear: jax.Array, shift: jax.Array) -> jax.Array:
     """The image [w, w, c] that shows at q what was at `linear [2, 2] (q - shift [2])`, see (6)."""
-    # Cost per image: the padded and up-sampled image has (6w-4)^2 pixels,
-    # of which (2w+10)^2 positions are read. For 256 pixels and three
-    # channels that is 28 MB and 3 MB (33 MB of temporaries as compiled)
-    # and 5 GFLOP in the filters; for 32 pixels 0.5 MB and 0.01 GFLOP.
+    # Cost per image: the padded and up-sampled image has
+    # (6w-4)^2 pixels, of which (2w+10)^2 positions are read.
+    # For 256 pixels and three channels that is 28 MB and 3
+    # MB (33 MB of temporaries as compiled) and 5 GFLOP in
+    # the filters; for 32 pixels 0.5 MB and 0.01 GFLOP.
     width = image.shape[0]
     fine = _filter(_up_matrix(width), image)
 
-    # Fine sample 2k lies on pixel k, for the image as for its padded
-    # version.
+    # Fine sample 2k lies on pixel k, for
+    # the image as for its padded version.
     q = (np.arange(-REACH, 2 * width + REACH, dtype=np.float32) - (width - 1)) / 2
     x, y = q[None, :] - shift[0], q[:, None] - shift[1]
     # Written out, as an accelerator may round a matrix product.
@@ -277,9 +277,10 @@ def _down_matrix(width: int) -> np.ndarray:
 
 def _up_matrix(width: int) -> np.ndarray:
     """[6w-4, w]: reflect padding by w - 1, then a zero between samples and the low-pass."""
-    # The margin is the widest that can be reflected, so that one shape
-    # serves all draws. What lies beyond reads zero: to get there, a draw
-    # must shrink and shift the image to less than about a third.
+    # The margin is the widest that can be reflected, so that one
+    # shape serves all draws. What lies beyond reads zero: to get
+    # there, a draw must shrink and shift the image to less than
+    # about a third.
     margin = (width - 1, width - 1)
     padded = np.pad(np.eye(width, dtype=np.float32), (margin, (0, 0)), mode="reflect")
     return 2 * _down_matrix(len(padded)).T[REACH:-REACH] @ padded

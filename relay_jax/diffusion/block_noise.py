@@ -9,10 +9,11 @@ Source: Relay Diffusion, arXiv 2309.03350, section 3.2.
 (4)  power of (1) at DCT coefficient (k, l) of the whole image: P[k] P[l],
      P = diag(C T C^T),  T[i, j] = max(0, p - |i - j|)/p, circular
 
-White noise of level sigma has the same power at every frequency; after
-up-sampling by p the image's low frequencies are p times stronger
-against it. Block noise gives them back the noise they had at low
-resolution. It is neither constant inside a block nor aligned to blocks.
+White noise of level sigma has the same power at every frequency;
+after up-sampling by p the image's low frequencies are p times
+stronger against it. Block noise gives them back the noise they had
+at low resolution. It is neither constant inside a block nor
+aligned to blocks.
 """
 
 import chex
@@ -35,8 +36,8 @@ def block_noise(gaussian: jax.Array, patch: int) -> jax.Array:
         size = gaussian.shape[axis]
         before = [(patch - 1 if a == axis else 0, 0) for a in range(4)]
         around = jnp.pad(gaussian, before, mode="wrap")
-        # The order of the terms decides the last bit of every image:
-        # leave it.
+        # The order of the terms decides the
+        # last bit of every image: leave it.
         gaussian = sum(
             lax.slice_in_dim(around, i, i + size, axis=axis) for i in reversed(range(patch))
         )
@@ -51,10 +52,10 @@ def relay_noise(
 ) -> jax.Array:
     """Equation (3): the noise of a relay stage per unit of sigma, variance 1 + block_noise_scale^2.
 
-    gaussian, block_gaussian: independent white unit noise [b, h, w, c];
-    the second may be None if block_noise_scale is 0, else ValueError.
-    Not renormalised on purpose: the network is told sigma, as in the
-    published training (docs/math.md section 3).
+    gaussian, block_gaussian: independent white unit noise
+    [b, h, w, c]; the second may be None if block_noise_scale is 0,
+    else ValueError. Not renormalised on purpose: the network is told
+    sigma, as in the published training (docs/math.md section 3).
     """
     if block_noise_scale == 0:
         return gaussian

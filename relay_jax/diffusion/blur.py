@@ -31,10 +31,19 @@ def _decay(blur_sigma: jax.Array, patch: int) -> jax.Array:
 def attenuation(blur_sigma: jax.Array, patch: int, min_scale: float = MIN_SCALE) -> jax.Array:
     """The factors of equation (1).
 
-    blur_sigma: [...] in pixels. Returns [..., p, p], by (row, column)
-    frequency.
+    blur_sigma: [...] in pixels. Returns [..., p, p], by (row,
+    column) frequency.
     """
     decay = _decay(jnp.asarray(blur_sigma, jnp.float32), patch)
+    return (1 - min_scale) * decay[..., :, None] * decay[..., None, :] + min_scale
+
+
+def attenuation_table(
+    blur_sigma: np.ndarray, patch: int, min_scale: float = MIN_SCALE
+) -> np.ndarray:
+    """Equation (1) in float64 on the host, for tables; as `attenuation`, and 1 for patch 1."""
+    frequency = np.pi * np.arange(patch) / patch
+    decay = np.exp(-0.5 * np.square(frequency * np.asarray(blur_sigma, np.float64)[..., None]))
     return (1 - min_scale) * decay[..., :, None] * decay[..., None, :] + min_scale
 
 
@@ -46,8 +55,8 @@ def blur_matrix(blur_sigma: jax.Array, patch: int) -> jax.Array:
     c = dct_matrix(patch)
     outer = jnp.asarray((c[:, :, None] * c[:, None, :]).reshape(patch, patch * patch), jnp.float32)
     decay = _decay(jnp.asarray(blur_sigma, jnp.float32), patch)
-    # A product, not a sum over an axis: XLA for CPU (jax 0.10, 0.11) gets
-    # that wrong for 64 or more equal blur_sigma.
+    # A product, not a sum over an axis: XLA for CPU (jax 0.10, 0.11)
+    # gets that wrong for 64 or more equal blur_sigma.
     return jnp.matmul(decay, outer, precision=lax.Precision.HIGHEST).reshape(*decay.shape, patch)
 
 

@@ -4,8 +4,8 @@
 (2)  U = C X C^T      per patch X
 (3)  X = C^T U C
 
-Coefficient (k, l) of a patch is stored at pixel (k, l) of that patch,
-so a coefficient image has the shape of the image.
+Coefficient (k, l) of a patch is stored at pixel (k, l) of that
+patch, so a coefficient image has the shape of the image.
 """
 
 import chex
@@ -37,22 +37,22 @@ def apply_per_patch(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """M X M^T for every patch X of floating-point images.
 
     x: [b, h, w, c]; matrix: [p, p], or [b, p, p] for one matrix per
-    image. Returns [b, h, w, c]. Raises ValueError where h or w is not
-    divisible by p.
+    image. Returns [b, h, w, c]. Raises ValueError where h or w is
+    not divisible by p.
     """
     chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
-    # The matrix is cast to the type of x: of whole numbers nothing would
-    # be left.
+    # The matrix is cast to the type of x: of whole numbers nothing
+    # would be left.
     chex.assert_type(x, float, custom_message="x must be of floating-point numbers")
     chex.assert_rank(matrix, {2, 3}, custom_message="matrix must be [p, p] or [b, p, p]")
     b, h, w, c = x.shape
     p = matrix.shape[-1]
     check_patch(h, w, p)
     m = jnp.broadcast_to(matrix, (b, p, p)).astype(x.dtype)
-    # Two products of p terms each, rows then columns: nothing of the size
-    # of a transform of the whole image is stored. HIGHEST, as
-    # accelerators would otherwise round the factors to bfloat16 or TF32;
-    # the cost is negligible.
+    # Two products of p terms each, rows then columns: nothing of the
+    # size of a transform of the whole image is stored. HIGHEST, as
+    # accelerators would otherwise round the factors to bfloat16 or
+    # TF32; the cost is negligible.
     rows = jnp.einsum(
         "bki,bnim->bnkm",
         m,
@@ -80,7 +80,7 @@ def patch_dct(x: jax.Array, patch: int) -> jax.Array:
 def patch_idct(u: jax.Array, patch: int) -> jax.Array:
     """The inverse of `patch_dct`, equation (3).
 
-    u: coefficients [b, h, w, c]. Returns pixels [b, h, w, c].
-    Raises ValueError where h or w is not divisible by patch.
+    u: coefficients [b, h, w, c]. Returns pixels [b, h, w, c]. Raises
+    ValueError where h or w is not divisible by patch.
     """
     return apply_per_patch(u, jnp.asarray(dct_matrix(patch).T, u.dtype))

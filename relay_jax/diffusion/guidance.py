@@ -49,10 +49,11 @@ def classifier_free(
 ) -> Denoiser:
     """Binds the labels: (x, sigma, labels) -> x0 becomes (x, sigma) -> x0, guided by equation (1).
 
-    denoise: takes x [b, h, w, c], scalar sigma, class_labels [b,
-    classes] or None. Both branches run in one batch of 2b: one call of
-    the network. Outside the interval only the conditional branch is
-    computed. Raises ValueError for a weight above 1 without labels.
+    denoise: takes x [b, h, w, c], scalar sigma, class_labels
+    [b, classes] or None. Both branches run in one batch of 2b:
+    one call of the network. Outside the interval only the
+    conditional branch is computed. Raises ValueError for a weight
+    above 1 without labels.
     """
     low, high = guidance.interval
     weight = guidance.weight
@@ -65,8 +66,8 @@ def classifier_free(
     if class_labels is None:
         raise ValueError(f"guidance {weight} needs a class-conditional network; use guidance 1")
     chex.assert_rank(class_labels, 2, custom_message="class_labels must be [b, classes]")
-    # One batch of both branches: the weights of the network are read
-    # once.
+    # One batch of both branches: the
+    # weights of the network are read once.
     both_labels = jnp.concatenate([class_labels, jnp.zeros_like(class_labels)])
 
     def guided(x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -76,8 +77,8 @@ def classifier_free(
         with_label, without = jnp.split(both, 2)
         return weight * with_label - (weight - 1) * without
 
-    # Where guidance always acts, the program needs neither the condition
-    # nor the other branch.
+    # Where guidance always acts, the program needs neither the
+    # condition nor the other branch.
     if low <= 0 and math.isinf(high):
         return guided
 

@@ -44,9 +44,9 @@ def draw(
 ) -> Draws:
     """All draws for images of shape [b, h, w, c] from one key.
 
-    index: int [b], the images' places in the whole batch, by default 0,
-    1, ...: what image i draws depends on the key and its place alone,
-    so that a batch may be processed in parts.
+    index: int [b], the images' places in the whole batch, by default
+    0, 1, ...: what image i draws depends on the key and its place
+    alone, so that a batch may be processed in parts.
     """
     index = jnp.arange(shape[0]) if index is None else index
     chex.assert_shape(index, (shape[0],), custom_message="index must be [b]")
@@ -59,18 +59,21 @@ def draw(
         block = jax.random.normal(block_key, gaussian.shape) if process.has_block_noise else None
         return Draws(process.draw_level(level_key), gaussian, block)
 
-    # Image by image, so that what one draws does not depend on the size
-    # of the batch.
+    # Image by image, so that what one draws does not depend on the
+    # size of the batch.
     level, *fields = jax.vmap(one)(index)
-    return Draws(level, *(field if field is None else field.reshape(shape) for field in fields))
+    return Draws(
+        level,
+        *(field if field is None else field.reshape(shape) for field in fields),
+    )
 
 
 def corrupt(process: EdmProcess, images: jax.Array, draws: Draws) -> Corrupted:
     """noisy = B_s x0 + sigma noise, the forward process of a stage.
 
     images: sharp, [b, h, w, c] in [-1, 1]; draws: one level and the
-    fields for each. Raises ValueError where h or w is not divisible by
-    the patch.
+    fields for each. Raises ValueError where h or w is not divisible
+    by the patch.
     """
     chex.assert_rank(images, 4, custom_message="images must be [b, h, w, c]")
     chex.assert_type(images, float, custom_message="images must be floating-point, in [-1, 1]")
@@ -93,8 +96,8 @@ def loss_map(denoise: Denoiser, images: jax.Array, corrupted: Corrupted) -> jax.
     """weight |D(noisy, sigma) - x0|^2 per pixel, [b, h, w, c]. denoise: (x, sigma [b]) -> x0."""
     message = "images must be those that were corrupted"
     chex.assert_equal_shape([images, corrupted.noisy], custom_message=message)
-    # Against the sharp images, not the blurred ones: the denoiser undoes
-    # the blur as well.
+    # Against the sharp images, not the blurred ones: the denoiser
+    # undoes the blur as well.
     error = denoise(corrupted.noisy, corrupted.sigma) - images
     return per_image(corrupted.weight, images) * jnp.square(error)
 

@@ -12,8 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-# (x [b, h, w, c], c_noise [b], class_labels, augment_labels) -> [b, h, w,
-# c]
+# (x [b, h, w, c], c_noise [b], class_labels, augment_labels) -> [b, h, w, c]
 Network = Callable[..., jax.Array]
 # (x [b, h, w, c], sigma scalar or [b], ...) -> x0 [b, h, w, c]
 Denoiser = Callable[..., jax.Array]
@@ -62,8 +61,9 @@ def precondition(network: Network, sigma_data: float = 0.5) -> Denoiser:
     ) -> jax.Array:
         chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
         chex.assert_rank(sigma, {0, 1}, custom_message="sigma must be a scalar or [b]")
-        # Skip and sum in float32: bfloat16 would round the image that is
-        # passed through, and with it every state of a sampler.
+        # Skip and sum in float32: bfloat16 would round the
+        # image that is passed through, and with it every
+        # state of a sampler.
         x = x.astype(jnp.float32)
         c = coefficients(per_image(sigma, x), sigma_data)
         raw = network(c.c_in * x, c.c_noise.reshape(-1), class_labels, augment_labels)

@@ -1,4 +1,4 @@
-"""The forward processes of a relay's stages (docs/math.md sections 1 and 4).
+"""The forward processes of a relay's stages (docs/math.md section 4).
 
 First stage (EDM, arXiv 2206.00364, table 1):
 (1)  ln sigma ~ N(P_mean, P_std^2)
@@ -18,14 +18,15 @@ it is. A new one is one class with these methods, named in a
 configuration by PROCESSES or `package.module:Class`
 (examples/new_process.py).
 
-Losses draw sigma on the device (float32); samplers compute u(sigma) on
-the host in float64.
+Losses draw sigma on the device (float32); samplers compute u(sigma)
+on the host in float64.
 """
 
 import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import chex
@@ -36,8 +37,9 @@ from jax.scipy.special import ndtri as device_ndtri
 from scipy.special import ndtr, ndtri
 
 from relay_jax.diffusion.block_noise import block_noise_power, relay_noise
-from relay_jax.diffusion.blur import MIN_SCALE, blur
-from relay_jax.diffusion.dct import check_patch
+from relay_jax.diffusion.blur import MIN_SCALE, attenuation_table, blur
+from relay_jax.diffusion.dct import check_patch, patch_dct, patch_idct
+from relay_jax.diffusion.limits import check_finite, check_levels
 
 
 class Purpose(enum.IntEnum):
@@ -71,6 +73,12 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _kept_with(process: type, method: str, base: str) -> bool:
+    """Whether `method` was written for this `base`: no derived class has a new `base` alone."""
+    order = [[name in vars(c) for c in process.__mro__].index(True) for name in (method, base)]
+    return order[0] <= order[1]
+
+
 def upsample(low_res: jax.Array, patch: int) -> jax.Array:
     """Nearest neighbour: every pixel of [b, h, w, c] becomes patch x patch pixels."""
     chex.assert_rank(low_res, 4, custom_message="low_res must be [b, h, w, c]")
@@ -81,7 +89,10 @@ def upsample(low_res: jax.Array, patch: int) -> jax.Array:
 class EdmProcess:
     """First stage: gaussian noise alone. All sigmas in units of images in [-1, 1].
 
-    Raises ValueError for values that are no process.
+    P_mean, P_std: mean and standard deviation of ln sigma in
+    training; sigma_data: standard deviation of the images;
+    weight_max: the largest loss weight. Raises ValueError for values
+    that are no process.
     """
 
     starts_from_images: ClassVar[bool] = False  # whether sampling continues a stage before
@@ -93,14 +104,44 @@ class EdmProcess:
     weight_max: float = math.inf
 
     def __post_init__(self) -> None:
+        check_finite(self, ("P_mean", "P_std", "sigma_data"))
         _require(self.P_std > 0, f"P_std must be positive, not {self.P_std}")
         _require(self.sigma_data > 0, f"sigma_data must be positive, not {self.sigma_data}")
+        _require(self.weight_max > 0, f"weight_max must be positive, not {self.weight_max}")
 
     # What the forward process does to images
 
     def blur(self, x: jax.Array, blur_sigma: jax.Array) -> jax.Array:
         """B_s x of images [b, h, w, c]; blur_sigma: scalar or [b]. Here x itself."""
         return x
+
+    def mean_blur(self, x: jax.Array) -> jax.Array:
+        """E x, the mean of every patch in all its pixels, [b, h, w, c]: what a hand-off knows."""
+        if self.patch == 1:
+            return x
+        chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
+        b, h, w, c = x.shape
+        p = self.patch
+        return upsample(x.reshape(b, h // p, p, w // p, p, c).mean((2, 4)), p)
+
+    # The blur by its factors: B_s x = inverse(attenuation(s) * transform(x))
+
+    def attenuation(self, blur_sigma: np.ndarray) -> np.ndarray:
+        """Factor of every coefficient of a patch: float64 [..., p, p] on the host, for [...]."""
+        return np.ones((*np.shape(blur_sigma), 1, 1))
+
+    def transform(self, x: jax.Array) -> jax.Array:
+        """Pixels [b, h, w, c] to the coefficients that the factors belong to, of that shape."""
+        return x
+
+    def inverse(self, coefficients: jax.Array) -> jax.Array:
+        """Coefficients of `transform` back to pixels, [b, h, w, c]."""
+        return coefficients
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether `attenuation` is that of `blur`: not where a class overrides `blur` alone."""
+        return _kept_with(type(self), "attenuation", "blur")
 
     @property
     def has_block_noise(self) -> bool:
@@ -156,13 +197,28 @@ class EdmProcess:
         """Where sampling starts at level sigma: [b, h, w, c]. Here noise alone."""
         return sigma * noise_fn(0, Purpose.LATENTS)
 
+    def initial_state_from_noise(
+        self, sigma: float, noise_fn: NoiseFn, low_state: jax.Array
+    ) -> jax.Array:
+        """Where sampling starts from a state of the stage before at level sigma / patch."""
+        raise ValueError("this process cannot start from a noisy state; use handoff 'image'")
+
+    @property
+    def continues_noise(self) -> bool:
+        """Whether `initial_state_from_noise` gives the law of `initial_state`."""
+        kept = partial(_kept_with, type(self), "initial_state_from_noise")
+        return self.starts_from_images and kept("initial_state") and kept("noise")
+
     def check_start(self, sigma: float) -> None:
         """Raises ValueError for a level at which sampling cannot start."""
 
     # Checks that need more than the values
 
     def check_training(self) -> None:
-        """Raises ValueError for values that only sampling may have."""
+        """Raises ValueError for values that only sampling may have, or whose loss is not finite."""
+        # No draw of float32 lies further out.
+        ends = self.P_mean - 6 * self.P_std, self.P_mean + 6 * self.P_std
+        check_levels(ends, self.sigma_data, self.weight_max)
 
     def check_resolution(self, resolution: int) -> None:
         """Raises ValueError for images of resolution x resolution that do not fit."""
@@ -172,9 +228,14 @@ class EdmProcess:
 class RelayProcess(EdmProcess):
     """Relay stage: patch-wise blur plus white and block noise.
 
-    `cdf_max` may exceed 1 in sampling (CelebA-HQ: 1.05), which only
-    slows the blur schedule; training needs at most 1. `blur_sigma_max`
-    is in pixels of the stage's own images.
+    patch: pixels per side of one pixel of the stage before, at least
+    1. block_noise_scale: of block noise, per unit of white noise.
+    cdf_max: may exceed 1 in sampling (CelebA-HQ: 1.05), which only
+    slows the blur schedule; training needs at most 1.
+    blur_sigma_max: in pixels of the stage's own images. min_scale:
+    what the strongest blur leaves of a frequency. sigma_floor: the
+    least sigma of training, before cdf_max. Others: EdmProcess.
+    Raises ValueError for values that are no process.
     """
 
     starts_from_images: ClassVar[bool] = True
@@ -189,16 +250,11 @@ class RelayProcess(EdmProcess):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_finite(self, ("block_noise_scale", "cdf_max", "blur_sigma_max", "sigma_floor"))
         _require(self.patch >= 1, f"patch must be at least 1, not {self.patch}")
         _require(self.cdf_max > 0, f"cdf_max must be positive, not {self.cdf_max}")
-        _require(
-            0 <= self.min_scale <= 1,
-            f"min_scale must lie in [0, 1], not {self.min_scale}",
-        )
-        _require(
-            self.sigma_floor > 0,
-            f"sigma_floor must be positive, not {self.sigma_floor}",
-        )
+        _require(0 <= self.min_scale <= 1, f"min_scale must lie in [0, 1], not {self.min_scale}")
+        _require(self.sigma_floor > 0, f"sigma_floor must be positive, not {self.sigma_floor}")
         for name in ("block_noise_scale", "blur_sigma_max"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must not be negative ({value})")
@@ -214,6 +270,15 @@ class RelayProcess(EdmProcess):
     def noise(self, white: jax.Array, block: jax.Array | None = None) -> jax.Array:
         """White plus block noise, variance 1 + block_noise_scale^2 (block_noise.py)."""
         return relay_noise(white, block, self.patch, self.block_noise_scale)
+
+    def attenuation(self, blur_sigma: np.ndarray) -> np.ndarray:
+        return attenuation_table(blur_sigma, self.patch, self.min_scale)
+
+    def transform(self, x: jax.Array) -> jax.Array:
+        return x if self.patch == 1 else patch_dct(x, self.patch)
+
+    def inverse(self, coefficients: jax.Array) -> jax.Array:
+        return coefficients if self.patch == 1 else patch_idct(coefficients, self.patch)
 
     def noise_power(self, resolution: int) -> np.ndarray:
         return 1 + self.block_noise_scale**2 * block_noise_power(resolution, self.patch)
@@ -244,24 +309,33 @@ class RelayProcess(EdmProcess):
     def initial_state(
         self, sigma: float, noise_fn: NoiseFn, low_res: jax.Array | None = None
     ) -> jax.Array:
-        """The hand-off (docs/math.md section 6): low_res [b, h/p, w/p, c] up-sampled, neither
-        clipped nor quantised, plus noise. Raises ValueError without
-        low_res."""
-        _require(
-            low_res is not None,
-            "a relay stage starts from the images of the stage before",
-        )
+        """The hand-off of an image (docs/math.md section 6): [b, h, w, c].
+
+        low_res [b, h/p, w/p, c] is up-sampled, neither clipped nor
+        quantised, and noise added. Raises ValueError without low_res.
+        """
+        _require(low_res is not None, "a relay stage starts from the images of the stage before")
         start = upsample(low_res, self.patch)
         block = noise_fn(0, Purpose.INITIAL_BLOCK) if self.has_block_noise else None
         noise = self.noise(noise_fn(0, Purpose.INITIAL_GAUSS), block)
         return start + sigma * noise
 
+    def initial_state_from_noise(
+        self, sigma: float, noise_fn: NoiseFn, low_state: jax.Array
+    ) -> jax.Array:
+        """The hand-off of a noisy state (docs/math.md section 6), in law the same: [b, h, w, c].
+
+        low_state [b, h/p, w/p, c], of level sigma / patch, brings the
+        patch means of the white noise: only its rest is drawn.
+        """
+        white = noise_fn(0, Purpose.INITIAL_GAUSS)
+        block = noise_fn(0, Purpose.INITIAL_BLOCK) if self.has_block_noise else None
+        noise = self.noise(white, block) - self.mean_blur(white)
+        return upsample(low_state, self.patch) + sigma * noise
+
     def check_start(self, sigma: float) -> None:
         """Raises ValueError where the blur of the schedule weakens again."""
-        _require(
-            0 < sigma < math.inf,
-            f"handoff_sigma must be positive and finite, not {sigma}",
-        )
+        _require(0 < sigma < math.inf, f"handoff_sigma must be positive and finite, not {sigma}")
         _require(
             sigma <= self.sigma_full_blur,
             f"handoff_sigma {sigma} lies above {self.sigma_full_blur:.4g}, the sigma where the "
@@ -273,6 +347,12 @@ class RelayProcess(EdmProcess):
             self.cdf_max <= 1,
             f"process.cdf_max must be at most 1, not {self.cdf_max}: only sampling may exceed it",
         )
+        inside = 0 < float(np.float32(self.u_min)) < 1 and self.sigma_floor < self.sigma_full_blur
+        _require(inside, f"sigma_floor {self.sigma_floor} lies outside of the levels of training")
+        # The largest uniform draw of float32 is 1 - 2^-24.
+        shares = self.cdf_max * np.array([self.u_min, 1 - 2.0**-24])
+        low, high = self.P_mean + self.P_std * ndtri(shares)
+        check_levels((low, high), self.sigma_data, self.weight_max)
 
     def check_resolution(self, resolution: int) -> None:
         check_patch(resolution, resolution, self.patch)
@@ -288,7 +368,8 @@ class RelayProcess(EdmProcess):
     @property
     def sigma_full_blur(self) -> float:
         """The sigma at which u = 1 and the blur is complete; infinite where cdf_max >= 1."""
-        return float(np.exp(self.P_mean + self.P_std * ndtri(min(self.cdf_max, 1.0))))
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.P_mean + self.P_std * ndtri(min(self.cdf_max, 1.0))))
 
     def clamp(self, uniform: jax.Array) -> jax.Array:
         """Raw uniform draws to u, equation (3), same shape.
@@ -315,4 +396,5 @@ class RelayProcess(EdmProcess):
         return self.blur_sigma_max * xp.square(xp.sin(0.5 * np.pi * u))
 
 
+# stages.STAGE.process.kind -> class
 PROCESSES: dict[str, type[EdmProcess]] = {"edm": EdmProcess, "relay": RelayProcess}

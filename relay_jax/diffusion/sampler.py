@@ -11,26 +11,32 @@ From the state x at level sigma to the next level sigma', with D(x) the denoised
 (2)  correction: (1) again from x, with the mean of the slopes d = (x - D)/sigma at x and at the
      prediction (which includes its own noise), and with new noise.
      In terms of D:  D <- (D + x - sigma d') / 2
+(2') correction="second_order": the same less its term without D', which makes it first order
+     where the blur acts:  D <- ... - (sigma / 2) ((1 - B')/sigma' - (1 - B)/sigma) D
 (3)  churn (a stage that starts from noise), at the start of a step:
      x <- x + sigma sqrt(c (2 + c)) S_noise g,  sigma <- (1 + c) sigma
 
-EDM's update is (1) without blur: x + (sigma' - sigma) d = gamma x + (1
-- gamma) D. At sigma' = 0 both give D, so the last step needs no case of
-its own and no correction: N levels cost 2N - 1 calls of the denoiser.
+EDM's update is (1) without blur:
+     x + (sigma' - sigma) d = gamma x + (1 - gamma) D
+At sigma' = 0 both give D, so the last step needs no case of its own and
+no correction: N levels cost 2N - 1 calls of the denoiser.
+Where a stage stops at a level above 0 (stop_sigma), every step has its
+correction: 2N calls.
 
 A sampler is chosen and called: a frozen dataclass with `levels`,
-`call_sigmas`, `check` and `__call__`. SAMPLERS, or
-`package.module:Class`, names it in a configuration; plan, records and
-reports learn of it from the object. examples/new_sampler.py is one.
+`call_sigmas`, `check` and `__call__`, and `until` where it can
+stop early. multistep.py is the other one. SAMPLERS, or
+`package.module:Class`, names it in a configuration; plan,
+records and reports learn of it from the object.
+examples/new_sampler.py is one.
 
-Noise comes from `noise_fn(step, purpose)`: the caller decides what it
-depends on (`seeded_noise`: the key of each image), so a sample does not
-depend on its batch or on devices.
+Noise comes from `noise_fn(step, purpose)`: the caller decides what
+it depends on (`seeded_noise`: the key of each image), so a sample
+does not depend on its batch or on devices.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -40,25 +46,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from relay_jax.diffusion.grid import (
+    BoundDenoiser,
+    Samples,
+    check_ends,
+    fields,
+    relay_sigmas,
+    stopped_sigmas,
+)
+from relay_jax.diffusion.limits import check_tables
+from relay_jax.diffusion.multistep import Multistep
 from relay_jax.diffusion.process import EdmProcess, NoiseFn, Purpose
-
-BoundDenoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, h, w, c], scalar sigma) -> x0
-
-
-class Samples(NamedTuple):
-    """Result of a sampler: `final` images [b, h, w, c], not clipped, and on request `states`
-    [steps, b, h, w, c], the state at the start of every step before
-    churn."""
-
-    final: jax.Array
-    states: jax.Array | None
 
 
 class Sampler(Protocol):
     """What a stage asks of its sampler; dataclass fields are its settings."""
 
     def levels(self) -> np.ndarray:
-        """Noise levels of the steps, falling, with the closing 0: float64 [steps + 1]."""
+        """Noise levels of the steps, falling: float64 [steps + 1].
+
+        The last one is 0, or the level where the sampler stops.
+        """
 
     def call_sigmas(self) -> np.ndarray:
         """Sigma of each call of the denoiser: float64 [calls]; guidance may act in some alone."""
@@ -77,38 +85,7 @@ class Sampler(Protocol):
         """From the state at `levels()[0]` [b, h, w, c] to images."""
 
 
-def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> np.ndarray:
-    """The sampling grid (docs/math.md section 4): float64 [num_steps + 1], falling, closing 0.
-
-        sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < n
-
-    Raises ValueError for an empty or rising grid.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-    if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(f"need 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
-    if not 0 < rho < math.inf:
-        raise ValueError(f"rho must be positive, not {rho}")
-    fraction = np.arange(num_steps, dtype=np.float64) / max(num_steps - 1, 1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return np.append((high + fraction * (low - high)) ** rho, 0.0)
-
-
-def relay_sigmas(
-    num_steps: int, sigma_min: float, sigma_max: float, rho: float, handoff_sigma: float
-) -> np.ndarray:
-    """The part of the grid below the hand-off: float64 [kept + 1], with the closing 0.
-
-    Raises ValueError if no level of the grid lies below handoff_sigma.
-    """
-    sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho)
-    kept = sigmas[sigmas < handoff_sigma]
-    if len(kept) < 2:
-        raise ValueError(
-            f"no step of the grid lies below handoff_sigma {handoff_sigma}; raise it or num_steps"
-        )
-    return kept
+CORRECTIONS = ("official", "second_order")
 
 
 class Steps(NamedTuple):
@@ -116,7 +93,7 @@ class Steps(NamedTuple):
 
     sigma: np.ndarray  # after churn
     sigma_next: np.ndarray
-    ratio: np.ndarray  # sigma / sigma_next, 0 in the last step, which has no correction
+    ratio: np.ndarray  # sigma / sigma_next, 0 in a step to level 0, which has no correction
     gamma: np.ndarray
     churn_amount: np.ndarray
     noise_amount: np.ndarray
@@ -129,10 +106,13 @@ class Heun:
     """Equations (1) to (3), compiled as one loop over the 2 N - 1 calls of the denoiser.
 
     num_steps, sigma_min, sigma_max, rho: the grid (`edm_sigmas`);
-    handoff_sigma: only its levels below are used, infinite for a stage
-    that starts from noise. fresh_noise: kappa, in [0, 1]. s_churn,
-    s_min, s_max, s_noise: EDM algorithm 2, for a stage that starts from
-    noise. Raises ValueError for values that are no sampler.
+    handoff_sigma: only its levels below are used, infinite for a
+    stage that starts from noise. fresh_noise: kappa, in [0, 1].
+    s_churn, s_min, s_max, s_noise: EDM algorithm 2, for a stage that
+    starts from noise. correction: "official", or "second_order" for
+    equation (2'). stop_sigma: see `until`. Sigmas are in units of
+    images in [-1, 1]. Source: docs/math.md section 6. Raises
+    ValueError for values that are no sampler.
     """
 
     num_steps: int
@@ -145,19 +125,33 @@ class Heun:
     s_min: float = 0.0
     s_max: float = math.inf
     s_noise: float = 1.0
+    correction: str = "official"
+    stop_sigma: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_noise"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if math.isnan(self.s_min) or math.isnan(self.s_max):
+            raise ValueError("s_min and s_max must be sigmas, not nan")
         if not 0 <= self.fresh_noise <= 1:
             raise ValueError(f"fresh_noise must lie in [0, 1], not {self.fresh_noise}")
+        if self.correction not in CORRECTIONS:
+            raise ValueError(
+                f"correction must be {' or '.join(CORRECTIONS)}, not {self.correction!r}"
+            )
         self.levels()
 
     def levels(self) -> np.ndarray:
-        """float64 [steps + 1] with the closing 0."""
+        """float64 [steps + 1] with the closing 0, or with stop_sigma in its place."""
+        if self.stop_sigma:
+            return stopped_sigmas(self.num_steps, self.stop_sigma, self.sigma_max, self.rho)
         return relay_sigmas(
-            self.num_steps, self.sigma_min, self.sigma_max, self.rho, self.handoff_sigma
+            self.num_steps,
+            self.sigma_min,
+            self.sigma_max,
+            self.rho,
+            self.handoff_sigma,
         )
 
     def churn(self) -> np.ndarray:
@@ -167,18 +161,20 @@ class Heun:
         return np.where(inside, min(self.s_churn / self.num_steps, math.sqrt(2) - 1), 0.0)
 
     def call_sigmas(self) -> np.ndarray:
-        """Each level after churn, and its correction: float64 [2 steps - 1]."""
+        """Each level after churn, and its correction: float64 [2 steps - 1], stopped [2 steps]."""
         sigmas = self.levels()
-        return np.concatenate([sigmas[:-1] * (1 + self.churn()), sigmas[1:-1]])
+        return np.concatenate([sigmas[:-1] * (1 + self.churn()), sigmas[1:][sigmas[1:] > 0]])
+
+    def until(self, sigma: float) -> "Heun":
+        """The same steps down to the level sigma alone, where the state itself is the result."""
+        return replace(self, stop_sigma=sigma)
 
     def check(self, process: EdmProcess) -> None:
         """Raises ValueError for a hand-off that the process has not, or churn after one."""
-        if process.starts_from_images:
-            process.check_start(self.handoff_sigma)
-            if self.s_churn > 0:
-                raise ValueError("a stage that continues images has no churn; use s_churn 0")
-        elif math.isfinite(self.handoff_sigma):
-            raise ValueError("handoff_sigma is for a stage that continues images; leave it out")
+        check_ends(process, self.handoff_sigma, self.stop_sigma)
+        if process.starts_from_images and self.s_churn > 0:
+            raise ValueError("a stage that continues images has no churn; use s_churn 0")
+        check_tables(self.steps(process)._asdict())
 
     def steps(self, process: EdmProcess) -> Steps:
         """The tables behind equations (1) to (3)."""
@@ -205,9 +201,10 @@ class Heun:
     ) -> Samples:
         """From the state at `levels()[0]`, [b, h, w, c], to images.
 
-        denoise: (x, scalar sigma) -> x0. Noise whose factor is zero in
-        every step is never drawn. return_states: keep the state before
-        every step, which takes its memory.
+        denoise: (x, scalar sigma) -> x0. Noise whose factor is zero
+        in every step is never drawn. return_states: keep the state
+        before every step, which takes its memory. Raises
+        AssertionError (chex) for a start of another rank.
         """
         chex.assert_rank(start, 4, custom_message="start must be [b, h, w, c]")
         table = self.steps(process)
@@ -217,8 +214,9 @@ class Heun:
         )
         columns = Steps(*(jnp.asarray(column, jnp.float32) for column in table))
 
-        # One turn is one call of the denoiser, not one step: the network
-        # then stands once in the compiled program instead of three times.
+        # One turn is one call of the denoiser, not one step: the
+        # network then stands once in the compiled program
+        # instead of three times.
         def call(
             carry: tuple[jax.Array, ...], index: jax.Array
         ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
@@ -235,6 +233,8 @@ class Heun:
             point = jnp.where(correcting, prediction, x)
             denoised = denoise(point, jnp.where(correcting, at.sigma_next, at.sigma))
             corrected = (first + x - at.ratio * (point - denoised)) / 2
+            if self.correction == "second_order":
+                corrected -= self._third_term(process, first, at)
             estimate = jnp.where(correcting, corrected, denoised)
             x_next = (
                 at.gamma * (x - process.blur(estimate, at.blur_sigma))
@@ -244,31 +244,26 @@ class Heun:
             kept = (jnp.where(correcting, x_next, x), x_next, denoised)
             return kept, state if return_states else None
 
-        # Both fields leave the branches: drawn in one loop with their sum
-        # they take three times as long on a CPU.
+        # Both fields leave the branches: drawn in one loop with
+        # their sum they take three times as long on a CPU.
         def fresh(step: jax.Array, correcting: jax.Array) -> jax.Array:
-            drawn = partial(fields, process, noise_fn, step)
-            heun = partial(drawn, Purpose.HEUN_GAUSS, Purpose.HEUN_BLOCK)
-            euler = partial(drawn, Purpose.EULER_GAUSS, Purpose.EULER_BLOCK)
+            draw = partial(fields, process, noise_fn, step)
+            heun = partial(draw, Purpose.HEUN_GAUSS, Purpose.HEUN_BLOCK)
+            euler = partial(draw, Purpose.EULER_GAUSS, Purpose.EULER_BLOCK)
             return process.noise(*lax.cond(correcting, heun, euler))
 
         x = start.astype(jnp.float32)
-        calls = jnp.arange(2 * len(table.sigma) - 1)
+        calls = jnp.arange(len(self.call_sigmas()))
         (_, final, _), states = lax.scan(call, (x, x, x), calls)
-        # Every second call is a correction, which starts from the state
-        # of its step.
+        # Every second call is a correction, which starts from the
+        # state of its step.
         return Samples(final, states[::2] if states is not None else None)
 
-
-def fields(
-    process: EdmProcess,
-    noise_fn: NoiseFn,
-    step: jax.Array | int,
-    white: Purpose,
-    block: Purpose,
-) -> list[jax.Array]:
-    """The white fields that the noise of a process is made of: one, or two with block noise."""
-    return [noise_fn(step, p) for p in ((white, block) if process.has_block_noise else (white,))]
+    def _third_term(self, process: EdmProcess, first: jax.Array, at: Steps) -> jax.Array:
+        """What equation (2') takes away; zero without blur. first: D at the start of the step."""
+        now = first - process.blur(first, at.blur_sigma)
+        after = first - process.blur(first, at.blur_sigma_next)
+        return (at.ratio * after - now) / 2
 
 
 def seeded_noise(keys: jax.Array, shape: tuple[int, ...]) -> NoiseFn:
@@ -290,4 +285,5 @@ def seeded_noise(keys: jax.Array, shape: tuple[int, ...]) -> NoiseFn:
     return noise_fn
 
 
-SAMPLERS: dict[str, type] = {"heun": Heun}
+# stages.STAGE.sample.kind -> class
+SAMPLERS: dict[str, type] = {"heun": Heun, "multistep": Multistep}

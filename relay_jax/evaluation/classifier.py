@@ -1,8 +1,8 @@
 """A small classifier trained on real images: does a generated image show the class that was
 asked for?
 
-A check for data sets without a standard classifier, and for the demo.
-Not a published metric.
+A check for data sets without a standard classifier, and for the
+demo. Not a published metric.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import optax
 
 from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
-from relay_jax.data.source import Source
+from relay_jax.data.source import Source, draw_balanced
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.stage import Stage
 
@@ -42,7 +42,8 @@ class _ConvNet(nn.Module):
 class Classifier:
     """Trained on images [n, h, w, 3] in [-1, 1] and labels int [n] when it is made.
 
-    Called with images [m, h, w, 3] it returns their classes, int [m].
+    Called with images [m, h, w, 3] it
+    returns their classes, int [m].
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class Classifier:
         seed: int = 0,
     ) -> None:
         self._network = _ConvNet(num_classes)
-        # Without a mesh: every process trains the same classifier on one
-        # of its devices, which takes seconds.
+        # Without a mesh: every process trains the same classifier on
+        # one of its devices, which takes seconds.
         self._predict = jax.jit(self._classes)
         schedule = optax.cosine_decay_schedule(3e-3, epochs * (len(images) // batch))
         optimizer = optax.adam(schedule)
@@ -67,8 +68,8 @@ class Classifier:
         rng = np.random.default_rng(seed)
         for _ in range(epochs):
             order = rng.permutation(len(images))
-            # The incomplete last batch is left out: it would be compiled
-            # once more.
+            # The incomplete last batch is left out: it would be
+            # compiled once more.
             for start in range(0, len(images) - batch + 1, batch):
                 rows = order[start : start + batch]
                 params, opt_state = step(params, opt_state, images[rows], labels[rows])
@@ -106,17 +107,19 @@ def class_accuracies(
 ) -> dict[str, float]:
     """Share of the images that a classifier trained on real ones gives the class asked for.
 
-    images: by name, float [n, resolution, resolution, 3], about [-1,
-    1]; classes: int [n]. Adds "_real": held-out real images, the
-    ceiling.
+    images: by name, float [n, resolution, resolution, 3], about
+    [-1, 1]; classes: int [n]. Adds "_real": held-out real
+    images, the ceiling.
     """
-    total = min(len(source), TRAINING_IMAGES + HELD_OUT_IMAGES)
-    held_out = total // 5
-    pixels, labels = read(source, range(total), resolution)
+    # All classes equally often in either part: most sets are sorted
+    # by class, and the first images would be those of one.
+    positions = draw_balanced(source, TRAINING_IMAGES + HELD_OUT_IMAGES, 0).tolist()
+    held_out = len(positions) // 5
+    pixels, labels = read(source, positions, resolution)
     real = to_float(pixels)
     classify = Classifier(real[held_out:], labels[held_out:], source.num_classes)
-    # Through 8 bits, as the real images have come: the classifier must
-    # not see the difference.
+    # Through 8 bits, as the real images have come: the classifier
+    # must not see the difference.
     sets = {name: (to_float(to_uint8(x)), classes) for name, x in images.items()}
     sets["_real"] = (real[:held_out], labels[:held_out])
     return {
@@ -133,13 +136,13 @@ def class_check(
 ) -> dict[str, float]:
     """Class accuracies of a relay's samples, of the first stage's enlarged, and of real images.
 
-    images: of the first and last stage by name, float32 [n, r, r, 3];
-    classes: int [n].
+    images: of the first and last stage by name,
+    float32 [n, r, r, 3]; classes: int [n].
     """
     first, last = stages[0], stages[-1]
     factor = last.resolution // first.resolution
-    # Enlarged without the later stages: what those add to the class is
-    # the difference.
+    # Enlarged without the later stages: what those add to the class
+    # is the difference.
     upsampled = images[first.name].repeat(factor, axis=1).repeat(factor, axis=2)
     sets = {"": images[last.name], "_upsampled": upsampled}
     accuracies = class_accuracies(source, sets, classes, last.resolution)

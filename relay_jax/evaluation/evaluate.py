@@ -18,14 +18,17 @@ from absl import logging
 from jax.sharding import Mesh
 
 from relay_jax.config import Settings
-from relay_jax.data.source import Source, describe_source, open_source
+from relay_jax.data.decoding import Decoding
+from relay_jax.data.source import Source
 from relay_jax.errors import UserError
 from relay_jax.evaluation.classifier import class_check
+from relay_jax.evaluation.dataset import open_data_set, training_set
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from relay_jax.evaluation.images import (
     ArrayImages,
     GeneratedImages,
     ImageSet,
+    SourceImages,
     open_images,
     other_images,
 )
@@ -33,7 +36,6 @@ from relay_jax.evaluation.metrics import NEIGHBOURS, notes, score
 from relay_jax.evaluation.references import (
     Reference,
     check_sizes,
-    of_source,
     open_reference,
     reference_features,
 )
@@ -61,8 +63,8 @@ from relay_jax.stage import Stage
 class Scorer:
     """What samples are compared with, and how.
 
-    cache: folder for the features of the reference. stop: answer SIGTERM while
-    evaluating.
+    cache: folder for the features of the reference. stop: answer
+    SIGTERM while evaluating.
     """
 
     reference: Reference
@@ -81,11 +83,13 @@ class Scorer:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """An evaluation: scores by name (on process 0 alone), notes, and the seconds of its parts."""
+    """An evaluation: scores by name (on process 0 alone), notes, the seconds of its parts, and
+    the features of the samples."""
 
     values: dict[str, float]
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    features: FeatureSet | None = None
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:.5g}" for name, value in self.values.items())
@@ -96,15 +100,16 @@ def evaluate(
 ) -> Scores:
     """Scores of images against the reference. All processes must call it.
 
-    what: names the images in progress and errors. probabilities: of classes too, for
-    the inception score. Raises DataError for images that have no scores, Stopped
-    after SIGTERM. Source: docs/math.md section 9.
+    what: names the images in progress and errors. probabilities: of
+    classes too, for the inception score. Raises DataError for
+    images that have no scores, Stopped after SIGTERM. Source:
+    docs/math.md section 9.
     """
     extractor, clock = scorer.extractor, _Clock()
     reference = scorer.features
     clock.lap("reference")
-    # Every sample's row is kept: precision and recall take all samples, of the
-    # reference a part.
+    # Every sample's row is kept: precision and recall take all samples,
+    # of the reference a part.
     features = collect(
         samples,
         extractor,
@@ -115,12 +120,14 @@ def evaluate(
     )
     clock.lap("samples")
     values: dict[str, float] = {}
-    # Process 0 alone has the reference; the others wait, and learn of an error.
+    # Process 0 alone has the reference; the
+    # others wait, and learn of an error.
     with agree():
         if reference is not None and is_first():
             values = score(reference, features, extractor.name)
     clock.lap("scores")
-    return Scores(values=values, notes=notes(features, extractor.name), seconds=clock.seconds)
+    lines = notes(features, extractor.name)
+    return Scores(values=values, notes=lines, seconds=clock.seconds, features=features)
 
 
 class _Clock:
@@ -144,9 +151,10 @@ class _Clock:
 class Comparison:
     """What --mode=evaluate compares with, in the user's words.
 
-    reference: 'dataset', a folder or an npz (references.py); reference_images: of it
-    at most, 0 = all; features: name of an extractor, inception: its weights
-    (features.py); cache: folder for the features of references.
+    reference: 'dataset', a folder or an npz (references.py);
+    reference_images: of it at most, 0 = all; features: name of an
+    extractor, inception: its weights (features.py); cache: folder for
+    the features of references.
     """
 
     reference: str
@@ -165,10 +173,11 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Writes out/report.json and out/report.md, and returns the report.
 
-    samples: a folder or npz of images (`open_images`), or a request, whose images are
-    generated as --mode=sample would, but written nowhere. weights: folders of the
-    request's stages. Raises UserError or DataError for what cannot be done, where
-    possible before anything expensive.
+    samples: a folder or npz of images (`open_images`), or a request,
+    whose images are generated as --mode=sample would, but written
+    nowhere. weights: folders of the request's stages. Raises UserError
+    or DataError for what cannot be done, where possible before
+    anything expensive.
     """
     clock, record, ema = _Clock(), None, None
     with agree():
@@ -178,8 +187,11 @@ def evaluate_run(
             )
         mesh = make_mesh(settings.fsdp)
         extractor = make_extractor(comparison.features, weights=comparison.inception, mesh=mesh)
+        decoding = Decoding.from_config(settings.dataset.keys)
         if isinstance(samples, Path):
-            images: ImageSet = open_images(samples, settings.dataset.threads)
+            scored = open_images(samples, settings.dataset.threads, decoding)
+            scored.show("samples")
+            images: ImageSet = scored
             record = read_record(samples) if samples.is_dir() else None
             resolution = images.resolution
         else:
@@ -188,20 +200,23 @@ def evaluate_run(
         reference = open_reference(
             comparison.reference,
             resolution,
-            data_set=partial(_data_set, settings),
+            data_set=partial(open_data_set, settings, weights),
             threads=settings.dataset.threads,
             limit=comparison.reference_images,
+            decoding=decoding,
         )
+        if isinstance(reference.images, SourceImages):
+            reference.images.show("reference")
     logging.info("%s; features %s", describe(mesh), extractor.name)
-    # The weights last: everything that may be a mistake of the user's is known by
-    # now.
+    # The weights last: everything that may be a mistake of the user's
+    # is known by now.
     if not isinstance(samples, Path):
         chain = Chain.load(samples.stages, weights, mesh, settings.sample.batch)
         images, record = GeneratedImages(samples, chain, source), samples.record(chain.weights)
         ema = averaging(samples.stages)
     about = evaluation_settings(images, reference, extractor, record, ema)
-    # Two sets that are too small, and a folder with another report: known before
-    # the hours begin.
+    # Two sets that are too small, and a folder with another report:
+    # known before the hours begin.
     with agree():
         check_sizes(reference, images)
         check_folder(out, about)
@@ -212,34 +227,27 @@ def evaluate_run(
     lines = scores.notes + notes_on_record(record, len(images))
     report = make_report(scores.values, lines, about, seconds)
     with agree():
+        # Printed before they are written: hours
+        # of work, whatever the disk says.
         if is_first():
-            write_report(out, report)
             logging.info("%s", scores)
+            write_report(out, report)
             logging.info("look at %s", out / "report.md")
     return report
-
-
-def _data_set(settings: Settings) -> tuple[Source, dict[str, Any]]:
-    """The data set of a configuration, and what that says of it. Raises DataError."""
-    source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
-    return source, _description(settings)
-
-
-def _description(settings: Settings) -> dict[str, Any]:
-    return describe_source(settings.dataset.keys, max(settings.resolutions), settings.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageEvaluation:
     """Averaged parameters of the stage that is trained -> scores (on process 0).
 
-    source: the training set, which is the reference. mesh: of the devices that
-    sample. settings: `evaluate` says how many images. cache: folder for the features
-    of the reference. All processes must call it.
+    source: the training set, which is the reference. mesh: of the
+    devices that sample. settings: `evaluate` says how many
+    images. cache: folder for the features of the reference. All
+    processes must call it.
     """
 
-    # Few samples against a part of the training set: the numbers rank the moments
-    # of one training and are no published scores.
+    # Few samples against a part of the training set: the numbers rank
+    # the moments of one training and are no published scores.
 
     stage: Stage
     source: Source
@@ -248,19 +256,20 @@ class StageEvaluation:
     settings: Settings
     cache: Path
 
-    # Made at the first evaluation: a training without any does not pay for hashing
-    # its data set.
+    # Made at the first evaluation: a training without any does not pay
+    # for hashing its data set.
     @cached_property
     def _scorer(self) -> Scorer:
         with agree():
-            reference = _training_set(self.source, self.stage.resolution, self.settings)
+            reference = training_set(self.source, self.stage.resolution, self.settings)
         # SIGTERM is answered by the training, which saves.
         return Scorer(reference=reference, extractor=self.extractor, cache=self.cache, stop=False)
 
-    # Kept with its compiled programs: each evaluation gives it other parameters.
+    # Kept with its compiled programs: each
+    # evaluation gives it other parameters.
     @cached_property
     def _chain(self) -> Chain:
-        return Chain([self.stage], {}, self.mesh, self.settings.sample.batch)
+        return Chain([self.stage.alone], {}, self.mesh, self.settings.sample.batch)
 
     def __call__(self, params: dict) -> dict[str, float]:
         """Seeds 0, 1, ...; a stage that continues images starts from down-sampled real ones."""
@@ -268,8 +277,8 @@ class StageEvaluation:
         if len(self.source) <= NEIGHBOURS:
             return {}
         request = of_one_stage(self.stage, self.settings.evaluate.every_samples)
-        # The training may have fewer devices than sampling, or the parameters
-        # elsewhere.
+        # The training may have fewer devices than sampling, or the
+        # parameters elsewhere.
         chain = self._chain.with_params({self.stage.name: place(params, self.mesh)})
         source = self.source if request.from_real_images else None
         images = GeneratedImages(request, chain, source)
@@ -282,22 +291,13 @@ class StageEvaluation:
         return scores.values
 
 
-def _training_set(source: Source, resolution: int, settings: Settings) -> Reference:
-    return of_source(
-        source,
-        _description(settings),
-        resolution,
-        threads=settings.dataset.threads,
-        limit=settings.evaluate.reference_images,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     """Images of all stages for seeds 0, 1, ..., class = seed mod classes.
 
-    seeds: int64 [n]; classes: int32 [n]; images: by stage name, float32 [n, r, r, c],
-    about [-1, 1]; seconds: that it took, compilation included.
+    seeds: int64 [n]; classes: int32 [n]; images: by stage name,
+    float32 [n, r, r, c], about [-1, 1]; seconds: that it took,
+    compilation included.
     """
 
     seeds: np.ndarray
@@ -332,15 +332,15 @@ def summarize(
 ) -> dict[str, Any]:
     """Writes workdir/report.json and report.md of a finished relay's samples; returns the report.
 
-    generated: by `generate_first`. chain: all stages with their weights, as loaded
-    from the workdir. source: the training set, which is the reference. All processes
-    must call it.
+    generated: by `generate_first`. chain: all stages with their
+    weights, as loaded from the workdir. source: the training set, which
+    is the reference. All processes must call it.
     """
     clock, stages, last = _Clock(), chain.stages, chain.stages[-1]
     samples = ArrayImages(to_uint8(generated.images[last.name]), {"kind": "drawn"})
     request = Request(stages=stages, seeds=generated.seeds.tolist())
     with agree():
-        reference = _training_set(source, last.resolution, settings)
+        reference = training_set(source, last.resolution, settings)
     about = evaluation_settings(
         samples, reference, extractor, request.record(chain.weights), averaging(stages)
     )
@@ -370,6 +370,7 @@ def summarize(
     report["time"]["images_per_second"] = rates
     with agree():
         if is_first():
+            logging.info("%s", Scores(values=values))
             write_report(workdir, report)
     return report
 
@@ -386,8 +387,8 @@ def _with_real_images(
     )
     if not len(pixels):
         return scores
-    # What a perfect network would get: a Frechet distance of so few images is far
-    # from zero.
+    # What a perfect network would get: a Frechet distance of so few
+    # images is far from zero.
     ideal = evaluate(ArrayImages(pixels, {}), scorer, what="real images", probabilities=False)
     return Scores(
         values=scores.values | {f"{name}_real": value for name, value in ideal.values.items()},

@@ -5,9 +5,10 @@ compare.
     random-conv       a small convolutional network with fixed random weights; nothing to download
     package.module:f  a function of the user's, uint8 [n, h, w, 3] -> floats [n, d]
 
-The Frechet distance of random-conv features is NOT FID. It sees colour,
-contrast, edges and texture but no objects, and its numbers compare with
-nothing but numbers of random-conv on images of the same size.
+The Frechet distance of random-conv features is NOT FID. It sees
+colour, contrast, edges and texture but no objects, and its
+numbers compare with nothing but numbers of random-conv on
+images of the same size.
 
 A new extractor is a function `(mesh, batch, weights) ->
 FeatureExtractor` and a line in FEATURES.
@@ -45,8 +46,8 @@ class FeatureExtractor:
 
     name: as asked for; identity: what a report says of it; outputs: of
     pool, spatial and probabilities those that it has ("pool" always);
-    batch: images per call of compute, uint8 [batch, h, w, 3] -> an
-    array [batch, d] per output.
+    batch: images per call of compute, uint8 [batch, h, w, 3] -> an array
+    [batch, d] per output.
     """
 
     name: str
@@ -58,11 +59,12 @@ class FeatureExtractor:
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 [n, h, w, 3], n of any size -> float32 [n, d] per output.
 
-        An image's row does not depend on the others. Raises UserError
-        for other pixels.
+        An image's row does not depend on the others. Raises
+        UserError for other pixels.
         """
-        # With several processes each brings its own images, as many as it
-        # likes: only its own devices work, and nobody waits for anybody.
+        # With several processes each brings its own images, as
+        # many as it likes: only its own devices work, and nobody
+        # waits for anybody.
         if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
             raise UserError(
                 f"{self.name} takes uint8 images [n, h, w, 3], not {pixels.dtype} "
@@ -74,8 +76,8 @@ class FeatureExtractor:
         for start in range(0, max(len(pixels), 1), self.batch):
             part = pixels[start : start + self.batch]
             current = self.compute(padded(part, self.batch)), len(part)
-            # Fetched only now, so that the devices had the next batch
-            # before.
+            # Fetched only now, so that the devices had the next
+            # batch before.
             if waiting is not None:
                 self._fetch(*waiting, results)
             waiting = current
@@ -93,9 +95,9 @@ def make_extractor(
 ) -> FeatureExtractor:
     """The extractor of that name.
 
-    weights: the file of `inception`; mesh: this process's devices of it
-    do the work; batch: images at a time, rounded up to a multiple of
-    them; 0 = 64 on each. Raises UserError.
+    weights: the file of `inception`; mesh: this process's devices of
+    it do the work; batch: images at a time, rounded up to a multiple
+    of them; 0 = 64 on each. Raises UserError.
     """
     if weights is not None and name != "inception":
         raise UserError(
@@ -134,8 +136,8 @@ def _inception(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtractor
         raise UserError(inception.WHERE)
     params, sha256 = inception.read_weights(weights)
     rows = batch_sharding(mesh)
-    # Two programs: images of another size compile the resize again, not
-    # the network.
+    # Two programs: images of another size compile the resize again,
+    # not the network.
     resize = jit(inception.resize, mesh, out_shardings=rows)
     network = jit(inception.outputs, mesh, out_shardings=rows)
     return FeatureExtractor(
@@ -160,14 +162,14 @@ def _inception(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtractor
 def random_weights() -> list[np.ndarray]:
     """Kernels [k, k, in, out] of random-conv, gaussian of variance 2 / (k k in), the same
     everywhere and for ever."""
-    # RandomState's stream is frozen by NumPy; rounding hides the last
-    # digit of a machine's logarithm.
+    # RandomState's stream is frozen by NumPy; rounding hides the
+    # last digit of a machine's logarithm.
     rng, width_in, kernels = np.random.RandomState(0), 3, list[np.ndarray]()
     for side, width in RANDOM_LAYERS:
         scale = np.sqrt(2 / (side * side * width_in))
         kernel = rng.standard_normal((side, side, width_in, width)) * scale
-        # Half of the first filters see no colour, which would drown fine
-        # noise and texture.
+        # Half of the first filters see no colour, which would drown
+        # fine noise and texture.
         if not kernels:
             kernel[..., ::2] -= kernel[..., ::2].mean(axis=(0, 1))
         kernels.append((np.round(kernel * 1024) / 1024).astype(np.float32))
@@ -178,9 +180,9 @@ def random_weights() -> list[np.ndarray]:
 def random_features(kernels: list[jax.Array], pixels: jax.Array) -> dict[str, jax.Array]:
     """112 features of images uint8 [b, h, w, 3] of any size, as they are: float32 [b, 112].
 
-    Three convolutions with rectifiers, and the means of each over all
-    pixels. The first has a stride of 4, the others of 2: they see 4, 12
-    and 28 pixels.
+    Three convolutions with rectifiers, and the means of each over
+    all pixels. The first has a stride of 4, the others of 2: they
+    see 4, 12 and 28 pixels.
     """
     x, means = pixels.astype(jnp.float32) / 127.5 - 1, []
     for kernel, stride in zip(kernels, (4, 2, 2), strict=True):
@@ -221,8 +223,7 @@ def _random_conv(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtract
     )
 
 
-# Mesh of this process's devices, images at a time, file of weights ->
-# extractor
+# (mesh of this process's devices, images at a time, file of weights) -> extractor
 FEATURES: dict[str, Callable[[Mesh, int, Path | None], FeatureExtractor]] = {
     "inception": _inception,
     "random-conv": _random_conv,

@@ -1,9 +1,9 @@
 """Sets of 8-bit images to score, read in order: of files, in memory, or generated as they are read.
 
-A set is read in shares, one for each host, that make the whole of it. A
-share comes in parts, as many on every host (some may be short or
-empty), so that hosts can agree on something between parts; each part
-says which images it holds.
+A set is read in shares, one for each host, that make the whole of
+it. A share comes in parts, as many on every host (some may be short
+or empty), so that hosts can agree on something between parts; each
+part says which images it holds.
 """
 
 import math
@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
-from relay_jax.data.folder import ImageFolder
-from relay_jax.data.images import center_crop_resize
+from relay_jax.data.decoding import AS_SHOWN, Decoding, is_image
+from relay_jax.data.description import show_files
+from relay_jax.data.files import refusing, several
+from relay_jax.data.folder import ImageFolder, list_images
+from relay_jax.data.images import EncodedImages, center_crop_resize
 from relay_jax.data.loader import read
-from relay_jax.data.npz import NpzImages, npz_files
-from relay_jax.data.packed import MANIFEST, PackedDataset, read_manifest
+from relay_jax.data.npz import NpzImages
+from relay_jax.data.packed import MANIFEST, PackedDataset, is_packed, read_manifest
 from relay_jax.data.source import Source
+from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError
+from relay_jax.runtime.distributed import is_first
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.pixels import edit_pixels
 from relay_jax.sampling.request import Request
@@ -36,8 +42,8 @@ Part = tuple[np.ndarray, np.ndarray]  # positions int [n] in the set, pixels uin
 class ImageSet(Protocol):
     """Images of one size, `resolution` pixels per side.
 
-    identity: what a report says of the set: kind, number of images and
-    a hash at least.
+    identity: what a report says of the set: kind, number of images
+    and a hash at least.
     """
 
     resolution: int
@@ -52,8 +58,8 @@ class ImageSet(Protocol):
 
 def choice(total: int, limit: int) -> np.ndarray:
     """Positions of at most `limit` of `total` images, rising, int [n]; always the same ones."""
-    # Not the first ones: folders and data sets are often in the order of
-    # their classes.
+    # Not the first ones: folders and data sets are often in the
+    # order of their classes.
     if total <= limit:
         return np.arange(total)
     return np.sort(np.random.default_rng(0).choice(total, limit, replace=False))
@@ -62,8 +68,8 @@ def choice(total: int, limit: int) -> np.ndarray:
 def parts_of(count: int, host: int, hosts: int, batch: int) -> list[np.ndarray]:
     """Positions of the parts of a share: of the images host, host + hosts, ..."""
     positions = np.arange(host, count, hosts)
-    # The number of parts is that of the host with most images, so that
-    # none waits for another.
+    # The number of parts is that of the host with most images, so
+    # that none waits for another.
     parts = math.ceil(math.ceil(count / hosts) / batch)
     return [positions[number * batch : (number + 1) * batch] for number in range(parts)]
 
@@ -76,8 +82,8 @@ class SourceImages:
     """Images of a source, decoded in threads ahead of their use.
 
     exact: every image must have `resolution` pixels per side already;
-    else they are cropped and resized as in training.
-    limit: use so many of them at most (`choice`), 0 = all.
+    else they are cropped and resized as in training. limit: use so many
+    of them at most (`choice`), 0 = all.
     """
 
     def __init__(
@@ -115,6 +121,18 @@ class SourceImages:
             )
         return image
 
+    def show(self, what: str) -> None:
+        """Logs which files are used, and which are not. Raises DataError."""
+        # A data set is described where it is opened.
+        if not is_first() or "path" not in self.identity or self.identity["kind"] == "dataset":
+            return
+        where = f"{self.identity['kind']} {self.identity['path'][-160:]}"
+        if isinstance(self._source, EncodedImages):
+            show_files(what, self._source, where, self.resolution, self._exact)
+        else:
+            side = self._source.resolution or self.resolution
+            logging.info("%s: %s: %s images of %d px", what, where, f"{len(self._source):,}", side)
+
     def share(self, host: int, hosts: int, batch: int) -> Iterator[Part]:
         """As ImageSet says."""
         parts = parts_of(len(self), host, hosts, batch)
@@ -122,8 +140,8 @@ class SourceImages:
         waiting: deque[list[Future[np.ndarray]]] = deque()
         try:
             for number in range(len(parts)):
-                # Decoding goes on while the devices compute features of
-                # the part before.
+                # Decoding goes on while the devices compute features
+                # of the part before.
                 while len(waiting) <= AHEAD and number + len(waiting) < len(parts):
                     positions = self._positions[parts[number + len(waiting)]].tolist()
                     waiting.append([pool.submit(self._image, position) for position in positions])
@@ -152,17 +170,21 @@ class ArrayImages:
 class GeneratedImages:
     """The samples of a request in the order of their seeds; generated as they are read.
 
-    chain: of the request's stages. source: real images, if the request
-    starts from them. They are the images that --mode=sample writes.
+    chain: of the request's stages. source: real images, if the
+    request starts from them. They are the images that
+    --mode=sample writes.
     """
 
     def __init__(self, request: Request, chain: Chain, source: Source | None) -> None:
         self._request, self._chain, self._source = request, chain, source
         self._seeds = np.unique(np.asarray(request.seeds, np.int64))
         self.resolution = chain.stages[-1].resolution
-        # "drawn" is what earlier reports say; another word would make
-        # them reports of other images.
-        self.identity: dict[str, Any] = {"kind": "drawn", "images": len(self._seeds)}
+        # "drawn" is what earlier reports say; another word would
+        # make them reports of other images.
+        self.identity: dict[str, Any] = {
+            "kind": "drawn",
+            "images": len(self._seeds),
+        }
 
     def __len__(self) -> int:
         return len(self._seeds)
@@ -170,8 +192,8 @@ class GeneratedImages:
     def share(self, host: int, hosts: int, batch: int) -> Iterator[Part]:
         """As ImageSet says, but in parts of the chain's batch."""
         inputs = partial(self._request.inputs, source=self._source)
-        # All processes generate each part together, whatever share of its
-        # images they keep.
+        # All processes generate each part together, whatever share
+        # of its images they keep.
         for result in self._chain.stream(self._seeds.tolist(), inputs):
             positions, rows = (
                 np.searchsorted(self._seeds, result.seeds),
@@ -192,32 +214,72 @@ def other_images(source: Source, count: int, limit: int, resolution: int) -> np.
 
 def npz_source(path: Path) -> NpzImages:
     """An npz or a folder of them, compared with its checksums. Raises DataError."""
-    # Single images are read from the middle of a file, past its checksum:
-    # scores of damaged images would look like those of bad ones.
+    # Single images are read from the middle of a file, past
+    # its checksum: scores of damaged images would look like
+    # those of bad ones.
     source = NpzImages(path)
     source.verify()
     return source
 
 
-def open_images(path: Path, threads: int) -> ImageSet:
+def open_images(path: Path, threads: int, decoding: Decoding = AS_SHOWN) -> SourceImages:
     """The images to score at `path`: a folder of image files, of npz shards or of ArrayRecord
-    files, or one npz.
+    files, one npz, or a zip of image files.
 
     All must have one size; a folder's order is that of its names.
-    Raises DataError.
+    decoding: of image files, as in training. Raises DataError.
     """
+    kind = kind_of(path)
     source: Source
-    if path.is_file() or npz_files(path):
-        kind, source = "npz", npz_source(path)
-    elif not path.exists():
-        raise DataError(f"{path}: no such folder or npz file of images")
-    elif (path / MANIFEST).exists():
+    if kind == "npz":
+        source = npz_source(path)
+    elif kind == "arrayrecord":
         largest = max(read_manifest(path)["resolutions"], default=0)
-        kind, source = "arrayrecord", PackedDataset(path, largest)
+        source = PackedDataset(path, largest)
     else:
-        kind, source = "folder", ImageFolder(path)
+        source = EdmZip(path) if kind == "zip" else ImageFolder(path)
+        source.decoding = decoding
     height, width, _ = source[0][0].shape
     if height != width:
         raise DataError(f"{source.where(0)} has {width} x {height} pixels; images must be square")
     identity = {"kind": kind, "path": str(path), "sha256": source.fingerprint()}
     return SourceImages(source, height, identity, exact=True, threads=threads)
+
+
+def kind_of(path: Path) -> str:
+    """Which images are at `path`: npz, zip, arrayrecord or folder.
+
+    Raises DataError if there are none, or several kinds of them.
+    """
+    if path.is_file():
+        if is_image(path.name):
+            raise DataError(f"{path}: is one image; name the folder that the images are in")
+        return "zip" if path.suffix.lower() == ".zip" else "npz"
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder or npz file of images")
+    with refusing(f"{path}: cannot be listed"):
+        pictures = list_images(str(path)).paths()
+        npz = sorted(file.name for file in path.glob("*.npz"))
+    packed = (path / MANIFEST).exists() and is_packed(path)
+    kinds = {
+        "npz": npz,
+        "arrayrecord": [MANIFEST] if packed else [],
+        "folder": pictures,
+    }
+    present = {kind: names for kind, names in kinds.items() if names}
+    # To score one kind and be silent
+    # of the others would be to guess.
+    if len(present) > 1:
+        parts = [f"{len(n):,} {_NAMES[kind]} ({several(n, 2)})" for kind, n in present.items()]
+        raise DataError(
+            f"{path}: holds {' and '.join(parts)}; name the one that is meant, or move the "
+            "others to another folder"
+        )
+    return next(iter(present), "folder")
+
+
+_NAMES = {
+    "npz": "npz",
+    "arrayrecord": "set of ArrayRecord files",
+    "folder": "image files",
+}

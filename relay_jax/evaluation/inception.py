@@ -3,8 +3,8 @@
 
 C. Szegedy et al., Rethinking the Inception Architecture for Computer
 Vision (arXiv 1512.00567). Every published score uses this one set of
-weights, and differs visibly with any other, with another resize or with
-bfloat16. So:
+weights, and differs visibly with any other, with another resize or
+with bfloat16. So:
 
     input     uint8 of any size -> 299 x 299 with TensorFlow 1's bilinear rule (`resize`)
               -> (x - 128) / 128
@@ -22,15 +22,15 @@ bfloat16. So:
                                         inception scores)
 
 The graph numbers the blocks mixed, mixed_1 ... mixed_10; the PyTorch
-port, whose names are used here, calls them 5b, 5c, 5d, 6a, 6b ... 6e,
-7a, 7b, 7c. mixed_6 is thus 6d, and "mixed_6/conv", without a tower, its
-first branch of 1 x 1. In this graph the node named after a scope is the
-last one of that scope, the rectifier after batch normalisation (the
-convolution alone is "mixed_6/conv/Conv2D"), so the numbers are those
-that enter the concatenation.
+port, whose names are used here, calls them 5b, 5c, 5d, 6a, 6b ...
+6e, 7a, 7b, 7c. mixed_6 is thus 6d, and "mixed_6/conv", without a
+tower, its first branch of 1 x 1. In this graph the node named after
+a scope is the last one of that scope, the rectifier after batch
+normalisation (the convolution alone is "mixed_6/conv/Conv2D"), so
+the numbers are those that enter the concatenation.
 
-Batch normalisation (epsilon 1e-3, fixed statistics) is folded into the
-kernels in float64 when the weights are read.
+Batch normalisation (epsilon 1e-3, fixed statistics) is folded into
+the kernels in float64 when the weights are read.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,13 +61,13 @@ def resize(pixels: jax.Array, side: int = SIDE) -> jax.Array:
     """uint8 [b, h, w, c] -> float32 [b, side, side, c] in [0, 255].
 
     tf.compat.v1.image.resize_bilinear with its defaults: pixel i of the
-    result lies at i * h / side of the source, not at (i + 1/2) h / side
-    - 1/2; between the two neighbours it interpolates linearly, also
-    when it shrinks.
+    result lies at i * h / side of the source, not at
+    (i + 1/2) h / side - 1/2; between the two neighbours it
+    interpolates linearly, also when it shrinks.
     """
     x = pixels.astype(jnp.float32)
-    # Along the width first, as TensorFlow: the order decides the
-    # rounding.
+    # Along the width first, as TensorFlow:
+    # the order decides the rounding.
     for axis in (2, 1):
         size = x.shape[axis]
         place = np.arange(side, dtype=np.float32) * (np.float32(size) / np.float32(side))
@@ -91,7 +91,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Full precision: see "numbers" above; it costs nothing on CPU.
+        # Full precision: see "numbers"
+        # above; it costs nothing on CPU.
         return nn.relu(
             nn.Conv(
                 self.width,
@@ -110,8 +111,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def mean_3x3(x: jax.Array) -> jax.Array:
-    # Without the border, as TensorFlow divides; Flax would count its
-    # zeros.
+    # Without the border, as TensorFlow
+    # divides; Flax would count its zeros.
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
@@ -131,7 +132,8 @@ class BlockA(nn.Module):
         c = Conv(96, (3, 3), name="branch3x3dbl_2")(Conv(64, name="branch3x3dbl_1")(x))
         c = Conv(96, (3, 3), name="branch3x3dbl_3")(c)
         return jnp.concatenate(
-            [a, b, c, Conv(self.pool_width, name="branch_pool")(mean_3x3(x))], axis=-1
+            [a, b, c, Conv(self.pool_width, name="branch_pool")(mean_3x3(x))],
+            axis=-1,
         )
 
 
@@ -223,8 +225,8 @@ class Inception(nn.Module):
         x = BlockD(name="Mixed_7a")(x)
         x = BlockE(mean_3x3, name="Mixed_7b")(x)
         x = BlockE(max_3x3, name="Mixed_7c")(x)
-        # The mean over whatever remains of height and width: 8 x 8 for
-        # images of 299.
+        # The mean over whatever remains of height and width: 8 x 8
+        # for images of 299.
         pool = x.mean(axis=(1, 2))
         logits = nn.Dense(CLASSES, use_bias=False, precision="highest", name="fc")(pool)
         return logits, pool, branches["6d"]
@@ -233,11 +235,15 @@ class Inception(nn.Module):
 def outputs(params: dict, x: jax.Array) -> dict[str, jax.Array]:
     """Images [b, 299, 299, 3] in [0, 255] -> pool, spatial and probabilities, as at the top of
     this file."""
-    # 128 and not 127.5: the published graph begins with these two
-    # numbers.
+    # 128 and not 127.5: the published
+    # graph begins with these two numbers.
     logits, pool, branch = Inception().apply({"params": params}, (x - 128) / 128)
     spatial = branch[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
-    return {"pool": pool, "spatial": spatial, "probabilities": jax.nn.softmax(logits)}
+    return {
+        "pool": pool,
+        "spatial": spatial,
+        "probabilities": jax.nn.softmax(logits),
+    }
 
 
 def shapes() -> dict:
@@ -248,12 +254,12 @@ def shapes() -> dict:
 def convert(state: Mapping[str, np.ndarray]) -> dict:
     """The state dict of the PyTorch port -> parameters: OIHW kernels become HWIO.
 
-    Batch normalisation goes into the kernels. fc.bias and the counters
-    of batch normalisation are not used. Raises UserError for other
-    names and shapes than those of this network.
+    Batch normalisation goes into the kernels. fc.bias and the
+    counters of batch normalisation are not used. Raises UserError
+    for other names and shapes than those of this network.
     """
-    # What is taken is removed: whatever remains at the end belongs to
-    # another network.
+    # What is taken is removed: whatever remains at the end belongs
+    # to another network.
     remaining = {
         name: array
         for name, array in state.items()
@@ -310,8 +316,8 @@ def read_weights(path: Path) -> tuple[dict, str]:
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; {WHERE}")
-    # The hash first: a file that is not the published one is not even
-    # parsed.
+    # The hash first: a file that is not
+    # the published one is not even parsed.
     try:
         sha256 = file_sha256(path)
     except OSError as error:

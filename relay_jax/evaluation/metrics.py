@@ -7,13 +7,15 @@ precision, recall (arXiv 1904.06991): share of one set inside the union of the k
 inception score (arXiv 1606.03498):   mean over splits of exp(mean over images of
                                       KL(p(y|x) || p(y)))
 
-Everything is float64 on the host: the matrix root and |a|^2 + |b|^2 - 2
-a.b lose half of the digits, TPUs have no float64, and counting points
-on the edge of a ball must not depend on the machine. Cost with 2048
-features: FID under a minute on two cores; precision and recall of
-50,000 samples 1e13 flops, minutes on a server.
+Everything is float64 on the host: the matrix root and
+|a|^2 + |b|^2 - 2 a.b lose half of the digits, TPUs have no float64,
+and counting points on the edge of a ball must not depend on the
+machine. Cost with 2048 features: FID under a minute on two cores;
+precision and recall of 50,000 samples 1e13 flops, minutes on a
+server.
 
-A new metric is a function of two `FeatureSet`s and a line in METRICS.
+A new metric is a function of two
+`FeatureSet`s and a line in METRICS.
 """
 
 import time
@@ -46,8 +48,8 @@ EVERY_SECONDS = 5.0  # between lines of progress
 def _root(covariance: np.ndarray) -> np.ndarray:
     """F [d, d] with F F^T = covariance, for a positive semidefinite matrix of any rank."""
     values, vectors = linalg.eigh(covariance)
-    # Below this the eigenvalue of a singular matrix is rounding; its root
-    # would not be.
+    # Below this the eigenvalue of a singular matrix is rounding; its
+    # root would not be.
     values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0
     return vectors * np.sqrt(values)
 
@@ -70,9 +72,9 @@ def frechet_distance(
         raise ValueError("means or covariances are not finite")
     mean_a, cov_a, mean_b, cov_b = arrays
     # With A = F F^T and B = G G^T, tr (A B)^(1/2) is the sum of the
-    # singular values of F^T G. Unlike roots of the eigenvalues of A B,
-    # these are exact to rounding also where a covariance is singular
-    # (fewer images than features).
+    # singular values of F^T G. Unlike roots of the eigenvalues of A
+    # B, these are exact to rounding also where a covariance is
+    # singular (fewer images than features).
     cross = linalg.svdvals(_root(cov_a).T @ _root(cov_b)).sum()
     distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     # Equal arguments give rounding of either sign.
@@ -82,8 +84,8 @@ def frechet_distance(
 def fid(features_ref: np.ndarray, features_sample: np.ndarray) -> float:
     """Frechet distance of the gaussians fitted to features [n, d] and [m, d], at least two of each.
 
-    Inception pool features give FID, the 2023 spatial ones sFID. Raises
-    ValueError as the functions above.
+    Inception pool features give FID, the 2023 spatial ones sFID.
+    Raises ValueError as the functions above.
     """
     return frechet_distance(*feature_stats(features_ref), *feature_stats(features_sample))
 
@@ -112,12 +114,12 @@ def _radii(features: np.ndarray, neighbours: int, block: int, work: _Work) -> np
         nearest = np.full((len(rows), 0), np.inf)
         for others in blocks(features, block):
             nearest = np.concatenate([nearest, _squared_distances(rows, others)], axis=1)
-            # One more than the neighbours: the point itself is one of
-            # them.
+            # One more than the neighbours:
+            # the point itself is one of them.
             if nearest.shape[1] > neighbours + 1:
                 nearest = np.partition(nearest, neighbours, axis=1)[:, : neighbours + 1]
-        # float32 as in the official code: points on the border of a ball
-        # count the same.
+        # float32 as in the official code: points on the border of a
+        # ball count the same.
         radii.append(nearest.max(axis=1).astype(np.float32))
         work.add(len(rows) * len(features))
     return np.concatenate(radii)
@@ -132,13 +134,14 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall of features ref [n, d] and sample [m, d]; n, m > neighbours.
 
-    The ball of a point reaches to its `neighbours`-th nearest other
-    point of its own set, border included. Precision: share of samples
-    inside some ball of ref; recall: share of ref inside some ball of
-    the samples. The official protocol takes 10,000 reference images.
-    block: points per tile of distances (2048: 32 MB); memory grows with
-    its square, not with n. progress: called with the share of the work
-    that is done, after every row of tiles. Raises ValueError for too
+    The ball of a point reaches to its `neighbours`-th nearest
+    other point of its own set, border included. Precision:
+    share of samples inside some ball of ref; recall: share of
+    ref inside some ball of the samples. The official protocol
+    takes 10,000 reference images. block: points per tile of
+    distances (2048: 32 MB); memory grows with its square, not
+    with n. progress: called with the share of the work that is
+    done, after every row of tiles. Raises ValueError for too
     few points, other shapes and numbers that are not finite.
     """
     ref, sample = checked(ref), checked(sample)
@@ -156,11 +159,14 @@ def precision_recall(
     work = _Work(len(ref) ** 2 + len(sample) ** 2 + len(ref) * len(sample), progress)
     radii_ref = _radii(ref, neighbours, block, work)
     radii_sample = _radii(sample, neighbours, block, work)
-    ref_inside, sample_inside = np.zeros(len(ref), bool), np.zeros(len(sample), bool)
+    ref_inside, sample_inside = (
+        np.zeros(len(ref), bool),
+        np.zeros(len(sample), bool),
+    )
     for i, a in enumerate(blocks(ref, block)):
         rows = slice(i * block, i * block + len(a))
-        # Each tile of distances serves both: precision looks along one
-        # axis, recall the other.
+        # Each tile of distances serves both: precision looks along
+        # one axis, recall the other.
         for j, b in enumerate(blocks(sample, block)):
             columns = slice(j * block, j * block + len(b))
             distance = _squared_distances(a, b)
@@ -181,8 +187,8 @@ def inception_score(probabilities: np.ndarray, split_size: int = SPLIT) -> float
     if split_size < 1:
         raise ValueError(f"split_size must be at least 1, not {split_size}")
     scores = []
-    # The last split may be shorter and counts fully, as in the official
-    # code.
+    # The last split may be shorter and counts fully, as in the
+    # official code.
     for p in blocks(probabilities, split_size):
         if p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
             raise ValueError("probabilities of an image must not be negative and must sum to 1")
@@ -190,9 +196,9 @@ def inception_score(probabilities: np.ndarray, split_size: int = SPLIT) -> float
     return float(np.mean(scores))
 
 
-# What a report calls scores. Each function takes the reference and the
-# samples, and returns scores by name, none if one of the two has not what
-# it needs; ValueError becomes one line for the user.
+# What a report calls scores. Each function takes the reference and
+# the samples, and returns scores by name, none if one of the two has
+# not what it needs; ValueError becomes one line for the user.
 
 Metric = Callable[[FeatureSet, FeatureSet], Mapping[str, float]]
 
@@ -232,8 +238,8 @@ def neighbour_shares(reference: FeatureSet, samples: FeatureSet) -> dict[str, fl
     """Precision and recall, if both sets keep rows of features."""
     if reference.rows is None or samples.rows is None:
         return {}
-    # One metric for two scores: they share the distances, which take
-    # minutes.
+    # One metric for two scores: they share
+    # the distances, which take minutes.
     values = precision_recall(reference.rows, samples.rows, NEIGHBOURS, progress=_Lines())
     return dict(zip(("precision", "recall"), values, strict=True))
 
@@ -257,8 +263,8 @@ def score_name(name: str, features: str) -> str:
 def score(reference: FeatureSet, samples: FeatureSet, features: str) -> dict[str, float]:
     """Every score of METRICS that both sets have what it takes for, by its `score_name`.
 
-    features: name of the extractor. Raises DataError, for instance for
-    too few images.
+    features: name of the extractor. Raises DataError, for instance
+    for too few images.
     """
     scores: dict[str, float] = {}
     for metric in METRICS.values():
@@ -303,5 +309,5 @@ class _Lines:
         now = time.monotonic()
         if now - self._last > EVERY_SECONDS:
             self._last = now
-            left = (now - self._begun) * (1 - share) / share
-            logging.info("precision and recall: %.0f%%, %s left", 100 * share, duration(left))
+            remaining = (now - self._begun) * (1 - share) / share
+            logging.info("precision and recall: %.0f%%, %s left", 100 * share, duration(remaining))

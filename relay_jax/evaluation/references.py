@@ -1,10 +1,11 @@
 """What samples are compared with.
 
-    folder, data set    all images (or a choice), cropped and resized as in training to the size
+    folder, zip, set    all images (or a choice), cropped and resized as in training to the size
                         of the samples
     npz                 ADM's VIRTUAL_*.npz: `mu`, `sigma` (pool features) and `mu_s`, `sigma_s`
                         (spatial) of Inception over a whole data set, and `arr_0`, images for
                         precision and recall; EDM's fid-refs: `mu`, `sigma`; any npz with `arr_0`
+    pkl                 EDM2's references: `mu` and `sigma` of Inception
 
 Features of images are kept in a cache, under a hash of all that they
 depend on: the images, their preparation, the network. A damaged or
@@ -23,20 +24,25 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from relay_jax.data.decoding import AS_SHOWN, Decoding
+from relay_jax.data.files import several
 from relay_jax.data.folder import ImageFolder
+from relay_jax.data.images import EncodedImages
 from relay_jax.data.source import Source
+from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError, StorageError, one_line
 from relay_jax.evaluation.features import FeatureExtractor
-from relay_jax.evaluation.images import ImageSet, SourceImages, npz_source
+from relay_jax.evaluation.images import ImageSet, SourceImages, kind_of, npz_source
 from relay_jax.evaluation.metrics import NEIGHBOURS
+from relay_jax.evaluation.published import Statistics, read_npz, read_pickle
 from relay_jax.evaluation.statistics import FeatureSet, collect
 from relay_jax.runtime import distributed
 from relay_jax.runtime.distributed import is_first
 from relay_jax.runtime.files import digest, file_sha256, replacing
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 NEIGHBOUR_IMAGES = 10_000  # for precision and recall, as in ADM's evaluation
-_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+UNKNOWN = "as the file's makers did it: not known"
 # What NumPy raises for files that are cut short, overwritten or of
 # another kind.
 _DAMAGE = (
@@ -49,16 +55,15 @@ _DAMAGE = (
     zlib.error,
     AttributeError,
 )
-Statistics = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """What samples are compared with.
 
-    images: to compute features of, None without any. statistics: mean
-    and covariance of Inception features by output, as a file brings
-    them.
+    images: to compute features of, None without any.
+    statistics: mean and covariance of Inception features by
+    output, as a file brings them.
     """
 
     identity: dict[str, Any]
@@ -73,25 +78,43 @@ def open_reference(
     data_set: Callable[[], tuple[Source, Mapping[str, Any]]],
     threads: int,
     limit: int = 0,
+    decoding: Decoding = AS_SHOWN,
 ) -> Reference:
-    """The reference that --reference names: a folder, an npz, or 'dataset'.
+    """The reference that --reference names: a folder, zip, npz or .pkl, or 'dataset'.
 
-    resolution: of the samples. data_set: opens the data set of the
-    configuration, and says what that is. limit: images of a folder, npz
-    or data set at most, 0 = all. Raises DataError.
+    resolution: of the samples. decoding: of the images of a folder
+    or zip, as in training. data_set: opens the data set of the
+    configuration, and says what that is. limit: images of a folder,
+    npz or data set at most, 0 = all. Raises DataError.
     """
     if text == "dataset":
         return of_source(*data_set(), resolution, threads=threads, limit=limit)
     path = Path(text)
-    if path.is_dir():
-        folder = ImageFolder(path)
-        identity = {"kind": "folder", "path": text, "sha256": folder.fingerprint()}
-        return _prepared(folder, identity, resolution, threads, limit)
     if not path.exists():
         raise DataError(
             f"--reference={text}: no such folder or npz file; 'dataset' is the data set of the "
             "configuration"
         )
+    kind = kind_of(path)
+    if path.is_dir() and kind != "folder":
+        raise DataError(
+            f"--reference={text}: a folder of {kind} files; name one npz, or train with "
+            "it as data set and use --reference=dataset"
+        )
+    if kind in ("folder", "zip"):
+        source: EncodedImages = ImageFolder(path) if path.is_dir() else EdmZip(path)
+        source.decoding = decoding
+        # Shown otherwise they have other features.
+        shown = {"exif": decoding.exif, "background": list(decoding.background)}
+        identity = {
+            "kind": kind,
+            "path": text,
+            "sha256": source.fingerprint(),
+            **shown,
+        }
+        return _prepared(source, identity, resolution, threads, limit)
+    if path.suffix.lower() == ".pkl":
+        return _of_pickle(path)
     return _of_npz(path, resolution, threads, limit)
 
 
@@ -109,7 +132,11 @@ def of_source(
 
 
 def _prepared(
-    source: Source, identity: dict[str, Any], resolution: int, threads: int, limit: int
+    source: Source,
+    identity: dict[str, Any],
+    resolution: int,
+    threads: int,
+    limit: int,
 ) -> Reference:
     preparation = (
         f"centre crop and resize to {resolution} px as in training (images of that size stay as "
@@ -126,24 +153,41 @@ def _prepared(
     return Reference(identity=images.identity, images=images)
 
 
+def _of_pickle(path: Path) -> Reference:
+    identity = {"kind": "pkl", "path": str(path), "sha256": file_sha256(path)}
+    statistics = read_pickle(path)
+    _say_unknown_resize(path)
+    return Reference(
+        identity={**identity, "preparation": UNKNOWN},
+        images=None,
+        statistics=statistics,
+    )
+
+
 def _of_npz(path: Path, resolution: int, threads: int, limit: int) -> Reference:
-    keys, statistics = _read_statistics(path)
+    keys, statistics = read_npz(path)
     if not statistics and "arr_0" not in keys:
         raise DataError(
-            f"{path}: wanted arr_0 (images) or mu and sigma (statistics), it holds "
-            f"{', '.join(keys) or 'nothing'}"
+            f"{path}: wanted arr_0 (images) or mu and sigma (statistics), it holds {several(keys)}"
         )
     identity: dict[str, Any] = {
         "kind": "npz",
         "path": str(path),
         "sha256": file_sha256(path),
-        "keys": keys,
+        # A report is for people: an npz
+        # of thousands of arrays is none.
+        "keys": keys[:20],
     }
     if "arr_0" not in keys:
-        return Reference(identity=identity, images=None, statistics=statistics)
+        _say_unknown_resize(path)
+        return Reference(
+            identity={**identity, "preparation": UNKNOWN},
+            images=None,
+            statistics=statistics,
+        )
     source = npz_source(path)
-    # No resizing: statistics of other sizes in the same file would not be
-    # those of its images.
+    # No resizing: statistics of other sizes in the same file would
+    # not be those of its images.
     if source.resolution != resolution:
         raise DataError(
             f"{path} holds images of {source.resolution} px, the samples have {resolution}; a "
@@ -153,39 +197,20 @@ def _of_npz(path: Path, resolution: int, threads: int, limit: int) -> Reference:
     return Reference(identity=images.identity, images=images, statistics=statistics)
 
 
-def _read_statistics(path: Path) -> tuple[list[str], Statistics]:
-    """The keys of an npz, and the statistics among its arrays. Raises DataError."""
-    try:
-        with np.load(path) as archive:
-            keys = sorted(archive.files)
-            statistics = {
-                name: (
-                    np.asarray(archive[mean], np.float64),
-                    np.asarray(archive[cov], np.float64),
-                )
-                for name, (mean, cov) in _KEYS.items()
-                if {mean, cov} <= set(keys)
-            }
-    except _DAMAGE as error:
-        raise DataError(f"{path}: not a readable npz file ({one_line(error)})") from error
-    for name, (mean, cov) in statistics.items():
-        if (
-            mean.ndim != 1
-            or cov.shape != mean.shape * 2
-            or not (np.isfinite(mean).all() and np.isfinite(cov).all())
-        ):
-            raise DataError(
-                f"{path}: {' and '.join(_KEYS[name])} are no mean and covariance "
-                f"({list(mean.shape)}, {list(cov.shape)})"
-            )
-    return keys, statistics
+def _say_unknown_resize(path: Path) -> None:
+    # The resize alone moves FID by whole points.
+    logging.warning(
+        "%s: how the images of these statistics were cropped and resized is not known; scores "
+        "compare with others of the same file alone",
+        path,
+    )
 
 
 def check_sizes(reference: Reference, samples: ImageSet) -> None:
     """Raises DataError if a set has fewer images than the scores need."""
     least, why = NEIGHBOURS + 1, f"{NEIGHBOURS} neighbours"
-    # Statistics without images give no precision and recall, which would
-    # need neighbours.
+    # Statistics without images give no precision and recall, which
+    # would need neighbours.
     if reference.images is None:
         least, why = 2, "a covariance"
     for what, images in (("samples", samples), ("reference", reference.images)):
@@ -197,17 +222,21 @@ def check_sizes(reference: Reference, samples: ImageSet) -> None:
 
 
 def reference_features(
-    reference: Reference, extractor: FeatureExtractor, *, cache: Path, stop: bool = True
+    reference: Reference,
+    extractor: FeatureExtractor,
+    *,
+    cache: Path,
+    stop: bool = True,
 ) -> FeatureSet | None:
     """Statistics and features of the reference, from the cache if they are there.
 
     All processes must call it; process 0 gets them (and writes the
-    cache), others may get None. cache: a folder. stop: answer SIGTERM.
-    Raises DataError for a reference that does not fit the extractor,
-    and as `collect` does.
+    cache), others may get None. cache: a folder. stop: answer
+    SIGTERM. Raises DataError for a reference that does not fit the
+    extractor, and as `collect` does.
     """
-    # Published statistics are those of Inception: other features have
-    # only the images.
+    # Published statistics are those of Inception: other features
+    # have only the images.
     statistics = reference.statistics if extractor.name == "inception" else {}
     if statistics:
         _check_dimensions(reference, extractor)
@@ -254,8 +283,8 @@ def _of_images(
         }
     )
     file = cache / f"reference-{key[:24]}.npz"
-    # Process 0 alone looks: the others may see another folder, and all
-    # must go the same way.
+    # Process 0 alone looks: the others may see another folder, and
+    # all must go the same way.
     kept = _load(file, key) if is_first() else None
     if distributed.of_first(kept is not None):
         logging.info("reference: features of %s images from %s", f"{len(images):,}", file)
@@ -284,7 +313,11 @@ def _save(file: Path, key: str, features: FeatureSet) -> None:
     }
     if features.rows is not None:
         arrays["rows"] = features.rows
-    about = {"key": key, "count": features.count, "checksum": _checksum(arrays, key)}
+    about = {
+        "key": key,
+        "count": features.count,
+        "checksum": _checksum(arrays, key),
+    }
     try:
         with replacing(file) as temporary, temporary.open("wb") as stream:
             note = np.asarray(json.dumps(about))
@@ -306,8 +339,8 @@ def _load(file: Path, key: str) -> FeatureSet | None:
         with np.load(file) as archive:
             about = json.loads(str(archive["about"]))
             arrays = {name: archive[name] for name in archive.files if name != "about"}
-        # Its own checksum over the arrays: a zip's covers neither its
-        # directory nor the key.
+        # Its own checksum over the arrays: a zip's covers neither
+        # its directory nor the key.
         if about["key"] != key or about["checksum"] != _checksum(arrays, key):
             raise ValueError("its checksum differs")
         names = [name.removeprefix("mean_") for name in arrays if name.startswith("mean_")]

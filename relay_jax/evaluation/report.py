@@ -1,10 +1,10 @@
 """report.json and report.md: scores beside everything that they depend on.
 
-A report has `scores` and `notes`; its settings `samples`, `reference`,
-`features` and `metrics`; and `device`, `versions` and `time`. The same
-settings on the same machine give the same files but for `time`. A
-folder holds the report of one set of settings: another one is refused
-there before anything is computed.
+A report has `scores` and `notes`; its settings `samples`,
+`reference`, `features` and `metrics`; and `device`, `versions` and
+`time`. The same settings on the same machine give the same files but
+for `time`. A folder holds the report of one set of settings: another
+one is refused there before anything is computed.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from relay_jax.evaluation.features import FeatureExtractor
 from relay_jax.evaluation.images import ImageSet
 from relay_jax.evaluation.metrics import SETTINGS as METRIC_SETTINGS
 from relay_jax.evaluation.references import Reference
-from relay_jax.runtime.files import read_jsonl, write_json, write_text
-from relay_jax.runtime.logs import curve_summary
+from relay_jax.runtime.files import read_json, write_json, write_text
+from relay_jax.runtime.logs import curve_summary, read_curve
 from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.stage import Stage
 from relay_jax.workdir import flat
@@ -45,9 +45,9 @@ def evaluation_settings(
 ) -> dict[str, Any]:
     """All that scores depend on, by the names of SETTINGS.
 
-    record: how the samples were made, as in samples.json, None if that
-    is not known. ema: how their weights were averaged (`averaging`),
-    None for images of a folder.
+    record: how the samples were made, as in samples.json, None if
+    that is not known. ema: how their weights were averaged
+    (`averaging`), None for images of a folder.
     """
     return {
         "samples": {
@@ -108,8 +108,8 @@ def notes_on_record(record: Mapping[str, Any] | None, images: int) -> list[str]:
     """Notes for a reader who would trust samples.json too much."""
     if record is None:
         return ["How the samples were made is not known: there is no samples.json beside them."]
-    # The record may name seeds whose images are still missing, or were
-    # removed.
+    # The record may name seeds whose images are still missing, or
+    # were removed.
     seeds = len(parse_seeds(record["seeds"]))
     if seeds == images:
         return []
@@ -118,7 +118,7 @@ def notes_on_record(record: Mapping[str, Any] | None, images: int) -> list[str]:
 
 def training_summary(stage: Stage, meta: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Length, loss and rate of a stage's training. meta: the notes of its checkpoint."""
-    curve = curve_summary(read_jsonl(folder / "metrics.jsonl"))
+    curve = curve_summary(read_curve(folder / "metrics.jsonl"))
     return {
         "resolution": stage.resolution,
         "images": meta["images"],
@@ -131,8 +131,8 @@ def training_summary(stage: Stage, meta: Mapping[str, Any], folder: Path) -> dic
 @cache
 def versions() -> dict[str, str]:
     """Of Python, the libraries that compute, and this package: a hash of its source files."""
-    # Not the package's version number: between two releases the numbers
-    # may change.
+    # Not the package's version number: between two releases the
+    # numbers may change.
     folder, sha = Path(relay_jax.__file__).parent, hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         sha.update(str(file.relative_to(folder)).encode() + b"\n" + file.read_bytes())
@@ -152,13 +152,14 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        report = json.loads(path.read_text())
+        report = read_json(path)
         old = flat({name: report[name] for name in SETTINGS}, _PLACES)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is no report of this program ({one_line(error)}); use another --out"
         ) from error
-    # Through JSON, as the old ones have come: tuples are lists there.
+    # Through JSON, as the old ones have
+    # come: tuples are lists there.
     new = flat(json.loads(json.dumps({name: settings[name] for name in SETTINGS})), _PLACES)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
@@ -170,8 +171,8 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes report.json and report.md. Raises StorageError."""
-    # The JSON last: a training that finds it takes the whole report as
-    # written.
+    # The JSON last: a training that finds
+    # it takes the whole report as written.
     write_text(folder / "report.md", as_markdown(report))
     write_json(folder / "report.json", dict(report))
 
@@ -179,7 +180,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 def as_markdown(report: Mapping[str, Any]) -> str:
     """The report for people: scores, notes, the stages side by side, a table for each section."""
     sections = {name: value for name, value in report.items() if name not in ("scores", "notes")}
-    # A copy, as JSON has it: parts of it move to the table of the stages.
+    # A copy, as JSON has it: parts of it
+    # move to the table of the stages.
     rest = json.loads(json.dumps(sections))
     sampling = rest["samples"].get("sampling") or {}
     columns = sampling.pop("stages", {})
@@ -192,7 +194,10 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         "# Evaluation",
         "",
-        *_table(["score", ""], [[name, _number(x)] for name, x in report["scores"].items()]),
+        *_table(
+            ["score", ""],
+            [[name, _number(x)] for name, x in report["scores"].items()],
+        ),
         "",
     ]
     lines += [f"- {note}" for note in report["notes"]]
@@ -200,8 +205,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         by_stage = {stage: flat(values) for stage, values in columns.items()}
         keys = list(dict.fromkeys(key for values in by_stage.values() for key in values))
         groups = list(dict.fromkeys(key.split(".")[0] for key in keys))
-        # Keys of one group stay together, also where one stage alone has
-        # some of them.
+        # Keys of one group stay together, also where one stage alone
+        # has some of them.
         keys.sort(key=lambda key: groups.index(key.split(".")[0]))
         rows = [[key, *(values.get(key, "") for values in by_stage.values())] for key in keys]
         lines += ["", "## Stages", "", *_table(["", *by_stage], rows)]

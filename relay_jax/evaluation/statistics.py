@@ -1,9 +1,9 @@
 """From a set of images to what the metrics need of it: moments, kept features, class probabilities.
 
-Each host takes its share of the images, with its own devices; moments
-are merged and rows gathered at the end, so that every host ends with
-all of it. Features are float32, as the networks give them; moments are
-float64 on the host: TPUs have no float64.
+Each host takes its share of the images, with its own devices;
+moments are merged and rows gathered at the end, so that every host
+ends with all of it. Features are float32, as the networks give them;
+moments are float64 on the host: TPUs have no float64.
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ class FeatureSet:
 
     statistics: mean [d] and covariance [d, d], float64, by output
     ("pool", "spatial"). rows: pool features of the images kept for
-    precision and recall, float32 [m, d]. probabilities: of every image,
-    float32 [n, classes].
+    precision and recall, float32 [m, d]. probabilities: of every
+    image, float32 [n, classes].
     """
 
     count: int
@@ -43,8 +43,8 @@ class FeatureSet:
 def checked(features: np.ndarray, name: str = "features") -> np.ndarray:
     """The features as an array [n, d].
 
-    Raises ValueError for another shape, an empty array or numbers that
-    are not finite.
+    Raises ValueError for another shape, an empty array or numbers
+    that are not finite.
     """
     features = np.asarray(features)
     if features.ndim != 2 or features.size == 0:
@@ -61,8 +61,8 @@ def checked(features: np.ndarray, name: str = "features") -> np.ndarray:
 
 def blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """The rows in float64, `size` at a time."""
-    # A whole set in float64 would double the memory of 50,000 images of
-    # Inception.
+    # A whole set in float64 would double the memory of 50,000 images
+    # of Inception.
     for start in range(0, len(features), size):
         yield np.asarray(features[start : start + size], np.float64)
 
@@ -70,12 +70,17 @@ def blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
 class Moments:
     """Mean and covariance of features that arrive in parts, on one host or on several.
 
-    count: rows so far; mean: float64 [d]; scatter: float64 [d, d], the
-    sum of (x - mean)(x - mean)^T. Three arrays that hosts may exchange.
+    count: rows so far; mean: float64 [d]; scatter: float64
+    [d, d], the sum of (x - mean)(x - mean)^T. Three arrays that
+    hosts may exchange.
     """
 
     def __init__(self, dims: int) -> None:
-        self.count, self.mean, self.scatter = 0, np.zeros(dims), np.zeros((dims, dims))
+        self.count, self.mean, self.scatter = (
+            0,
+            np.zeros(dims),
+            np.zeros((dims, dims)),
+        )
 
     def update(self, features: np.ndarray) -> None:
         """Adds features [n, d]. Raises ValueError for another d or numbers that are not finite."""
@@ -98,9 +103,9 @@ class Moments:
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         if count == 0:
             return
-        # Parts are combined by their means (Chan, Golub and LeVeque), so
-        # that no digits are lost to a large common offset, as they would
-        # be in E[x x^T] - m m^T.
+        # Parts are combined by their means (Chan, Golub and
+        # LeVeque), so that no digits are lost to a large common
+        # offset, as they would be in E[x x^T] - m m^T.
         total, offset = self.count + count, mean - self.mean
         self.scatter += scatter + np.outer(offset, offset) * (self.count * count / total)
         self.mean += offset * (count / total)
@@ -135,10 +140,10 @@ def collect(
 ) -> FeatureSet:
     """Features of all images. All processes must call it, with the same set.
 
-    what: names the set in progress and errors. rows: keep so many pool
-    features at most, of images that are always the same (`choice`).
-    probabilities: keep those of all images, if the extractor has them.
-    stop: answer SIGTERM here.
+    what: names the set in progress and errors. rows: keep so many
+    pool features at most, of images that are always the same
+    (`choice`). probabilities: keep those of all images, if the
+    extractor has them. stop: answer SIGTERM here.
     Raises DataError for an unreadable image or features that are not
     finite, Stopped after SIGTERM.
     """
@@ -148,8 +153,8 @@ def collect(
     kept, guesses = _Rows(), _Rows()
     with_guesses = probabilities and "probabilities" in extractor.outputs
     progress, done = Progress(what, len(images)), 0
-    # Only errors: Stopped comes to all processes at once, and must not be
-    # turned into an error.
+    # Only errors: Stopped comes to all processes at once, and must
+    # not be turned into an error.
     with distributed.agree(errors=(ValueError,)):
         for positions, pixels in images.share(host, hosts, DECODED_BATCHES * extractor.batch):
             if len(pixels):
@@ -165,8 +170,8 @@ def collect(
             done += len(pixels)
             seen = min(done * hosts, len(images))
             progress.update(seen)
-            # Every host has as many parts, so all of them ask equally
-            # often.
+            # Every host has as many parts, so all of them ask
+            # equally often.
             if stop and distributed.stop_requested():
                 raise Stopped(
                     f"stopped by SIGTERM after {seen:,} of {len(images):,} images of {what}"
@@ -182,8 +187,8 @@ def collect(
 class _Stream:
     """Moments of features that arrive in small parts."""
 
-    # They wait for each other: a product of few rows with 2048 columns
-    # costs as much as of many.
+    # They wait for each other: a product of few rows with 2048
+    # columns costs as much as of many.
 
     def __init__(self) -> None:
         self._moments: Moments | None = None
@@ -249,8 +254,8 @@ class _Rows:
         positions = np.concatenate(self._positions) if self._rows else np.zeros(0, int)
         rows = np.concatenate(self._rows) if self._rows else np.zeros((0, 0), np.float32)
         if jax.process_count() > 1:
-            # Arrays travel in one shape: a host may have fewer images
-            # than another, or none.
+            # Arrays travel in one shape: a host may have fewer
+            # images than another, or none.
             counts, dims = distributed.of_all(np.asarray(rows.shape)).T
             if not rows.shape[1]:
                 rows = np.zeros((0, dims.max()), np.float32)

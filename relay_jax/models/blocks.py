@@ -1,7 +1,7 @@
 """Building blocks of the ADM U-Net (arXiv 2105.05233, appendix), for images [b, h, w, c].
 
-Parameters are float32. `dtype` is the precision of activations and of
-the weights as used; the statistics of normalisations, softmax and
+Parameters are float32. `dtype` is the precision of activations and
+of the weights as used; the statistics of normalisations, softmax and
 embeddings are float32 always.
 """
 
@@ -39,7 +39,10 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 
 def _uniform(
-    fan_in: int, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+    fan_in: int,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / fan_in**0.5
 
@@ -106,29 +109,32 @@ def group_affine(
 ) -> tuple[jax.Array, jax.Array]:
     """Group normalisation as one multiply-add per pixel: norm(x) = x m + o.
 
-    x: [b, h, w, c]; gain, bias: [c] or [b, c]. Returns m and o, float32
-    [b, 1, 1, c].
+    x: [b, h, w, c]; gain, bias: [c] or [b, c]. Returns m and o,
+    float32 [b, 1, 1, c].
     """
-    # Statistics over the pixels of each channel first, then over the few
-    # channels of a group: seven times faster on CPU than one reduction
-    # with a small axis, no slower elsewhere.
+    # Statistics over the pixels of each channel first, then over the
+    # few channels of a group: seven times faster on CPU than one
+    # reduction with a small axis, no slower elsewhere.
     mean = _group_mean(jnp.mean(x, axis=(1, 2), dtype=jnp.float32), groups)
     if x.dtype == jnp.float32:
-        # Two passes, because E[x^2] - E[x]^2 cancels where the mean
-        # dominates.
+        # Two passes, because E[x^2] - E[x]^2
+        # cancels where the mean dominates.
         deviations = jnp.square(x - mean[:, None, None, :])
         variance = _group_mean(jnp.mean(deviations, axis=(1, 2)), groups)
     else:
-        # 16-bit numbers have lost as much already; on TPU both sums then
-        # ride on the convolution that makes x.
+        # 16-bit numbers have lost as much already; on TPU both sums
+        # then ride on the convolution that makes x.
         squares = jnp.square(x.astype(jnp.float32))
         square = _group_mean(jnp.mean(squares, axis=(1, 2)), groups)
         variance = jnp.maximum(square - jnp.square(mean), 0)
     deviation = jnp.sqrt(variance + epsilon)
-    # Both results end in a division: XLA does not repeat one in every
-    # pixel, as it does with a product, and the rest of these few numbers
-    # with it.
-    multiplier, offset = gain / deviation, (bias * deviation - mean * gain) / deviation
+    # Both results end in a division: XLA does not repeat one in
+    # every pixel, as it does with a product, and the rest of these
+    # few numbers with it.
+    multiplier, offset = (
+        gain / deviation,
+        (bias * deviation - mean * gain) / deviation,
+    )
     return multiplier[:, None, None, :], offset[:, None, None, :]
 
 
@@ -166,8 +172,8 @@ class GroupNorm(nn.Module):
 class Dropout(nn.Module):
     """Zeroes a share `rate` of the numbers of [b, h, w, c]; scales the others to keep the mean.
 
-    What is zeroed is a hash of a number's place with two random words
-    of its image (Wellons' lowbias32, of an affine sequence).
+    What is zeroed is a hash of a number's place with two random
+    words of its image (Wellons' lowbias32, of an affine sequence).
     """
 
     rate: float
@@ -177,8 +183,8 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         # A tenth of threefry's work, which on TPU costs as much as a
-        # convolution, and cheap enough to be computed again wherever the
-        # mask is used.
+        # convolution, and cheap enough to be computed again wherever
+        # the mask is used.
         b, h, w, c = x.shape
         row, column, channel = (
             lax.broadcasted_iota(jnp.uint32, (1, h, w, c), axis) for axis in (1, 2, 3)
@@ -220,10 +226,10 @@ class UNetBlock(nn.Module):
     h = conv(dropout(silu(norm(h) (1 + scale) + shift)))     scale, shift = affine(embedding)
     y = h + skip(resample(x)),  then attention
 
-    x: [b, h, w, c] -> [b, h, w, channels], half or twice the size with
-    resample "down" or "up". embedding: [b, width], float32. heads: 0
-    means no attention. skip is a 1x1 convolution where the width
-    changes, else nothing. train: whether dropout acts.
+    x: [b, h, w, c] -> [b, h, w, channels], half or twice the size
+    with resample "down" or "up". embedding: [b, width], float32.
+    heads: 0 means no attention. skip is a 1x1 convolution where the
+    width changes, else nothing. train: whether dropout acts.
     """
 
     channels: int
@@ -241,9 +247,9 @@ class UNetBlock(nn.Module):
 
         h = nn.silu(GroupNorm(name="norm0")(x))
         h = downsample(h) if down else h
-        # Upsampling is part of the convolution: every pixel stands twice
-        # in each direction, which saves work where the platform makes use
-        # of it.
+        # Upsampling is part of the convolution: every pixel stands
+        # twice in each direction, which saves work where the
+        # platform makes use of it.
         h = Conv(self.channels, up=up, dtype=self.dtype, name="conv0")(h)
 
         scale, shift = jnp.split(Linear(2 * self.channels, name="affine")(embedding), 2, axis=-1)

@@ -1,16 +1,15 @@
 """What a network is to the rest of the program, and the networks that a configuration can name.
 
-A network is a flax module whose dataclass fields are its description:
-they go into checkpoints, samples.json and the comparison of
-configurations. `Network` lists all that is asked of it; a new one is
-one file with these attributes (examples/new_network.py is a small
-transformer), named by NETWORKS or by `package.module:Class` as
-`model.kind`.
+A network is a flax module whose dataclass fields are its
+description: they go into checkpoints, samples.json and the
+comparison of configurations. `Network` lists all that is asked of
+it; a new one is one file with these attributes
+(examples/new_network.py is a small transformer), named by NETWORKS
+or by `package.module:Class` as `model.kind`.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -24,13 +23,13 @@ class Network(Protocol):
     """The raw network F(x, c_noise, class_labels, augment_labels) of docs/math.md section 5.
 
     resolution: pixels per side; image_channels: 3. num_classes,
-    num_augment: sizes of the label vectors, 0 = none. dtype: precision
-    of activations; parameters are float32. remat: whether to recompute
-    activations in the backward pass.
+    num_augment: sizes of the label vectors, 0 = none. dtype:
+    precision of activations; parameters are float32. remat: whether
+    to recompute activations in the backward pass.
 
-    Optional: `travels_in_dtype(leaf) -> bool`, the parameters that the
-    network uses in `dtype` alone and that may therefore be cast before
-    devices exchange them; by default none.
+    Optional: `travels_in_dtype(leaf) -> bool`, the parameters that
+    the network uses in `dtype` alone and that may therefore be cast
+    before devices exchange them; by default none.
     """
 
     resolution: int
@@ -50,8 +49,8 @@ class Network(Protocol):
     ) -> jax.Array:
         """x: [b, r, r, image_channels]; c_noise: [b]; labels [b, n] or None (zeros).
 
-        Returns the shape of x, float32. train: random layers act, with
-        the rng "dropout".
+        Returns the shape of x, float32. train: random layers act,
+        with the rng "dropout".
         """
         ...
 
@@ -64,40 +63,27 @@ class Network(Protocol):
     def clone(self, **updates: Any) -> Any: ...
 
 
+# stages.STAGE.model.kind -> class
 NETWORKS: dict[str, type] = {"unet": UNet}
 
 
 def describe(network: Network) -> dict[str, Any]:
     """Every field of a network as plain values, with its class as `kind`."""
-    kind = next((name for name, known in NETWORKS.items() if type(network) is known), None)
-    found: dict[str, Any] = {"kind": kind or f"{type(network).__module__}:{type(network).__name__}"}
+    kind = next(
+        (name for name, network_class in NETWORKS.items() if type(network) is network_class), None
+    )
+    description: dict[str, Any] = {
+        "kind": kind or f"{type(network).__module__}:{type(network).__name__}"
+    }
     for field in dataclasses.fields(network):  # type: ignore[arg-type]
         if field.name not in ("parent", "name"):
             value = getattr(network, field.name)
-            found[field.name] = np.dtype(value).name if field.name == "dtype" else value
-    return found
-
-
-def from_description(description: Mapping[str, Any]) -> Network:
-    """The network that `describe` has described, also after a way through JSON.
-
-    Raises ValueError for a kind that is not known or fields that it has
-    not.
-    """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items()}
-    kind = fields.pop("kind", "unet")
-    if kind not in NETWORKS:
-        raise ValueError(f"unknown network {kind!r}; there are {', '.join(NETWORKS)}")
-    if "dtype" in fields:
-        fields["dtype"] = jnp.dtype(fields["dtype"])
-    try:
-        return NETWORKS[kind](**fields)
-    except TypeError as error:
-        raise ValueError(f"fields that {kind} has not: {error}") from error
+            description[field.name] = np.dtype(value).name if field.name == "dtype" else value
+    return description
 
 
 def init_params(network: Network, key: jax.Array) -> dict:
-    """Fresh parameters. Under jax.eval_shape: their shapes."""
+    """Fresh parameters, a nested dictionary of float32 arrays."""
     image = jnp.zeros((1, network.resolution, network.resolution, network.image_channels))
     return network.init(key, image, jnp.zeros((1,)))["params"]
 

@@ -1,10 +1,10 @@
 """Operations of the U-Net on images [b, h, w, c], or [b, n, c] for attention.
 
-What each computes is in kernels/plain.py, in a few lines of JAX. Some
-have another formulation for CPUs or TPUs, equal but for rounding
-(kernels/cpu.py, kernels/tpu.py; docs/benchmarks.md says what each
-gains). lax.platform_dependent chooses where the program is compiled, so
-that one traced function serves every platform.
+What each computes is in kernels/plain.py, in a few lines of JAX.
+Some have another formulation for CPUs or TPUs, equal but for
+rounding (kernels/cpu.py, kernels/tpu.py; docs/lab says what each
+gains). lax.platform_dependent chooses where the program is
+compiled, so that one traced function serves every platform.
 """
 
 from functools import partial
@@ -28,9 +28,9 @@ __all__ = [
     "upsample",
 ]
 
-# The choice stands inside of custom derivatives: JAX then differentiates
-# one operation, and each platform gets the gradient that suits its
-# formulation.
+# The choice stands inside of custom derivatives: JAX then
+# differentiates one operation, and each platform gets the gradient
+# that suits its formulation.
 
 
 @jax.custom_vjp
@@ -108,9 +108,9 @@ def gradient_once(x: jax.Array) -> jax.Array:
     return x
 
 
-# Its gradient is a sum over all uses. XLA for CPU would compute that sum
-# again wherever it is needed; other platforms compute it once of
-# themselves.
+# Its gradient is a sum over all uses. XLA for CPU would compute
+# that sum again wherever it is needed; other platforms compute it
+# once of themselves.
 gradient_once.defvjp(
     lambda x: (x, None),
     lambda _, cotangent: (
@@ -122,8 +122,8 @@ gradient_once.defvjp(
 def attend(qkv: jax.Array, heads: int) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v of each head, softmax in float32: [b, n, 3c] -> [b, n, c].
 
-    qkv: the channels of q, then of k and of v, each head by head; d = c
-    / heads.
+    qkv: the channels of q, then of k and
+    of v, each head by head; d = c / heads.
     """
     chex.assert_shape(qkv, (None, None, None), custom_message="qkv must be [b, n, 3c]")
     all_heads = partial(plain.attend, heads=heads)

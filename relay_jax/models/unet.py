@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from relay_jax.models.blocks import Conv, GroupNorm, Linear, UNetBlock, group_count
 
+MAX_BLOCKS = 64  # per level; the published networks have 2 and 3
+
 
 def noise_embedding(c_noise: jax.Array, channels: int) -> jax.Array:
     """Cosines, then sines, of c_noise [b] times 10000^(-i / (channels/2)).
@@ -33,14 +35,14 @@ def noise_embedding(c_noise: jax.Array, channels: int) -> jax.Array:
 class UNet(nn.Module):
     """The raw network F(x, c_noise, class_labels, augment_labels) of docs/math.md section 5.
 
-    resolution: pixels per side. channels: base width. multipliers:
-    width of each level in units of it, highest resolution first.
-    blocks: per level.
-    attention: resolutions (pixels per side) with attention; heads =
-    width // head_width, none where that is 0. embedding_multiplier:
-    width of the embedding in units of `channels`. num_classes,
-    num_augment: sizes of the label vectors, 0 = none.
-    dtype: precision of activations. remat: recompute each block in the
+    resolution: pixels per side. channels: base width.
+    multipliers: width of each level in units of it, highest
+    resolution first. blocks: per level. attention: resolutions
+    (pixels per side) with attention; heads = width //
+    head_width, none where that is 0. embedding_multiplier: width
+    of the embedding in units of `channels`. num_classes,
+    num_augment: sizes of the label vectors, 0 = none. dtype:
+    precision of activations. remat: recompute each block in the
     backward pass to save memory.
     """
 
@@ -60,17 +62,36 @@ class UNet(nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that make no U-Net, naming the key of `model` to change."""
-        for name in ("channels", "blocks", "head_width"):
+        for name in (
+            "resolution",
+            "channels",
+            "blocks",
+            "head_width",
+            "embedding_multiplier",
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"model.{name} must be a positive whole number, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                key = name if name == "resolution" else f"model.{name}"
+                raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+        for name, least in (("multipliers", 1), ("attention", 1)):
+            for value in getattr(self, name):
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise ValueError(
+                        f"model.{name} must be positive whole numbers, not {getattr(self, name)}"
+                    )
+        if self.num_classes < 0 or self.num_augment < 0:
+            raise ValueError("numbers of classes and augmentation labels must not be negative")
+        # Each block is compiled by itself: thousands of them never
+        # end, however small they are.
+        if self.blocks > MAX_BLOCKS:
+            raise ValueError(f"model.blocks must be at most {MAX_BLOCKS}, not {self.blocks}")
         if self.channels % 2:
             raise ValueError(f"model.channels must be even, not {self.channels}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must lie in [0, 1), not {self.dropout}")
         # Every level but the first halves the image.
         halvings = len(self.multipliers) - 1
-        if halvings < 0 or self.resolution < 1 or self.resolution % (1 << halvings):
+        if halvings < 0 or self.resolution % (1 << halvings):
             raise ValueError(
                 f"resolution {self.resolution} cannot be halved {halvings} times "
                 f"(model.multipliers has {halvings + 1})"
@@ -92,11 +113,30 @@ class UNet(nn.Module):
                     f"channels, it has {widths[size]}; widen the level, lower model.head_width or "
                     "leave the level out"
                 )
+        # The lowest level has attention
+        # in the decoder, listed or not.
+        for size in {*self.attention, min(widths)}:
+            heads = widths[size] // self.head_width
+            if heads and widths[size] % heads:
+                raise ValueError(
+                    f"model.head_width {self.head_width} makes {heads} heads at level {size}, "
+                    f"which do not divide its {widths[size]} channels; use a divisor of them"
+                )
+
+    def least_numbers(self) -> int:
+        """A lower bound of the numbers of the weights, or of one image at the highest level."""
+        widths = [self.channels * multiplier for multiplier in self.multipliers]
+        embedding = self.channels * self.embedding_multiplier
+        # Two 3x3 convolutions in each block of encoder and decoder,
+        # and the embedding's layers.
+        blocks = sum((2 * self.blocks + 1) * (18 * width + embedding) * width for width in widths)
+        weights = blocks + embedding * (embedding + self.num_classes)
+        return max(weights, self.resolution**2 * widths[0])
 
     def travels_in_dtype(self, leaf: jax.Array) -> bool:
         """Whether a parameter is used in `dtype` alone: the kernels of convolutions."""
-        # Alone they have four axes. Gains, biases and the embedding's
-        # layers are used in float32.
+        # Alone they have four axes. Gains, biases and the
+        # embedding's layers are used in float32.
         return leaf.ndim == 4
 
     @nn.compact
@@ -110,9 +150,9 @@ class UNet(nn.Module):
     ) -> jax.Array:
         """x: [b, resolution, resolution, image_channels]; c_noise: [b]. Returns float32 like x.
 
-        class_labels: [b, num_classes]; augment_labels: [b,
-        num_augment]; None stands for zeros. train: dropout acts, with
-        the rng "dropout".
+        class_labels: [b, num_classes]; augment_labels:
+        [b, num_augment]; None stands for zeros. train: dropout acts,
+        with the rng "dropout".
         """
         self._check_inputs(x, c_noise, class_labels, augment_labels)
         embedding = self._embed(c_noise, class_labels, augment_labels)
@@ -137,8 +177,8 @@ class UNet(nn.Module):
             size, width = self.resolution >> level, self.channels * multiplier
             attention = size in self.attention
             if level == len(self.multipliers) - 1:
-                # The lowest level has attention here whether or not it is
-                # listed, as in ADM.
+                # The lowest level has attention here whether or not
+                # it is listed, as in ADM.
                 in0 = self._block(f"dec_{size}x{size}_in0", width, attention=True)
                 in1 = self._block(f"dec_{size}x{size}_in1", width)
                 x = in1(in0(x, embedding, train), embedding, train)
@@ -161,8 +201,8 @@ class UNet(nn.Module):
         augment_labels: jax.Array | None,
     ) -> None:
         """Refuses inputs of other shapes while the network is traced."""
-        # x may be of another size: the network is convolutional, and its
-        # parameters fit any.
+        # x may be of another size: the network is convolutional, and
+        # its parameters fit any.
         shape = (None, None, None, self.image_channels)
         message = f"x must be [b, h, w, {self.image_channels}]"
         chex.assert_shape(x, shape, custom_message=message)
@@ -171,8 +211,8 @@ class UNet(nn.Module):
             ("class_labels", class_labels, self.num_classes),
             ("augment_labels", augment_labels, self.num_augment),
         ):
-            # A network without labels ignores them, so that callers need
-            # not ask for its kind.
+            # A network without labels ignores them, so that callers
+            # need not ask for its kind.
             if size and labels is not None:
                 message = f"{name} must be [b, {size}]"
                 chex.assert_shape(labels, (x.shape[0], size), custom_message=message)
@@ -208,8 +248,8 @@ class UNet(nn.Module):
     def _block(
         self, name: str, width: int, resample: str = "", attention: bool = False
     ) -> nn.Module:
-        # nn.remat counts the module itself as argument 0, so `train` is
-        # 3.
+        # nn.remat counts the module itself
+        # as argument 0, so `train` is 3.
         block = nn.remat(UNetBlock, static_argnums=(3,)) if self.remat else UNetBlock
         heads = width // self.head_width if attention else 0
         return block(width, resample, heads, self.dropout, self.dtype, name=name)

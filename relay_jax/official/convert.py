@@ -4,13 +4,14 @@
         [--config=imagenet256 --stage=relay]
     python -m relay_jax.official.convert --to-official DIR --out=FILE.safetensors
 
-The first reads an official .pt or .pkl file, without running anything
-in it, and writes DIR/checkpoints, from which a stage samples. The
-second writes the averaged weights of a stage's folder, or of such a
-DIR, as a state dict with the official names; what network it is, the
-checkpoint or the run says. With a configuration, the network must be
-that of its stage. Bad input is one line and exit status 2; nothing is
-overwritten, and nothing is left behind by a conversion that fails.
+The first reads an official .pt or .pkl file, without running
+anything in it, and writes DIR/checkpoints, from which a stage
+samples. The second writes the averaged weights of a stage's folder,
+or of such a DIR, as a state dict with the official names; what
+network it is, the checkpoint or the run says. With a configuration,
+the network must be that of its stage. Bad input is one line and exit
+status 2; nothing is overwritten, and nothing is left behind by a
+conversion that fails.
 """
 
 import os
@@ -21,6 +22,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from relay_jax.runtime import start
+
+# Before JAX, whose import takes seconds and may fail.
+if start.is_command(__name__):
+    start.begin()
 
 import jax
 import numpy as np
@@ -51,7 +58,7 @@ from relay_jax.official.parameters import (
 )
 from relay_jax.official.pickle import show
 from relay_jax.runtime.checkpoint import load_ema, read_meta
-from relay_jax.runtime.files import cannot_write, file_sha256
+from relay_jax.runtime.files import cannot_write, expanded, file_sha256, try_folder
 from relay_jax.runtime.logs import fail, quieten
 from relay_jax.runtime.sharding import make_mesh
 from relay_jax.stage import Stage
@@ -62,19 +69,21 @@ def convert(source: Path, out: Path, weights: str = "ema", stage: Stage | None =
     """An official file -> out/checkpoints/0 with items `ema` and `meta`; returns a line about it.
 
     weights: ema or net; stage: the one whose network it must be.
-    Memory: one and a half times the parameters. Raises UserError, also
-    where `out` exists and is not an empty folder, and StorageError.
+    Memory: one and a half times the parameters. Raises
+    UserError, also where `out` exists and is not an empty
+    folder, and StorageError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; name another --out")
+    try_folder(out)
     official = read_official(source, networks=(weights,))
     pickled = official.ema if weights == "ema" else official.net
     if pickled is None:
         raise UserError(
             f"{source.name} has no {weights!r}, only the averaged network; leave --weights out"
         )
-    # The file is refused before anything is written: it may be of any
-    # network, or of none.
+    # The file is refused before anything is written: it may be of
+    # any network, or of none.
     try:
         network = network_of(pickled)
         if stage is not None:
@@ -104,8 +113,8 @@ def convert(source: Path, out: Path, weights: str = "ema", stage: Stage | None =
 
 def _on_cpu(official: OfficialFile, device: jax.Device, value: np.ndarray) -> jax.Array:
     placed = jax.device_put(value, device).block_until_ready()
-    # One parameter at a time: the file must not stay in memory beside its
-    # copy.
+    # One parameter at a time: the file must not stay in memory
+    # beside its copy.
     official.release()
     return placed
 
@@ -127,11 +136,14 @@ def _write_checkpoint(out: Path, ema: dict, meta: dict) -> None:
         with ocp.CheckpointManager(
             partial_out / "checkpoints", options=options, item_handlers=handlers
         ) as manager:
-            items = {"ema": ocp.args.StandardSave(ema), "meta": ocp.args.JsonSave(meta)}
+            items = {
+                "ema": ocp.args.StandardSave(ema),
+                "meta": ocp.args.JsonSave(meta),
+            }
             manager.save(0, args=ocp.args.Composite(**items))
         partial_out.rename(out)
-    # ValueError and RuntimeError are TensorStore's, such as for a full
-    # disk.
+    # ValueError and RuntimeError are
+    # TensorStore's, such as for a full disk.
     except (OSError, ValueError, RuntimeError) as error:
         raise cannot_write(out, error) from error
     finally:
@@ -146,17 +158,19 @@ def export(folder: Path, out: Path, stage: Stage | None = None) -> str:
     """
     if out.exists():
         raise UserError(f"{out} exists; name another --out")
+    try_folder(out.parent)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} is not the folder of a stage (it has no checkpoints)")
     network = _trained_network(folder, stage)
-    # The order of the attention channels depends on the heads, which no
-    # shape tells.
+    # The order of the attention channels depends on the heads, which
+    # no shape tells.
     if heads_at(network, network.head_width) != heads_at(network, HEAD_WIDTH):
         raise UserError(
             f"with model.head_width {network.head_width} its attention differs from that of the "
             f"official network, which has {HEAD_WIDTH} channels per head"
         )
-    # On one device: a split array would be gathered again for the file.
+    # On one device: a split array would
+    # be gathered again for the file.
     ema, notes = load_ema(folder, shapes_of(network), make_mesh(devices=jax.devices("cpu")[:1]))
     write_safetensors(out, to_official(ema) | filters(network))
     return (
@@ -168,7 +182,8 @@ def export(folder: Path, out: Path, stage: Stage | None = None) -> str:
 def _trained_network(folder: Path, stage: Stage | None) -> UNet:
     """The network of a stage's folder: of its notes, else of `stage`, else of its run."""
     noted = noted_network(read_meta(folder))
-    # What was trained counts; a configuration may have changed since.
+    # What was trained counts; a
+    # configuration may have changed since.
     if noted is not None:
         if stage is not None:
             expected = unet(stage.network, f"stage {stage.name}")
@@ -182,8 +197,8 @@ def _trained_network(folder: Path, stage: Stage | None) -> UNet:
 def _stage_of_run(folder: Path) -> Stage:
     """The stage with this folder, from the configuration of its run.
 
-    Checkpoints of earlier versions do not say what network they are of;
-    the run beside them does.
+    Checkpoints of earlier versions do not say what network they are
+    of; the run beside them does.
     """
     if read_config(folder.parent) is None:
         raise UserError(
@@ -195,8 +210,8 @@ def _stage_of_run(folder: Path) -> Stage:
     return stage
 
 
-# Command line: flags of its own, because the main program has some of the
-# same names.
+# Command line: flags of its own, because the main program has some
+# of the same names.
 
 _FLAGS = flags.FlagValues()
 _HERE: dict[str, Any] = {"flag_values": _FLAGS}
@@ -237,18 +252,9 @@ def parse(argv: Sequence[str]) -> Request:
         rest, config = _FLAGS(_usual(argv))[1:], _CONFIG.value
     except UserError:
         raise
-    # A configuration file is a program: what it raises is told like a
-    # mistake in a flag.
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        SyntaxError,
-        ImportError,
-        OSError,
-    ) as error:
+    # A configuration file is a program: what it raises is told like
+    # a mistake in a flag.
+    except Exception as error:
         raise UserError(one_line(error)) from error
     if len(rest) != 1:
         raise UserError(
@@ -263,8 +269,8 @@ def parse(argv: Sequence[str]) -> Request:
     if _REVERSE.value and (_WEIGHTS.value != "ema" or not _OUT.value.endswith(".safetensors")):
         raise UserError("--to-official writes the ema weights, to a file --out=NAME.safetensors")
     return Request(
-        source=Path(rest[0]),
-        out=Path(_OUT.value),
+        source=expanded(rest[0]),
+        out=expanded(_OUT.value),
         weights=_WEIGHTS.value,
         reverse=_REVERSE.value,
         config=None if config is None else (config, _STAGE.value),
@@ -291,15 +297,17 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__, _FLAGS.get_help(), sep="\n")
         return
     try:
+        start.refuse_bytes(argv)
         request = parse(argv)
         logging.use_absl_handler()
         quieten()
-        # No accelerator is needed, and one may be busy with a training.
+        # No accelerator is needed, and
+        # one may be busy with a training.
         jax.config.update("jax_platforms", "cpu")
         print(request.run())
     except UserError as error:
         fail(error, error.status)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)

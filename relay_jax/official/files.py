@@ -1,9 +1,10 @@
 """Official checkpoint files: read without running anything that is in them; and safetensors.
 
 Both official formats are pickles of whole module objects which carry
-the SOURCE TEXT of their classes, and an ordinary load executes it. Here
-only numbers leave the file: pickle.py interprets, torch_files.py knows
-the formats, and this module finds the networks in the result.
+the SOURCE TEXT of their classes, and an ordinary load executes it.
+Here only numbers leave the file: pickle.py interprets,
+torch_files.py knows the formats, and this module finds the networks
+in the result.
 """
 
 import json
@@ -32,10 +33,10 @@ MAX_NAME = 256  # characters
 class Network:
     """A pickled network.
 
-    params: parameters and buffers by official name, float32 in official
-    layouts, read-only. class_name: as which it was pickled. arguments:
-    of its constructor, those that are numbers, texts, or lists and
-    dicts of them.
+    params: parameters and buffers by official name, float32 in
+    official layouts, read-only. class_name: as which it was pickled.
+    arguments: of its constructor, those that are numbers, texts, or
+    lists and dicts of them.
     """
 
     class_name: str
@@ -45,10 +46,11 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialFile:
-    """What we use of an official file.
+    """What is used of an official file.
 
-    Networks, and Adam moments by parameter name, are None if the file
-    has none or they were not asked for. mapping: the file in memory.
+    Networks, and Adam moments by parameter name, are None if
+    the file has none or they were not asked for. mapping:
+    the file in memory.
     """
 
     mapping: mmap.mmap
@@ -63,8 +65,8 @@ class OfficialFile:
 
         Whoever needs it again reads it again.
         """
-        # Pages of a mapped file count as ours: a conversion would hold
-        # file and result at once.
+        # Pages of a mapped file count as memory of the process: a
+        # conversion would hold file and result at once.
         if hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -92,9 +94,9 @@ def _members(record: object, where: str) -> tuple[dict, dict, dict, set]:
 
 def _tensors(module: object) -> Iterator[tuple[str, Tensor, bool]]:
     """(name, tensor, is it a parameter) of a module, those of its children last, as torch does."""
-    # Torch's order matters: its optimizers number the parameters. A stack
-    # of our own, because a hostile file may nest modules deeper than
-    # Python recurses.
+    # Torch's order matters: its optimizers number the parameters. An
+    # explicit stack, because a hostile file may nest modules deeper
+    # than Python recurses.
     parts, stack = 0, [("", module, 0)]
     while stack:
         prefix, node, depth = stack.pop()
@@ -118,8 +120,8 @@ def _tensors(module: object) -> Iterator[tuple[str, Tensor, bool]]:
 
 def _plain(value: object, depth: int = 0) -> Any:
     """Numbers, texts, lists and dicts as they are; None for anything else, or too deep or long."""
-    # What is left may be printed, compared and written as JSON without a
-    # further look.
+    # What is left may be printed, compared and written as JSON
+    # without a further look.
     if isinstance(value, (bool, int, float, type(None))) or (
         isinstance(value, str) and len(value) <= MAX_NAME
     ):
@@ -135,8 +137,8 @@ def _network(module: Any, what: str, size: int) -> Network:
     """size: bytes of the file, which half precision at most doubles."""
     params: dict[str, np.ndarray] = {}
     elements = 0
-    # A network pickled without its preconditioning lacks the first part
-    # of the usual names.
+    # A network pickled without its preconditioning lacks the first
+    # part of the usual names.
     prefix = "model." if module.class_name == "DhariwalUNet" else ""
     for name, tensor, _ in _tensors(module):
         name = prefix + name
@@ -158,9 +160,10 @@ def _moments(state: object, module: object, size: int) -> dict[str, dict[str, np
     if 2 * sum(math.prod(tensor.size) for _, tensor in parameters) > size:
         raise UserError("the data of its parameters is not all there")
     match state:
-        case {"state": dict(entries), "param_groups": [{"params": list(order)}]} if len(
-            order
-        ) == len(parameters):
+        case {
+            "state": dict(entries),
+            "param_groups": [{"params": list(order)}],
+        } if len(order) == len(parameters):
             moments: dict[str, dict[str, np.ndarray]] = {
                 "exp_avg": {},
                 "exp_avg_sq": {},
@@ -185,14 +188,16 @@ def _images_seen(step: object) -> int | None:
 
 
 def read_official(
-    path: Path | str, networks: Sequence[str] = ("ema", "net"), optimizer: bool = False
+    path: Path | str,
+    networks: Sequence[str] = ("ema", "net"),
+    optimizer: bool = False,
 ) -> OfficialFile:
     """Reads an official `.pt` or `.pkl` file, or one of EDM's releases.
 
-    networks: which to read of "ema" and "net"; optimizer: read the Adam
-    moments too. The arrays are read-only views of the mapped file
-    wherever it holds float32, so the file must not change while they
-    are in use.
+    networks: which to read of "ema" and "net"; optimizer: read the
+    Adam moments too. The arrays are read-only views of the mapped
+    file wherever it holds float32, so the file must not change while
+    they are in use.
     Raises UserError, one line that names the file.
     """
     path = Path(path)
@@ -213,8 +218,8 @@ def read_official(
         raise UserError(f"{path.name} is not a usable official checkpoint: {error}") from None
     except OSError as error:
         raise UserError(f"{path.name} cannot be read: {error.strerror or error}") from error
-    # What a damaged file makes zipfile, struct and numpy raise, found by
-    # damaging files at random.
+    # What a damaged file makes zipfile, struct and numpy raise,
+    # found by damaging files at random.
     except (
         zipfile.BadZipFile,
         NotImplementedError,
@@ -232,8 +237,9 @@ def read_official(
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
     """float32 arrays by name, any shapes, as a safetensors file, whole or not at all.
 
-    The format is the length and text of a JSON header, then the raw
-    data: too little to depend on its library for. Raises StorageError.
+    The format is the length and text of a JSON header, then
+    the raw data: too little to depend on its library for.
+    Raises StorageError.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -245,7 +251,8 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Readers map the data into memory and want it aligned to 8 bytes.
+    # Readers map the data into memory
+    # and want it aligned to 8 bytes.
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -1,8 +1,8 @@
 """Which U-Net an official network is: from its constructor arguments, or a checkpoint's notes.
 
-Also whether two U-Nets have the same parameters, and a U-Net in words.
-The fields of a U-Net are nowhere listed here: models.network.describe
-says what they are.
+Also whether two U-Nets have the same parameters, and a U-Net in
+words. The fields of a U-Net are nowhere listed here:
+models.network.describe says what they are.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from relay_jax.models.unet import UNet
 from relay_jax.official.files import Network
 from relay_jax.official.pickle import show
 
-# Constructor arguments that mean something here; the last two change no
-# weights.
+# Constructor arguments that mean something
+# here; the last two change no weights.
 _KNOWN = {
     "img_resolution",
     "img_channels",
@@ -36,16 +36,21 @@ _KNOWN = {
     "use_fp16",
     "label_dropout",
 }
-# Fields in which two networks may differ and have the same parameters.
-# Attention is compared by its heads on each level: levels listed in
-# another order, or none there, are the same network.
+# Fields in which two networks may differ and have the
+# same parameters. Attention is compared by its heads on
+# each level: levels listed in another order, or none
+# there, are the same network.
 _NOT_IN_PARAMETERS = {"attention", "head_width", "dropout", "dtype", "remat"}
 # Keys of a configuration that do not lie below `model`.
 _KEYS = {"resolution": "resolution", "num_classes": "dataset.num_classes"}
 
 
 def _whole(
-    arguments: Mapping[str, Any], name: str, default: int | None, low: int, high: int
+    arguments: Mapping[str, Any],
+    name: str,
+    default: int | None,
+    low: int,
+    high: int,
 ) -> int:
     value = arguments.get(name, default)
     # Not isinstance: True is an int.
@@ -71,9 +76,9 @@ def _wholes(
 def network_of(official: Network) -> UNet:
     """The U-Net that the constructor arguments of an official network describe.
 
-    Absent arguments have the defaults of the official classes. Raises
-    UserError for another kind of network, or arguments that no network
-    can have.
+    Absent arguments have the defaults of the official classes.
+    Raises UserError for another kind of network, or arguments that
+    no network can have.
     """
     arguments = dict(official.arguments)
     if "in_channels" in arguments and arguments.get("out_channels") == arguments["in_channels"]:
@@ -89,8 +94,8 @@ def network_of(official: Network) -> UNet:
         raise UserError(f"its sigma_data is {show(arguments['sigma_data'])}, not 0.5")
     multipliers = _wholes(arguments, "channel_mult", [1, 2, 3, 4], 64)
     blocks = _whole(arguments, "num_blocks", 3, 1, 64)
-    # Before the network is traced: a hostile file could ask for one that
-    # takes hours.
+    # Before the network is traced: a hostile file could ask for one
+    # that takes hours.
     if not 1 <= len(multipliers) <= 10 or 2 * blocks * len(multipliers) > len(official.params):
         raise UserError(
             f"it has {len(official.params)} parameters, too few for {blocks} blocks on each of "
@@ -135,9 +140,9 @@ def noted_network(meta: Mapping[str, Any]) -> UNet | None:
     if description is None:
         return None
     try:
-        # Other kinds are refused before they are built: a kind may name
-        # any class that can be imported, and the checkpoint may be
-        # somebody else's.
+        # Other kinds are refused before they are built: a kind may
+        # name any class that can be imported, and the checkpoint may
+        # be somebody else's.
         _require_unet(description.get("kind", "unet"), "the checkpoint")
         return unet(network_from(description), "the checkpoint")
     except UserError:
@@ -149,20 +154,21 @@ def noted_network(meta: Mapping[str, Any]) -> UNet | None:
         ) from error
 
 
-def unet(network: AnyNetwork, whose: str) -> UNet:
+def unet(network: AnyNetwork, owner: str) -> UNet:
     """The network itself, if it is one that official names and layouts exist for.
 
-    whose: what the message calls it. Raises UserError for another kind.
+    owner: what the message calls it. Raises UserError for another
+    kind.
     """
-    _require_unet(describe(network)["kind"], whose)
+    _require_unet(describe(network)["kind"], owner)
     assert isinstance(network, UNet)
     return network
 
 
-def _require_unet(kind: object, whose: str) -> None:
+def _require_unet(kind: object, owner: str) -> None:
     if kind != "unet":
         raise UserError(
-            f"the network of {whose} is of the kind {show(kind)}; official weights are a U-Net's"
+            f"the network of {owner} is of the kind {show(kind)}; official weights are a U-Net's"
         )
 
 

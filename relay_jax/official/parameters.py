@@ -1,10 +1,11 @@
-"""Official parameters <-> ours: names and layouts, no arithmetic; and whether they fit a U-Net.
+"""Official parameters <-> parameters here: names and layouts, no arithmetic; do they fit a U-Net?
 
-Official names read `model.enc.64x64_block0.conv0.weight`; ours are the
-nested dict params["enc_64x64_block0"]["conv0"]["kernel"]. Layouts:
-convolutions OIHW -> HWIO, linear layers [out, in] -> [in, out], and the
-channels of the qkv projection from (head, channel, q/k/v) to (q/k/v,
-head, channel). Constant `resample_filter` entries are left out.
+Official names read `model.enc.64x64_block0.conv0.weight`; here they
+are the nested dict params["enc_64x64_block0"]["conv0"]["kernel"].
+Layouts: convolutions OIHW -> HWIO, linear layers [out, in] ->
+[in, out], and the channels of the qkv projection from (head,
+channel, q/k/v) to (q/k/v, head, channel). Constant
+`resample_filter` entries are left out.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ HEAD_WIDTH = 64  # channels per attention head of every published network
 _ATTENTION = ("norm2", "qkv", "proj")
 
 
-def our_path(name: str) -> tuple[str, ...]:
+def flax_path(name: str) -> tuple[str, ...]:
     """model.enc.64x64_block0.conv0.weight -> (enc_64x64_block0, conv0, kernel).
 
     Raises ValueError for other names.
@@ -32,7 +33,8 @@ def our_path(name: str) -> tuple[str, ...]:
     if parts[1] in ("enc", "dec"):
         parts[1:3] = [f"{parts[1]}_{parts[2]}"]
     *modules, leaf = parts[1:]
-    # torch calls the gain of a normalisation its weight, Flax its scale.
+    # torch calls the gain of a normalisation
+    # its weight, Flax its scale.
     is_norm = modules[-1].startswith("norm") or modules[-1] == "out_norm"
     if leaf == "weight":
         leaf = "scale" if is_norm else "kernel"
@@ -42,7 +44,7 @@ def our_path(name: str) -> tuple[str, ...]:
 
 
 def official_name(path: tuple[str, ...]) -> str:
-    """The inverse of `our_path`."""
+    """The inverse of `flax_path`."""
     parts = [part for part in path[:-1] if part != "attention"]
     if parts[0].startswith(("enc_", "dec_")):
         parts[0] = parts[0].replace("_", ".", 1)
@@ -50,7 +52,7 @@ def official_name(path: tuple[str, ...]) -> str:
 
 
 def from_official(params: Mapping[str, np.ndarray], head_width: int = HEAD_WIDTH) -> dict:
-    """Official names and layouts -> our nested parameter dict, views where the layout allows.
+    """Official names and layouts -> nested parameters of Flax, views where the layout allows.
 
     head_width: channels per attention head of the network. Raises
     ValueError for a name that no U-Net has.
@@ -59,7 +61,7 @@ def from_official(params: Mapping[str, np.ndarray], head_width: int = HEAD_WIDTH
     for name, official in params.items():
         if name.endswith(".resample_filter"):
             continue
-        path, value = our_path(name), np.asarray(official)
+        path, value = flax_path(name), np.asarray(official)
         if value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)
         elif value.ndim == 2:
@@ -67,7 +69,7 @@ def from_official(params: Mapping[str, np.ndarray], head_width: int = HEAD_WIDTH
         # After the transposition the 3C output channels are the last
         # axis, also of the bias.
         if path[-2] == "qkv":
-            value = _swap_qkv(value, _heads(value, head_width), to_ours=True)
+            value = _swap_qkv(value, _heads(value, head_width), to_flax=True)
         node = tree
         for part in path[:-1]:
             node = node.setdefault(part, {})
@@ -76,12 +78,12 @@ def from_official(params: Mapping[str, np.ndarray], head_width: int = HEAD_WIDTH
 
 
 def to_official(params: Mapping, head_width: int = HEAD_WIDTH) -> dict[str, np.ndarray]:
-    """Our nested parameter dict, or one of its gradients -> official names and layouts."""
+    """Nested parameters of Flax, or their gradients -> official names and layouts."""
     official: dict[str, np.ndarray] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         path, value = tuple(key.key for key in keys), np.asarray(leaf)
         if path[-2] == "qkv":
-            value = _swap_qkv(value, _heads(value, head_width), to_ours=False)
+            value = _swap_qkv(value, _heads(value, head_width), to_flax=False)
         if value.ndim == 4:
             value = value.transpose(3, 2, 0, 1)
         elif value.ndim == 2:
@@ -91,14 +93,15 @@ def to_official(params: Mapping, head_width: int = HEAD_WIDTH) -> dict[str, np.n
 
 
 def _heads(value: np.ndarray, head_width: int) -> int:
-    # A level narrower than a head still has one, with all its channels.
+    # A level narrower than a head still
+    # has one, with all its channels.
     return max(value.shape[-1] // 3 // head_width, 1)
 
 
-def _swap_qkv(value: np.ndarray, heads: int, to_ours: bool) -> np.ndarray:
+def _swap_qkv(value: np.ndarray, heads: int, to_flax: bool) -> np.ndarray:
     """Reorders the last axis, 3C channels, between the two orders of the module's docstring."""
     width = value.shape[-1] // (3 * heads)
-    sizes, axes = ((heads, width, 3), (2, 0, 1)) if to_ours else ((3, heads, width), (1, 2, 0))
+    sizes, axes = ((heads, width, 3), (2, 0, 1)) if to_flax else ((3, heads, width), (1, 2, 0))
     lead = value.shape[:-1]
     split = value.reshape(*lead, *sizes)
     order = [*range(len(lead)), *(len(lead) + axis for axis in axes)]
@@ -133,8 +136,8 @@ def filters(network: UNet) -> dict[str, np.ndarray]:
 def check_parameters(params: Mapping[str, np.ndarray], network: UNet) -> None:
     """Raises UserError unless these official parameters are those of the U-Net.
 
-    Names and shapes must agree, none may be missing or left over, and
-    filters be the usual ones.
+    Names and shapes must agree, none may be missing or left over,
+    and filters be the usual ones.
     """
     try:
         expected = official_shapes(network)
@@ -142,8 +145,8 @@ def check_parameters(params: Mapping[str, np.ndarray], network: UNet) -> None:
         raise UserError(f"its constructor arguments make no network ({error})") from error
     constants = {name for name in params if name.endswith(".resample_filter")}
     for name in sorted(constants):
-        # Only their values say whether the network resamples as ours
-        # does: any filter would load.
+        # Only their values say whether the network resamples as this
+        # one does: any filter would load.
         if params[name].shape != (1, 1, 2, 2) or not np.all(params[name] == 0.25):
             raise UserError(
                 f"{show(name)} is not the mean of 2 x 2 pixels: the network resamples unlike ours"
@@ -154,7 +157,8 @@ def check_parameters(params: Mapping[str, np.ndarray], network: UNet) -> None:
         ("has left over", constants - set(filters(network))),
     ):
         if names:
-            # Names come from the file: shortened, and escaped by `show`.
+            # Names come from the file:
+            # shortened, and escaped by `show`.
             first = ", ".join(name[:80] for name in sorted(names)[:3])
             more = " and more" if len(names) > 3 else ""
             raise UserError(

@@ -1,14 +1,15 @@
 """An interpreter of pickles in which nothing can happen.
 
-It knows the opcodes that Python's pickler writes for plain data and a
-list of names handed to it. Every other name and opcode is refused. It
-imports nothing and calls nothing that a file brings along; objects
-become `Record`s, which only hold what the file says. Time and memory
-are in proportion to the file: nothing recurses, claimed lengths are
-compared with what is there before anything is allocated, bytes are
-views. (`pickle.Unpickler` with a `find_class` is not enough: huge memo
-indices, claimed lengths and nested tuples as dictionary keys exhaust
-memory or the C stack before any Python code is asked.)
+It knows the opcodes that Python's pickler writes for plain data
+and a list of names handed to it. Every other name and opcode is
+refused. It imports nothing and calls nothing that a file brings
+along; objects become `Record`s, which only hold what the file
+says. Time and memory are in proportion to the file: nothing
+recurses, claimed lengths are compared with what is there before
+anything is allocated, bytes are views. (`pickle.Unpickler` with
+a `find_class` is not enough: huge memo indices, claimed lengths
+and nested tuples as dictionary keys exhaust memory or the C
+stack before any Python code is asked.)
 """
 
 import pickle
@@ -28,8 +29,8 @@ MAX_TEXT = 1 << 24  # bytes of one text
 class Name:
     """A global on the list.
 
-    call: what REDUCE on it does; is_class: NEWOBJ makes a Record; tag:
-    for the caller.
+    call: what REDUCE on it does; is_class: NEWOBJ makes a Record;
+    tag: for the caller.
     """
 
     name: str
@@ -71,10 +72,11 @@ def no_storage(_: object) -> object:
 class Machine:
     """Interprets the pickles that follow each other in `data`.
 
-    names: the list, by 'module.name'; persistent: what stands for a
-    persistent id. The stack holds None, bool, int, float, str,
-    memoryview (bytes), list (sets too), tuple, dict, Record, Name and
-    what `call` and `persistent` return. Every method raises UserError.
+    names: the list, by 'module.name'; persistent: what stands
+    for a persistent id. The stack holds None, bool, int, float,
+    str, memoryview (bytes), list (sets too), tuple, dict,
+    Record, Name and what `call` and `persistent` return. Every
+    method raises UserError.
     """
 
     def __init__(
@@ -94,8 +96,8 @@ class Machine:
         """The object of the next pickle."""
         self.stack, self.marks, self.memo = [], [], {}
         while (code := self.take(1)[0]) != pickle.STOP[0]:
-            # Few bytes can ask for many steps: without a limit a file
-            # could keep us busy for hours.
+            # Few bytes can ask for many steps: without a limit a
+            # file could keep us busy for hours.
             self.budget.steps -= 1
             if self.budget.steps < 0:
                 raise UserError("it has far more objects than any official file")
@@ -129,8 +131,8 @@ class Machine:
 
     def line(self) -> str:
         """Up to the next end of line."""
-        # Only so far: looking for the end of a line in a file without any
-        # would read all of it.
+        # Only so far: looking for the end of a line in a file
+        # without any would read all of it.
         end = bytes(self.data[self.at : self.at + 256]).find(b"\n")
         if end < 0:
             raise UserError("it is truncated or damaged (a name has no end)")
@@ -138,8 +140,8 @@ class Machine:
 
     def integer(self, form: str) -> int:
         """An integer after its length in bytes, which has this form."""
-        # Integers of any length are harmless to read, but not to print or
-        # to multiply.
+        # Integers of any length are harmless to read, but not to
+        # print or to multiply.
         length = self.number(form)
         if not 0 <= length <= 32:
             raise UserError(f"an integer of {length} bytes is longer than any in an official file")
@@ -174,8 +176,8 @@ class Machine:
 
     def put(self, index: int) -> None:
         """Remembers the uppermost value."""
-        # A dict, not a list: an index says nothing about how many objects
-        # there are.
+        # A dict, not a list: an index says nothing about how many
+        # objects there are.
         self.memo[index] = self.top()
 
     def get(self, index: int) -> object:
@@ -201,8 +203,8 @@ class Machine:
                 f"it sets items of {show(target)}, which is not a dict, or has a key without value"
             )
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing a tuple recurses in C: a deep one would overflow the
-            # stack.
+            # Hashing a tuple recurses in C: a deep one would
+            # overflow the stack.
             if not isinstance(key, (str, int, float, type(None))):
                 raise UserError(f"a key {show(key)} is neither text nor number")
             target[key] = value
@@ -265,6 +267,7 @@ _VALUES: dict[bytes, Callable[[Machine], object]] = {
     pickle.SHORT_BINBYTES: lambda m: m.take(m.number("<B")),
     pickle.BINBYTES: lambda m: m.take(m.number("<I")),
     pickle.BINBYTES8: lambda m: m.take(m.number("<Q")),
+    pickle.BYTEARRAY8: lambda m: m.take(m.number("<Q")),
     pickle.EMPTY_LIST: lambda m: [],
     pickle.EMPTY_SET: lambda m: [],
     pickle.EMPTY_DICT: lambda m: {},

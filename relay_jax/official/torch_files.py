@@ -69,8 +69,8 @@ class Tensor:
             )
         if storage.crc is not None and zlib.crc32(storage.data) != storage.crc:
             raise UserError(f"storage {show(storage.key)} is damaged (its checksum differs)")
-        # Many tensors may share a storage, which is checked for the first of them
-        # alone.
+        # Many tensors may share a storage, which
+        # is checked for the first of them alone.
         storage.crc = None
         flat = np.frombuffer(storage.data, "<u2" if storage.dtype == "bf16" else storage.dtype)
         strides = [step * flat.itemsize for step in self.stride]
@@ -123,8 +123,8 @@ def _rebuild_tensor(_: Machine, args: tuple) -> Tensor:
             count = math.prod(size)
             reach = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
             end = offset + (reach if count else 0)
-            # Also the number of elements: a stride of 0 would make a large array of
-            # a few bytes.
+            # Also the number of elements: a stride of 0
+            # would make a large array of a few bytes.
             if max(end, count) > storage.count:
                 raise UserError(
                     f"a tensor of size {show(size)} lies outside its storage {show(storage.key)} "
@@ -144,8 +144,8 @@ def _load_from_bytes(machine: Machine, args: tuple) -> Storage:
     """The legacy stream of one storage: header, the storage, its keys, a count and the raw data."""
     if len(args) != 1 or not isinstance(args[0], memoryview):
         raise UserError("torch.storage._load_from_bytes is called without bytes")
-    # With the same budget: streams within streams must not multiply what a file may
-    # cost.
+    # With the same budget: streams within streams
+    # must not multiply what a file may cost.
     storage, storages = _legacy(Machine(args[0], _STORAGES, no_storage, machine.budget))
     if not isinstance(storage, Storage) or list(storages) != [storage.key]:
         raise UserError("a storage is not in torch's legacy format")
@@ -200,8 +200,8 @@ _CODES = {
     "Byte": "<u1",
     "Bool": "<b1",
 }
-# Storages stand alone in the small streams of a .pkl: no other name may occur
-# there.
+# Storages stand alone in the small streams
+# of a .pkl: no other name may occur there.
 _STORAGES = {
     f"torch.{kind}Storage": Name(f"torch.{kind}Storage", tag=code) for kind, code in _CODES.items()
 }
@@ -313,8 +313,8 @@ class _Archive:
         self.members[inner] = entry
 
     def _view(self, name: str) -> memoryview:
-        # By hand, for zipfile copies. Its directory may say anything: both headers
-        # must agree.
+        # By hand, for zipfile copies. Its directory
+        # may say anything: both headers must agree.
         entry = self.members[name]
         at, encoded = entry.header_offset, entry.orig_filename.encode()
         header = self.whole[max(at, 0) : max(at, 0) + 30]

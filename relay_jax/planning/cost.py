@@ -16,7 +16,7 @@ Nothing is compiled or allocated: all arrays are abstract.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -37,7 +37,12 @@ from relay_jax.training.step import batch_loss, value_and_gradient
 
 def abstract_batch(stage: Stage, images: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch of `images` images, as the loader gives it."""
-    shape = (images, stage.resolution, stage.resolution, stage.network.image_channels)
+    shape = (
+        images,
+        stage.resolution,
+        stage.resolution,
+        stage.network.image_channels,
+    )
     return {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
@@ -49,8 +54,8 @@ def abstract_key() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(partial(jax.random.key, 0))
 
 
-# A published network takes seconds to trace, and every figure of a plan
-# needs its shapes.
+# A published network takes seconds to trace, and every figure of a
+# plan needs its shapes.
 @cache
 def abstract_state(stage: Stage) -> TrainState:
     """The shapes of a stage's whole training state."""
@@ -63,7 +68,10 @@ def abstract_state(stage: Stage) -> TrainState:
 def forward_flops(stage: Stage) -> int:
     """FLOPs of one call of the network with one image."""
     network, shape = stage.network, jax.ShapeDtypeStruct
-    image = shape((1, network.resolution, network.resolution, network.image_channels), jnp.float32)
+    image = shape(
+        (1, network.resolution, network.resolution, network.image_channels),
+        jnp.float32,
+    )
     labels = shape((1, network.num_classes), jnp.float32) if network.num_classes else None
     variables = {"params": abstract_state(stage).params}
     inputs = (variables, image, shape((1,), jnp.float32), labels)
@@ -89,6 +97,22 @@ def sampler_calls(stage: Stage) -> tuple[int, int]:
     return len(sigmas), stage.guidance.evaluations(sigmas)
 
 
+def sampling_cost(stages: Sequence[Stage], forward: Mapping[str, int]) -> dict[str, int]:
+    """Of one image through all stages: calls, evaluations, flops.
+
+    forward: `forward_flops` by stage name.
+    """
+    both = [sampler_calls(stage) for stage in stages]
+    return {
+        "calls": sum(calls for calls, _ in both),
+        "evaluations": sum(evaluations for _, evaluations in both),
+        "flops": sum(
+            evaluations * forward[stage.name]
+            for stage, (_, evaluations) in zip(stages, both, strict=True)
+        ),
+    }
+
+
 # Memory
 
 
@@ -96,10 +120,10 @@ def sampler_calls(stage: Stage) -> tuple[int, int]:
 class Memory:
     """Bytes on one device by kind.
 
-    With accumulation `images` are those of one part, and gradients are
-    two sets: the part's and their sum. copies: weights in the precision
-    of the activations. per_image: activations and batch, of one image.
-    images: at once.
+    With accumulation `images` are those of one part, and gradients
+    are two sets: the part's and their sum. copies: weights in the
+    precision of the activations. per_image: activations and batch,
+    of one image. images: at once.
     """
 
     parameters: int
@@ -127,7 +151,11 @@ class Memory:
 
     def report(self) -> dict[str, int]:
         """Every kind and the totals, for JSON."""
-        return {**asdict(self), "activations": self.activations, "total": self.total}
+        return {
+            **asdict(self),
+            "activations": self.activations,
+            "total": self.total,
+        }
 
     def room(self, memory: float) -> int:
         """Images per device that fit into `memory` bytes."""
@@ -169,8 +197,8 @@ def activation_bytes(stage: Stage, remat: bool) -> tuple[int, int]:
     """
     stage = replace(stage, network=stage.network.clone(remat=remat))
     params, key = abstract_state(stage).params, abstract_key()
-    # A number of images that no weight is a multiple of: what is one of
-    # it is an activation.
+    # A number of images that no weight is a multiple of: what is one
+    # of it is an activation.
     sizes = {leaf.size for leaf in jax.tree.leaves(params)}
     images = next(n for n in itertools.count(17, 2) if all(size % n for size in sizes))
     loss = partial(_loss_of_all, stage)
@@ -181,8 +209,9 @@ def activation_bytes(stage: Stage, remat: bool) -> tuple[int, int]:
         for equation in jax.make_jaxpr(loss)(*inputs).eqns
         if remat and equation.primitive.name in ("remat2", "checkpoint")
     ]
-    # The backward pass fills one recomputed block at a time. A network
-    # that recomputes nothing, whatever its remat says, has none.
+    # The backward pass fills one recomputed block at a
+    # time. A network that recomputes nothing, whatever its
+    # remat says, has none.
     if blocks:
         largest = max(blocks, key=_values_within)
         function = core.jaxpr_as_fun(core.ClosedJaxpr(largest, ()))

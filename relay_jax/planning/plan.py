@@ -4,13 +4,14 @@
     python -m relay_jax.main --config=configs/imagenet256.py --mode=plan --topology=v5e:16x16
 
 Nothing is compiled or allocated without --topology; with it the TPU
-compiler is asked as well (planning/tpu_compile.py). planning/cost.py
-says what is counted. Times are FLOPs over the vendors' bfloat16 peaks
-times a utilisation that is an assumption, printed with the result.
+compiler is asked as well (planning/tpu_compile.py).
+planning/cost.py says what is counted. Times are FLOPs over the
+vendors' bfloat16 peaks times a utilisation that is an assumption,
+printed with the result.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from relay_jax.planning.cost import (
     forward_flops,
     memory,
     sampler_calls,
+    sampling_cost,
     train_flops,
 )
 from relay_jax.planning.tpu_compile import (
@@ -38,11 +40,11 @@ from relay_jax.planning.tpu_compile import (
 )
 from relay_jax.runtime.files import write_json
 from relay_jax.runtime.flops import DEVICES, Device, si
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, joined
 
 SAMPLES = 50_000  # images that a score is computed from (docs/running.md)
-# Share of the peak that a training or sampling step reaches: an
-# assumption.
+# Share of the peak that a training or
+# sampling step reaches: an assumption.
 DEFAULT_UTILISATION = 0.4
 
 
@@ -50,11 +52,12 @@ DEFAULT_UTILISATION = 0.4
 class PlanSettings:
     """What a plan is asked for.
 
-    devices: chips of the training, 0 for the most up to 64 that divide
-    every batch. utilisation: assumed share of the peak. hardware: names
-    from DEVICES, none for all. topology: a TPU slice such as v5e:4x4,
-    whose chips are then the devices, and for which each stage is
-    compiled. Raises UserError for values that cannot be.
+    devices: chips of the training, 0 for the most up to 64 that
+    divide every batch. utilisation: assumed share of the peak.
+    hardware: names from DEVICES, none for all. topology: a TPU
+    slice such as v5e:4x4, whose chips are then the devices, and
+    for which each stage is compiled. Raises UserError for
+    values that cannot be.
     """
 
     devices: int = 0
@@ -92,19 +95,26 @@ def plan(
     only: Stage | None,
     request: PlanSettings,
     workdir: Path | None = None,
+    presets: Mapping[str, Sequence[Stage]] | None = None,
 ) -> dict[str, Any]:
     """--mode=plan: prints the table, writes WORKDIR/plan.json, returns the report of `estimate`.
 
-    only: this stage alone. With a topology each stage gets "compiled",
-    the numbers of `tpu_compile.analyse` with the time and utilisation
-    that follow. Raises UserError, one line.
+    only: this stage alone. presets: all stages as each preset
+    samples them (presets.by_preset), whose costs are listed. With a
+    topology each stage gets "compiled", the numbers of
+    `tpu_compile.analyse` with the time and utilisation that follow.
+    Raises UserError, one line.
     """
-    # Shapes need no accelerator, and must not wait for one that is busy.
+    # Shapes need no accelerator, and
+    # must not wait for one that is busy.
     jax.config.update("jax_platforms", "cpu")
-    stages = [only] if only is not None else list(settings.stages)
+    # One before a relay from noise stops
+    # early, and makes fewer calls.
+    stages = [s for s in joined(settings.stages) if only is None or s.name == only.name]
     tpu_slice = request.slice
     if tpu_slice is not None:
-        # Before the estimate: tracing a published relay takes a minute.
+        # Before the estimate: tracing a
+        # published relay takes a minute.
         require_libtpu()
     report = estimate(stages, settings.fsdp, request)
     if tpu_slice is not None:
@@ -117,6 +127,11 @@ def plan(
             )
             figures["compiled"] = compile_stage(stage, tpu_slice, settings.fsdp)
             add_time(figures, chip, tpu_slice.chips)
+    forward = {figures["name"]: figures["forward_flops"] for figures in report["stages"]}
+    report["presets"] = {
+        name: sampling_cost([stage for stage in sampled if stage.name in forward], forward)
+        for name, sampled in (presets or {}).items()
+    }
     print(table(report), flush=True)
     if workdir is not None:
         write_json(workdir / "plan.json", report)
@@ -127,13 +142,13 @@ def plan(
 def estimate(stages: Sequence[Stage], fsdp: int, request: PlanSettings) -> dict[str, Any]:
     """Everything but the TPU compiler's word, as plain numbers (bytes, FLOPs, seconds, days).
 
-    Ready for JSON. Raises UserError for devices that cannot share the
-    batch or the parameters.
+    Ready for JSON. Raises UserError for devices that cannot share
+    the batch or the parameters.
     """
     devices = request.slice.chips if request.slice else request.devices
     if not devices:
-        # As many as people have, and no fewer images on each than a part
-        # of a batch has.
+        # As many as people have, and no fewer images on each than a
+        # part of a batch has.
         batches = [stage.train.batch // stage.train.accumulate for stage in stages]
         devices = math.gcd(64, *batches)
     if devices < 1 or fsdp < 1 or devices % fsdp:
@@ -159,8 +174,8 @@ def estimate(stages: Sequence[Stage], fsdp: int, request: PlanSettings) -> dict[
 def _total(stages: Sequence[dict[str, Any]], devices: int, request: PlanSettings) -> dict[str, Any]:
     """Of a whole relay: days of training its stages one after the other, and sampling."""
     flops = sum(stage["sampling"]["flops"] for stage in stages)
-    # One device samples an image; all of them together the 50,000 of a
-    # score.
+    # One device samples an image; all of
+    # them together the 50,000 of a score.
     seconds = {d.name: flops / (d.peak * request.utilisation) for d in request.chosen}
     return {
         "days": {
@@ -180,8 +195,8 @@ def _total(stages: Sequence[dict[str, Any]], devices: int, request: PlanSettings
 
 def _estimate_stage(stage: Stage, fsdp: int, devices: int, request: PlanSettings) -> dict[str, Any]:
     train, forward, step = stage.train, forward_flops(stage), train_flops(stage)
-    # Both, whatever the stage has: the table says what the other choice
-    # would change.
+    # Both, whatever the stage has: the table says what the other
+    # choice would change.
     whole, lean = (memory(stage, devices, fsdp, remat) for remat in (False, True))
     calls, evaluations = sampler_calls(stage)
     hardware = {}
@@ -242,6 +257,14 @@ def table(report: dict[str, Any]) -> str:
             f"sample on one device, {sampling['samples_hours'][name]:.3g} h for {SAMPLES:,} on "
             f"{count}"
         )
+    presets = report.get("presets", {})
+    if presets:
+        lines += ["", "presets (--preset=NAME), per sample:"]
+    for name, cost in presets.items():
+        lines.append(
+            f"  {name:10}{cost['calls']:5} denoiser calls {cost['evaluations']:5} evaluations "
+            f"{si(cost['flops']):>9}FLOP"
+        )
     return "\n".join(lines)
 
 
@@ -270,8 +293,8 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
         "  device   FLOP/s       HBM  fits  with remat  room (with remat)   images/s    step s"
         "      days  s/sample",
     ]
-    # In the order of DEVICES, also for a report that was read back from
-    # its file.
+    # In the order of DEVICES, also for a report that was read back
+    # from its file.
     for device in DEVICES:
         if row := stage["hardware"].get(device.name):
             fits, lean_fits = ("yes" if row[key] else "no" for key in ("fits", "fits_with_remat"))

@@ -1,11 +1,12 @@
 """What the TPU compiler says of a training step, for a slice that is not there.
 
-libtpu compiles for a described topology without any TPU. It wants its
-own environment before it is loaded and holds a lock, so each stage is
-compiled in a process of its own (`python -m
-relay_jax.planning.tpu_compile`), the stage on its stdin and the numbers
-on its stdout. What is lowered is the step of the training loop on one
-host: same function, same shardings, same donation, abstract arguments.
+libtpu compiles for a described topology without any TPU. It wants
+its own environment before it is loaded and holds a lock, so each
+stage is compiled in a process of its own (`python -m
+relay_jax.planning.tpu_compile`), the stage on its stdin and the
+numbers on its stdout. What is lowered is the step of the training
+loop on one host: same function, same shardings, same donation,
+abstract arguments.
 """
 
 import importlib.util
@@ -27,20 +28,14 @@ from absl import logging
 
 from relay_jax.errors import UserError
 from relay_jax.planning.cost import abstract_batch, abstract_key, abstract_state
-from relay_jax.runtime.devices import jit
 from relay_jax.runtime.flops import Device, si
-from relay_jax.runtime.sharding import (
-    batch_sharding,
-    make_mesh,
-    replicated,
-    state_shardings,
-)
+from relay_jax.runtime.sharding import make_mesh, state_shardings
 from relay_jax.stage import Stage
-from relay_jax.training.step import make_train_step
+from relay_jax.training.step import jit_step, make_train_step
 
 PROGRESS_SECONDS = 30.0  # between lines while a compiler runs
-# The compiler writes the largest integer where it does not know the
-# cycles.
+# The compiler writes the largest integer
+# where it does not know the cycles.
 NO_ESTIMATE = 2**62
 COLLECTIVES = (
     "all-reduce",
@@ -49,8 +44,8 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-# Generation -> name and units per chip in TPU_ACCELERATOR_TYPE (v4 and
-# v5p count cores), dimensions of its torus.
+# Generation -> name and units per chip in TPU_ACCELERATOR_TYPE (v4
+# and v5p count cores), dimensions of its torus.
 _GENERATIONS = {
     "v4": ("v4", 2, 3),
     "v5e": ("v5litepod", 1, 2),
@@ -90,8 +85,8 @@ class Topology:
     @property
     def environment(self) -> dict[str, str]:
         """What libtpu must see before it is loaded: no look for a TPU, and the slice's name."""
-        # Without the first two libtpu asks the cloud's metadata server,
-        # and waits minutes for it.
+        # Without the first two libtpu asks the cloud's metadata
+        # server, and waits minutes for it.
         name, units, _ = _GENERATIONS[self.generation]
         return {
             "TPU_SKIP_MDS_QUERY": "1",
@@ -102,8 +97,8 @@ class Topology:
 
     def devices(self) -> list[Any]:
         """One described device per chip. Needs `environment`."""
-        # Imported late: this loads libtpu, which must see its environment
-        # before.
+        # Imported late: this loads libtpu, which must see its
+        # environment before.
         from jax.experimental import topologies
 
         # As jax runs on a v4: both cores of a chip are one device.
@@ -129,8 +124,8 @@ def compile_stage(stage: Stage, topology: Topology, fsdp: int) -> dict[str, Any]
     libtpu is missing or knows no such slice.
     """
     require_libtpu()
-    # The package as this process has it, also from a checkout that is not
-    # the working folder.
+    # The package as this process has it, also from a checkout that
+    # is not the working folder.
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
@@ -183,15 +178,7 @@ def lower_step(stage: Stage, devices: list[Any], fsdp: int) -> Any:
     mesh = make_mesh(fsdp, devices)
     state = abstract_state(stage)
     shardings = state_shardings(state, mesh)
-    # As training/loop.py jits it: other shardings or no donation would be
-    # another program.
-    step = jit(
-        make_train_step(stage, mesh),
-        mesh,
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-    )
+    step = jit_step(make_train_step(stage, mesh), mesh, shardings)
     return step.lower(state, abstract_batch(stage, stage.train.batch), abstract_key())
 
 
@@ -201,12 +188,12 @@ def analyse(compiled: Any, parts: int) -> dict[str, Any]:
     hbm: bytes by kind (arguments: state and batch; temporaries:
     gradients and activations; outputs: those that reuse no argument;
     program) and their total. flops, bytes_accessed: as the compiler
-    counts them: without products with padding, and a loop's body, which
-    is one part, once. collectives: instructions by kind. cycles: its
-    estimates of all fused operations, as often as they run; it gives
-    none for collectives, so their time is not in it. without_estimate:
-    other operations for which it gives none. effort:
-    jax_exec_time_optimization_effort, 0 unless
+    counts them: without products with padding, and a loop's body,
+    which is one part, once. collectives: instructions by kind.
+    cycles: its estimates of all fused operations, as often as they
+    run; it gives none for collectives, so their time is not in it.
+    without_estimate: other operations for which it gives none.
+    effort: jax_exec_time_optimization_effort, 0 unless
     JAX_EXEC_TIME_OPTIMIZATION_EFFORT says otherwise; less compiles
     faster, to a slower program.
     """
@@ -222,8 +209,8 @@ def analyse(compiled: Any, parts: int) -> dict[str, Any]:
         "program": memory.generated_code_size_in_bytes,
     }
     cycles, unknown = estimated_cycles(text, parts)
-    # An asynchronous one is a pair of instructions, of which only the
-    # start has the plain name.
+    # An asynchronous one is a pair of instructions, of which only
+    # the start has the plain name.
     collectives = Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
     return {
         "hbm": {**hbm, "total": sum(hbm.values())},
@@ -244,8 +231,8 @@ def estimated_cycles(text: str, parts: int) -> tuple[int, int]:
     condition says, `parts` times where it does not say.
     """
     computations = _computations(text)
-    # Body -> the computation in which its loop stands, and how often it
-    # runs.
+    # Body -> the computation in which its
+    # loop stands, and how often it runs.
     loops: dict[str, tuple[str, int]] = {}
     for name, lines in computations.items():
         for condition, body in re.findall(
@@ -269,8 +256,8 @@ def _computations(text: str) -> dict[str, list[str]]:
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
-        # A computation begins with "%name (..." or "ENTRY %name (...",
-        # what is in it is indented.
+        # A computation begins with "%name (..." or "ENTRY %name
+        # (...", what is in it is indented.
         if line[:1] not in ("", " ", "}"):
             name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
             lines = computations.setdefault(name, [])
@@ -289,8 +276,8 @@ def _times(name: str, loops: dict[str, tuple[str, int]]) -> int:
 def add_time(figures: dict[str, Any], device: Device, chips: int) -> None:
     """Cycles over the clock, and what share of the peak the step's own FLOPs are then.
 
-    figures: of a stage in the report of a plan; its "compiled" gets the
-    new ones.
+    figures: of a stage in the report of a plan; its "compiled" gets
+    the new ones.
     """
     compiled = figures["compiled"]
     if "error" not in compiled:
@@ -300,8 +287,8 @@ def add_time(figures: dict[str, Any], device: Device, chips: int) -> None:
             images_per_second=figures["batch"] / seconds,
             days=figures["steps"] * seconds / 86400,
             fits=compiled["hbm"]["total"] <= device.memory,
-            # Not the compiler's FLOPs, which count the body of a loop
-            # once.
+            # Not the compiler's FLOPs, which
+            # count the body of a loop once.
             utilisation=figures["train_flops"] * figures["batch"] / chips / device.peak / seconds,
         )
 
@@ -343,16 +330,19 @@ def describe(compiled: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """The process behind `compile_stage`: topology and fsdp as arguments, the Stage on stdin."""
-    # Pickled by the parent process, which is us: nobody else can write to
-    # this pipe.
+    # Pickled by the parent process, which is this program: nobody
+    # else can write to this pipe.
     stage, topology = pickle.load(sys.stdin.buffer), Topology(argv[0])
     try:
         devices, start = topology.devices(), time.monotonic()
-        result = analyse(lower_step(stage, devices, int(argv[1])).compile(), stage.train.accumulate)
+        result = analyse(
+            lower_step(stage, devices, int(argv[1])).compile(),
+            stage.train.accumulate,
+        )
     except jax.errors.JaxRuntimeError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        # A program that does not fit is an answer; all else is a failure,
-        # told on stderr.
+        # A program that does not fit is an answer; all else is a
+        # failure, told on stderr.
         if not lines or "RESOURCE_EXHAUSTED" not in lines[0]:
             sys.exit(lines[0] if lines else "no message")
         result = {"error": lines[0]}

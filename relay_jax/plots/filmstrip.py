@@ -1,11 +1,13 @@
 """The picture `filmstrip`: samples on their way through all stages, the noisy states of some
 steps and what the network makes of each.
 
-The states are the sampler's (Samples.states), so the last frame is the
-sample itself. Each is shown beside D(x, sigma), one more call of the
-guided network. Where the first stage adds churn, its sampler asks the
-network a little above sigma, at the state with the churn's noise; the
-frame shows the state before.
+The states are the sampler's (Samples.states), so the last frame is
+the sample itself. Each is shown beside D(x, sigma), one more call of
+the guided network. Where the first stage adds churn, its sampler
+asks the network a little above sigma, at the state with the churn's
+noise; the frame shows the state before. A stage that hands over its
+state, not a finished image (handoff "noise"), ends with this state,
+and what the network makes of it takes the place of the image.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import numpy as np
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
 from relay_jax.sampling.chain import sample_stage
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, joined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +34,11 @@ SEEDS, COLUMNS = 3, 7  # at most: rows, and steps of each stage
 class Frames:
     """One stage of a filmstrip.
 
-    steps: [k] rising; sigmas: [k]; states, denoised: float32 [k, n, h,
-    w, c], before each of these steps; final: [n, h, w, c].
+    steps: [k] rising; sigmas: [k]; states, denoised: float32
+    [k, n, h, w, c], before each of these steps; final:
+    [n, h, w, c]. A stage that hands over a state has it last, at
+    step total_steps, and what it denoises to as `final`. handed:
+    what the next stage continues.
     """
 
     stage: str
@@ -43,6 +48,7 @@ class Frames:
     states: np.ndarray
     denoised: np.ndarray
     final: np.ndarray
+    handed: np.ndarray
 
     def describe(self) -> dict[str, Any]:
         """The numbers of the picture: how far each frame is from the sample."""
@@ -76,14 +82,18 @@ def _frames(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """States and denoised images [k, h, w, c] and the sample [h, w, c] of one seed.
 
-    seed, label: [1]; low_res: [1, h/p, w/p, c] or None.
+    steps: total_steps stands for the end. seed, label: [1]; low_res:
+    [1, h/p, w/p, c] or None.
     """
     samples = sample_stage(stage, params, seed, label, low_res, return_states=True)
     assert samples.states is not None
-    states = samples.states[steps]
+    # Not joined to them: a copy of all states for the sake of one.
+    end = int(steps[-1]) == len(samples.states)
+    states = samples.states[steps[:-1] if end else steps]
+    states = jnp.concatenate([states, samples.final[None]]) if end else states
     sigmas = jnp.asarray(stage.sampler.levels()[steps], jnp.float32)
-    # One step after the other: the network stands once in the program,
-    # and takes the memory of one image.
+    # One step after the other: the network stands once in the
+    # program, and takes the memory of one image.
     denoise = stage.denoiser(params, label)
     denoised = jax.lax.map(lambda frame: denoise(*frame), (states, sigmas))
     return states[:, 0], denoised[:, 0], samples.final[0]
@@ -97,40 +107,46 @@ def filmstrip(
 ) -> list[Frames]:
     """All stages, each with its parameters, for seeds [n] and classes [n].
 
-    columns: steps of each stage, at most. One seed at a time: memory
-    holds all states of one image. Raises ValueError for fewer than two
-    columns.
+    columns: steps of each stage, at most. One seed at a time:
+    memory holds all states of one image. Raises ValueError for
+    fewer than two columns.
     """
     if columns < 2:
         raise ValueError(f"a filmstrip needs at least 2 steps of each stage, not {columns}")
     strip: list[Frames] = []
-    # The samples of one stage, not clipped, are what the next one starts
-    # from, as in the chain.
-    for stage, params in stages:
-        sigmas = stage.sampler.levels()[:-1]
-        steps = spread(len(sigmas), columns)
+    # The samples of one stage, not clipped, are what the next one
+    # starts from, as in the chain.
+    params_of = {stage.name: params for stage, params in stages}
+    for stage in joined([stage for stage, _ in stages]):
+        params, sigmas = params_of[stage.name], stage.sampler.levels()
+        # A level above 0 at the end is that
+        # of a state that is handed over.
+        stops = sigmas[-1] > 0
+        steps = spread(len(sigmas) if stops else len(sigmas) - 1, columns)
         run, frames = jax.jit(partial(_frames, stage, steps)), []
         for n, (seed, label) in enumerate(zip(seeds, classes, strict=True)):
-            low_res = strip[-1].final[n : n + 1] if strip else None
+            low_res = strip[-1].handed[n : n + 1] if strip else None
             one = run(
                 params,
                 np.array([seed], np.uint32),
                 np.array([label], np.int32),
                 low_res,
             )
-            # To the host at once, as the states of all seeds may be too
-            # many for a device.
+            # To the host at once, as the states of all seeds may be
+            # too many for a device.
             frames.append(jax.device_get(one))
         states, denoised, finals = zip(*frames, strict=True)
+        handed = np.stack(finals)
         strip.append(
             Frames(
                 stage=stage.name,
                 steps=steps,
-                total_steps=len(sigmas),
+                total_steps=len(sigmas) - 1,
                 sigmas=sigmas[steps],
                 states=np.stack(states, axis=1),
                 denoised=np.stack(denoised, axis=1),
-                final=np.stack(finals),
+                final=np.stack(denoised, axis=1)[-1] if stops else handed,
+                handed=handed,
             )
         )
     return strip
@@ -141,8 +157,8 @@ def filmstrip_figure(
 ) -> "Figure":
     """Two rows per seed, state above denoised image; a column per step, then the sample.
 
-    rows: what each seed is called. States are shown at the contrast of
-    images: x sigma_data / sqrt(sigma^2 + sigma_data^2).
+    rows: what each seed is called. States are shown at the contrast
+    of images: x sigma_data / sqrt(sigma^2 + sigma_data^2).
     """
     widths = [width for frames in strip for width in (style.GAP, *[1.0] * len(frames.steps))]
     widths += [style.GAP, 1.0]
@@ -150,8 +166,9 @@ def filmstrip_figure(
     grid = figure.add_gridspec(
         2 * len(rows), len(widths), wspace=0.05, hspace=0.05, width_ratios=widths
     )
-    # A figure of subplots in a grid, not one large picture: each title
-    # stands over its column whatever the resolutions of the stages.
+    # A figure of subplots in a grid, not one large picture:
+    # each title stands over its column whatever the
+    # resolutions of the stages.
     column = 0
     for number, frames in enumerate(strip):
         for k in range(len(frames.steps)):
@@ -178,7 +195,8 @@ def filmstrip_figure(
 def _head(frames: Frames, k: int, handoff: bool) -> str:
     """Three lines above a column; the first names the stage at its first step alone."""
     name = f"{frames.stage}, {frames.final.shape[1]} px" + (" (hand-off)" if handoff else "")
-    step = f"step {frames.steps[k] + 1}/{frames.total_steps}"
+    handed = frames.steps[k] == frames.total_steps
+    step = "handed over" if handed else f"step {frames.steps[k] + 1}/{frames.total_steps}"
     return f"{name if k == 0 else ''}\n{step}\nsigma {frames.sigmas[k]:.3g}"
 
 

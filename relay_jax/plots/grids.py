@@ -1,6 +1,7 @@
-"""The pictures `grid` and `curves`: samples of every stage with their hand-offs, and the loss by
-images seen. Training makes both at its end, and grids of previews on
-the way."""
+"""The pictures `grid` and `curves`: samples with their hand-offs, and the loss by images seen.
+
+Training makes both at its end, and grids of previews on the way.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
-from relay_jax.runtime.files import read_jsonl, write_png
+from relay_jax.runtime.files import write_png
+from relay_jax.runtime.logs import read_curve
 from relay_jax.sampling.chain import initial_state
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.stage import Stage
@@ -23,15 +25,16 @@ SEEDS = 64  # at most, to choose the rows of the grid from
 def grid(images: np.ndarray, columns: int, side: int = 96) -> np.ndarray:
     """Float images [n, h, w, c] as one picture, uint8 [H, W, c], `columns` to a row.
 
-    Each is shown `side` pixels or more wide, enlarged by whole factors
-    without smoothing: what is seen are the pixels.
+    Each is shown `side` pixels or more wide, enlarged by whole
+    factors without smoothing: what is seen are the pixels.
     """
     pixels = to_uint8(images)
     scale = max(round(side / pixels.shape[1]), 1)
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, c = pixels.shape
     rows, gap = -(-n // columns), 2
-    # White where the last row has no image: black could be taken for one.
+    # White where the last row has no
+    # image: black could be taken for one.
     canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), PAPER, np.uint8)
     for i, image in enumerate(pixels):
         y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
@@ -71,22 +74,28 @@ def relay_picture(
     seeds: np.ndarray,
     classes: np.ndarray,
 ) -> np.ndarray:
-    """Each stage, and each hand-off, as a panel: a row for each of the first classes, a column
-    for each sample. Returns uint8 [H, W, 3].
+    """Each stage, and each hand-off, as a panel of samples.
 
     images: by stage name, float32 [n, h, w, c]; seeds, classes: int
-    [n].
+    [n]. A row for each of the first classes, a column for each
+    sample. Returns uint8 [H, W, 3].
     """
     last = stages[-1]
     rows = _rows_by_class(classes, last.num_classes)
     side = min(last.resolution * 3, 96) if last.resolution <= 64 else last.resolution
     pictures = []
     for before, stage in zip([None, *stages[:-1]], stages, strict=True):
-        # A relay stage on its own, as training has it, has no image to
-        # start from here.
+        # A relay stage on its own, as training has it, has no image
+        # to start from here.
         if before is not None and stage.starts_from_images:
-            start = np.asarray(initial_state(stage, seeds[rows], images[before.name][rows]))
-            pictures.append((f"hand-off to {stage.name}", grid(start, GRID_COLUMNS, side)))
+            # Where a noisy state is handed over, its picture
+            # stands for it: the noise here is drawn anew, of
+            # the same strength.
+            start = initial_state(stage.alone, seeds[rows], images[before.name][rows])
+            caption = f"hand-off to {stage.name}"
+            if stage.handoff == "noise":
+                caption += ", noise redrawn"
+            pictures.append((caption, grid(np.asarray(start), GRID_COLUMNS, side)))
         caption = f"{stage.name}, {stage.resolution} px"
         pictures.append((caption, grid(images[stage.name][rows], GRID_COLUMNS, side)))
     return panels(pictures)
@@ -101,7 +110,7 @@ def loss_curves(runs: Sequence[tuple[str, Path]], path: Path) -> None:
     figure = style.make_figure(5.5 * len(runs), 4, dpi=100)
     for number, (name, metrics) in enumerate(runs):
         # Lines without a loss report skipped steps.
-        lines = [line for line in read_jsonl(metrics) if line.get("loss") is not None]
+        lines = [line for line in read_curve(metrics) if line.get("loss") is not None]
         images, losses = (
             [line["images"] for line in lines],
             [line["loss"] for line in lines],
@@ -130,7 +139,7 @@ def plot_curves(inputs: Inputs) -> None:
     curves = {
         name: [
             {key: line[key] for key in ("images", "loss") if key in line}
-            for line in read_jsonl(path)
+            for line in read_curve(path)
         ]
         for name, path in inputs.logs
     }

@@ -10,10 +10,12 @@ sections 4 and 6):
 
 The noise enters by its expectation, not by draws. (4) is the
 Kullback-Leibler divergence in nats per image of two gaussians with
-these powers: how much a best observer of spectra learns from one state
-about where it comes from. It falls with sigma, as the blur grows and
-the noise covers what is left; a higher hand-off costs more steps, and
-more of what the stage before has made. Powers are means over bands
+these powers: how much a best observer of spectra learns from one
+state about where it comes from. It is the same for a relay that
+continues a noisy state (handoff "noise"): its start has the law of
+(1). It falls with sigma, as the blur grows and the noise covers what
+is left; a higher hand-off costs more steps, and more of what the
+stage before has made. Powers are means over bands
 (spectra.square_bands); DCT coefficients of images are about
 uncorrelated, channels are taken as independent.
 """
@@ -53,8 +55,8 @@ CHANNELS = ("red", "green", "blue")
 class Comparison:
     """Start and forward states at one sigma.
 
-    Powers by frequency in cycles per image width, [bands]; moments by
-    channel [c], of whole states. floor: the nats that two sets of
+    Powers by frequency in cycles per image width, [bands]; moments
+    by channel [c], of whole states. floor: the nats that two sets of
     forward states of these sizes would give by chance.
     """
 
@@ -89,8 +91,8 @@ def candidates(process: EdmProcess, first_level: float, count: int = 12) -> np.n
     training ends, and that level.
     """
     end = min(highest_sigma(process), SIGMA_LIMIT)
-    # Just below the end: at it, rounding decides whether the level still
-    # belongs to the training.
+    # Just below the end: at it, rounding decides whether the level
+    # still belongs to the training.
     levels = np.geomspace(min(first_level, end) / 5, 0.9999 * end, count)
     return np.unique(np.append(levels, first_level))
 
@@ -127,9 +129,10 @@ def compare(
 ) -> list[Comparison]:
     """Equations (1) to (4) at each sigma.
 
-    process: the stage's, as trained; low_res: [m, r/p, r/p, c], images
-    of the stage before; real: [n, r, r, c], n > 1; all float32 in [-1,
-    1]. Raises ValueError for a sigma that training does not reach.
+    process: the stage's, as trained; low_res: [m, r/p, r/p, c],
+    images of the stage before; real: [n, r, r, c], n > 1; all
+    float32 in [-1, 1]. Raises ValueError for a sigma that training
+    does not reach.
     """
     resolution, channels = real.shape[1], real.shape[-1]
     fine, rings = square_bands(resolution), radial_bands(resolution)
@@ -140,13 +143,13 @@ def compare(
         up.mean((0, 1, 2), np.float64),
         up.var((0, 1, 2), np.float64),
     )
-    # The blur keeps the mean; powers are around it, or the first band
-    # would hold nothing else.
+    # The blur keeps the mean; powers are around it, or the first
+    # band would hold nothing else.
     center = real.mean((0, 1, 2), np.float64)
     up_power = dct_power(up - center)
-    # Two halves of the real images differ by chance alone. Sets of m and
-    # n images would differ less, as the variance of a mean over n images
-    # is 1/n.
+    # Two halves of the real images differ by chance alone. Sets of m
+    # and n images would differ less, as the variance of a mean over
+    # n images is 1/n.
     chance = (1 / len(low_res) + 1 / len(real)) / (4 / len(real))
     comparisons = []
     for sigma in sigmas:
@@ -180,9 +183,9 @@ def compare(
     return comparisons
 
 
-# The drawing: four panels, all of the comparisons with the images that
-# sampling starts from, but for the third, which shows every kind of
-# image.
+# The figure: four panels, all of the comparisons with the images
+# that sampling starts from, but for the third, which shows every
+# kind of image.
 
 
 def _spectra_panel(axes: "Axes", kind: str, at: Comparison) -> None:
@@ -199,8 +202,8 @@ def _spectra_panel(axes: "Axes", kind: str, at: Comparison) -> None:
     axes.set(
         ylabel="power per DCT coefficient",
         title=f"spectra at the hand-off, sigma {at.sigma:.3g}",
-        # Without a limit the blurred images, 0 but for rounding, would
-        # take most of the height.
+        # Without a limit the blurred images, 0 but for rounding,
+        # would take most of the height.
         ylim=(at.noise.min() * 1e-5, at.forward.max() * 2),
     )
     style.power_axis(axes)
@@ -235,8 +238,8 @@ def _discrepancy_panel(
     for (kind, comparisons), colour in zip(kinds, ("tab:blue", "tab:green"), strict=False):
         nats = [c.nats for c in comparisons]
         axes.plot(sigmas, nats, "o-", color=colour, ms=4, label=kind)
-    # Down-sampled real images alone are the same images on both sides: no
-    # chance in them.
+    # Down-sampled real images alone are the same images on both
+    # sides: no chance in them.
     if len(kinds) > 1:
         floor = [c.floor for c in kinds[0][1]]
         label = "two sets of real images, for comparison"
@@ -270,9 +273,12 @@ def _moments_panel(axes: "Axes", comparisons: Sequence[Comparison], at: Comparis
 def handoff_figure(
     kinds: Sequence[tuple[str, list[Comparison]]], first_level: float, title: str
 ) -> "Figure":
-    """kinds: (what the low-resolution images are, comparisons at rising sigmas), those that
-    sampling starts from first; first_level: the sigma where it
-    starts."""
+    """Four panels: spectra, moments and divergence of the states.
+
+    kinds: what the low-resolution images are, with comparisons at
+    rising sigmas; those that sampling starts from first.
+    first_level: the sigma where it starts.
+    """
     figure = style.make_figure(13, 9.5, title)
     kind, comparisons = kinds[0]
     at = min(comparisons, key=lambda c: abs(c.sigma - first_level))
@@ -295,8 +301,9 @@ def _plot_stage(inputs: Inputs, before: Stage, stage: Stage, name: str) -> None:
     real, labels = inputs.real(stage.resolution)
     first_level = float(stage.sampler.levels()[0])
     images = {"down-sampled real images": to_float(inputs.real(before.resolution)[0])}
-    # Without their weights the real images stand for the stages before:
-    # they show what the schedule does, though not what those stages make.
+    # Without their weights the real images stand for the stages
+    # before: they show what the schedule does, though not what
+    # those stages make.
     if all(earlier in inputs.trained for earlier in inputs.stages[: stage.index]):
         logging.info("handoff: samples %d images of stage %s", len(real), before.name)
         samples = inputs.samples(range(len(real)), labels, stage.index)[before.name]
@@ -315,6 +322,7 @@ def _plot_stage(inputs: Inputs, before: Stage, stage: Stage, name: str) -> None:
         "stage": stage.name,
         "images": len(real),
         "sampler": stage.describe()["sampler"],
+        "handoff": stage.handoff,
         "first_level": first_level,
         "low_resolution_images": {
             kind: [asdict(c) | {"decibels": c.decibels} for c in comparisons]

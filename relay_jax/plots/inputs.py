@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from relay_jax.config import Settings
+from relay_jax.data.identity import identify
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source, describe_source, open_source
 from relay_jax.errors import DataError
@@ -19,6 +20,7 @@ from relay_jax.runtime.sharding import make_mesh
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.seeds import classes_for
 from relay_jax.stage import Stage
+from relay_jax.workdir import warn_of_changes
 
 REAL_IMAGES = 256  # read by default, for spectra and losses
 
@@ -28,8 +30,8 @@ class PlotSettings:
     """What `--mode=plot` is asked for. names: of plot.PLOTS, none for all that can be plotted.
 
     seeds, class_rule: of the samples (sampling.seeds); each picture
-    takes as many as it has room for. images: real images to read, 0 for
-    each picture's default.
+    takes as many as it has room for. images: real images to read, 0
+    for each picture's default.
     """
 
     names: Sequence[str] = ()
@@ -42,8 +44,8 @@ class PlotSettings:
 class Inputs:
     """Everything a picture may need, opened when the first of them asks for it.
 
-    folders: by stage name, with checkpoints and a log or without. out:
-    where pictures go.
+    folders: by stage name, with checkpoints and a log or without.
+    out: where pictures go.
     """
 
     settings: Settings
@@ -61,7 +63,11 @@ class Inputs:
     def source(self) -> Source:
         """The real images. Raises DataError."""
         settings = self.settings
-        return open_source(settings.dataset.keys, settings.resolutions, settings.seed)
+        source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
+        for name, folder in self.folders.items():
+            what = f"the real images are not those that {name} was trained on"
+            warn_of_changes(folder, identify(source), what)
+        return source
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -88,8 +94,8 @@ class Inputs:
 
     def params(self, stage: Stage) -> tuple[dict, dict]:
         """The averaged parameters of a stage, and the notes of its checkpoint."""
-        # Four pictures sample the same stages: reading their weights once
-        # saves most of the time.
+        # Four pictures sample the same stages: reading their weights
+        # once saves most of the time.
         if stage.name not in self._params:
             self._params[stage.name] = load_ema(self.folders[stage.name], stage.shapes(), self.mesh)
         return self._params[stage.name]
@@ -97,7 +103,8 @@ class Inputs:
     def positions(self, default: int = REAL_IMAGES) -> list[int]:
         """Which real images are read: the same random ones in every picture."""
         count = min(self.request.images or default, len(self.source))
-        # The first ones would not do: sources are often sorted by class.
+        # The first ones would not do:
+        # sources are often sorted by class.
         return np.random.default_rng(0).permutation(len(self.source))[:count].tolist()
 
     def real(self, resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,8 +125,8 @@ class Inputs:
         """Images of the first `until` stages by name (default: of all), float32 [n, h, w, c]."""
         stages = self.stages[:until]
         params = {stage.name: self.params(stage)[0] for stage in stages}
-        # No larger a batch than there are seeds: its empty rows would be
-        # computed as well.
+        # No larger a batch than there are seeds: its empty rows
+        # would be computed as well.
         chain = Chain(stages, params, self.mesh, min(self.settings.sample.batch, len(seeds)))
         return chain.images(seeds, classes)
 
@@ -185,8 +192,8 @@ def _without_any_weights(inputs: Inputs) -> str:
     return "" if inputs.trained else _without_weights(inputs)
 
 
-# What a picture may need, with the reason why it is not there, '' if it
-# is.
+# What a picture may need, with the reason
+# why it is not there, '' if it is.
 NEEDS: dict[str, Callable[[Inputs], str]] = {
     "a relay": _without_relay,
     "real images": _without_data,
@@ -198,6 +205,6 @@ NEEDS: dict[str, Callable[[Inputs], str]] = {
 
 def lacking(inputs: Inputs, picture: Picture) -> str:
     """The reason why a picture cannot be plotted, '' if it can."""
-    # In their order, and only as far as the first that fails: opening a
-    # large data set takes long.
+    # In their order, and only as far as the first that fails:
+    # opening a large data set takes long.
     return next((why for need in picture.needs if (why := NEEDS[need](inputs))), "")

@@ -41,8 +41,8 @@ TAIL = 1e-3  # share of the draws of an unbounded schedule that is left out at e
 def level_draws(process: EdmProcess, count: int = LEVELS) -> tuple[np.ndarray, np.ndarray]:
     """sigma of the levels, rising and even in ln sigma, and the draws behind them
     (loss.Draws.level): float64 [count]."""
-    # Even in ln sigma like the horizontal axis: the network sees sigma as
-    # its logarithm.
+    # Even in ln sigma like the horizontal axis: the network sees
+    # sigma as its logarithm.
     sigma = np.geomspace(*process.sigma_range(TAIL), count)
     return sigma, process.draw_at(sigma)
 
@@ -50,8 +50,8 @@ def level_draws(process: EdmProcess, count: int = LEVELS) -> tuple[np.ndarray, n
 def shares(process: EdmProcess, sigma: np.ndarray) -> np.ndarray:
     """share_j of equation (2), [levels], summing to 1."""
     below = process.cdf(np.sqrt(sigma[1:] * sigma[:-1]))
-    # What lies outside the levels, or is clamped, counts to the nearest
-    # of them.
+    # What lies outside the levels, or is clamped, counts to the
+    # nearest of them.
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
 
 
@@ -59,8 +59,8 @@ def shares(process: EdmProcess, sigma: np.ndarray) -> np.ndarray:
 class LossBySigma:
     """Losses of one stage.
 
-    images: seen in training; sigma, share: [levels]; losses: weighted,
-    one for each image, [levels, n].
+    images: seen in training; sigma, share: [levels]; losses:
+    weighted, one for each image, [levels, n].
     """
 
     stage: str
@@ -103,12 +103,12 @@ def losses_at(
 ) -> jax.Array:
     """The weighted loss of each image, float32 [b] at chosen levels.
 
-    inputs: image uint8 [b, h, w, c]; label int [b]; place int [b], in
-    the whole set; level [b], the raw draw of the process.
+    inputs: image uint8 [b, h, w, c]; label int [b]; place int [b],
+    in the whole set; level [b], the raw draw of the process.
     """
     # Without augmentation, dropout and dropped labels: what they add
-    # differs from image to image, and would hide the differences between
-    # levels.
+    # differs from image to image, and would hide the differences
+    # between levels.
     images = to_float(inputs["image"])
     denoise = partial(_with_labels, stage.preconditioned(params), stage.one_hot(inputs["label"]))
     draws = draw(stage.process, key, images.shape, inputs["place"])
@@ -169,8 +169,8 @@ def loss_by_sigma(
 
 def _panel(axes: "Axes", result: LossBySigma) -> None:
     sigma = result.sigma
-    # Losses of images are skewed: quartiles show most of them, the mean
-    # is what training lowers.
+    # Losses of images are skewed: quartiles show most of them, the
+    # mean is what training lowers.
     low, middle, high = result.quartiles
     half = "middle half of the images"
     axes.fill_between(sigma, low, high, color="tab:blue", alpha=0.25, lw=0, label=half)
@@ -178,12 +178,19 @@ def _panel(axes: "Axes", result: LossBySigma) -> None:
     axes.plot(sigma, result.mean, color="tab:red", label="mean")
     expected = f"mean over the training's sigmas: {result.expected:.3g}"
     axes.axhline(result.expected, color="tab:red", lw=1, ls=":", label=expected)
-    # The shares have a scale without ticks and keep to the lowest third:
-    # their shape is enough.
+    # The shares have a scale without ticks and keep to the lowest
+    # third: their shape is enough.
     behind = axes.twinx()
     share = "share of the training"
     behind.fill_between(
-        sigma, 0, result.share, color="grey", alpha=0.2, lw=0, step="mid", label=share
+        sigma,
+        0,
+        result.share,
+        color="grey",
+        alpha=0.2,
+        lw=0,
+        step="mid",
+        label=share,
     )
     behind.set(ylim=(0, 3 * result.share.max()), yticks=[])
     style.power_axis(axes)

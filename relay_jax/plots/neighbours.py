@@ -41,9 +41,9 @@ Features = Callable[[np.ndarray], np.ndarray]  # uint8 [n, r, r, 3] -> float [n,
 class Neighbours:
     """By one distance.
 
-    positions: int [m, k], in the source, nearest first; distances: [m,
-    k]; typical: the median distance of a real image to the nearest
-    other one.
+    positions: int [m, k], in the source, nearest first; distances:
+    [m, k]; typical: the median distance of a real image to the
+    nearest other one.
     """
 
     name: str
@@ -64,11 +64,16 @@ def reduce(pixels: np.ndarray, side: int) -> np.ndarray:
     return means.astype(pixels.dtype)
 
 
-def _blocks(references: Sequence[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray]]]:
+def _blocks(
+    references: Sequence[np.ndarray],
+) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(first index, each of the alternatives as float64 [BLOCK, d])."""
     for start in range(0, len(references[0]), BLOCK):
         parts = [reference[start : start + BLOCK] for reference in references]
-        yield start, [part.reshape(len(part), -1).astype(np.float64) for part in parts]
+        yield (
+            start,
+            [part.reshape(len(part), -1).astype(np.float64) for part in parts],
+        )
 
 
 def nearest(
@@ -81,8 +86,8 @@ def nearest(
     """
     a = queries.reshape(len(queries), -1).astype(np.float64)
     best, index = np.zeros((len(a), 0)), np.zeros((len(a), 0), int)
-    # Block by block, with only the best kept: all distances at once would
-    # need the differences of every pair in memory.
+    # Block by block, with only the best kept: all distances at once
+    # would need the differences of every pair in memory.
     for start, parts in _blocks(references):
         squared = np.minimum.reduce(
             [(a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T) for b in parts]
@@ -107,8 +112,8 @@ def _compare(
 ) -> Neighbours:
     index, distances = nearest(samples, real, count)
     probes = np.linspace(0, len(positions) - 1, min(TYPICAL_IMAGES, len(positions))).astype(int)
-    # The nearest of a real image is the image itself, so the second one
-    # is meant.
+    # The nearest of a real image is the image itself, so the second
+    # one is meant.
     _, among = nearest(real[0][probes], real, min(2, len(positions)))
     return Neighbours(
         name=name,
@@ -131,14 +136,14 @@ def neighbours(
     """By pixels, and by every kind of features. samples: uint8 [m, r, r, 3]; positions: [n],
     where to look, n >= count.
 
-    each: called with the number of images read, now and then. Raises
-    DataError.
+    each: called with the number of images
+    read, now and then. Raises DataError.
     """
     resolution = samples.shape[1]
     small: list[np.ndarray] = []
     computed: dict[str, list[np.ndarray]] = {name: [] for name in features}
-    # Only what is compared is kept: 10,000 images of 256 x 256 would take
-    # 2 GB.
+    # Only what is compared is kept: 10,000
+    # images of 256 x 256 would take 2 GB.
     for start in range(0, len(positions), BLOCK // 4):
         pixels, _ = read(source, positions[start : start + BLOCK // 4], resolution)
         small.append(reduce(pixels, SIDE))
@@ -192,8 +197,8 @@ def neighbours_figure(
                 axes = figure.add_subplot(grid[n, column + 1 + k])
                 style.show(axes, images[n, k])
                 axes.set_xlabel(f"{result.distances[n, k]:.3f}", fontsize="small", labelpad=2)
-                # Without the distance among real images nobody can say
-                # whether one is small.
+                # Without the distance among real images nobody can
+                # say whether one is small.
                 if n == k == 0:
                     axes.set_title(
                         f"nearest real images by {result.name}\n(between real images: "
@@ -211,8 +216,8 @@ def plot_neighbours(inputs: Inputs) -> None:
     last = inputs.stages[-1].name
     samples = to_uint8(inputs.samples(seeds, inputs.classes(seeds))[last])
     positions = inputs.positions(SEARCHED)
-    # Random convolutions: features that see structure, and need no
-    # download.
+    # Random convolutions: features that
+    # see structure, and need no download.
     extract = make_extractor("random-conv", weights=None, mesh=inputs.mesh)
     results = neighbours(
         samples,
@@ -224,8 +229,8 @@ def plot_neighbours(inputs: Inputs) -> None:
         features={"random-conv features": lambda pixels: extract(pixels)["pool"]},
     )
     resolution = samples.shape[1]
-    # The pixels were not kept while searching; the few that are shown are
-    # read again.
+    # The pixels were not kept while searching; the few that are
+    # shown are read again.
     real = []
     for result in results:
         images, _ = read(inputs.source, result.positions.reshape(-1).tolist(), resolution)

@@ -1,8 +1,8 @@
 """--mode=plot: pictures of the data, the schedules and a trained relay, each with its numbers
 beside it as JSON.
 
-A new picture is one file with a `Picture` (inputs.py), and one line in
-PLOTS.
+A new picture is one file with a `Picture`
+(inputs.py), and one line in PLOTS.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,13 @@ from absl import logging
 
 from relay_jax.config import Settings
 from relay_jax.errors import UserError
-from relay_jax.plots import filmstrip, grids, handoff, loss, neighbours, snr
+from relay_jax.plots import data, filmstrip, grids, handoff, loss, neighbours, snr
 from relay_jax.plots.inputs import Inputs, Picture, PlotSettings, lacking
 
-# In the order in which they are plotted: those of the data first, which
-# need no run.
+# In the order in which they are plotted: those of the data first,
+# which need no run.
 PLOTS: dict[str, Picture] = {
+    "data": data.PICTURE,
     "snr": snr.PICTURE,
     "handoff": handoff.PICTURE,
     "loss": loss.PICTURE,
@@ -29,12 +30,17 @@ PLOTS: dict[str, Picture] = {
 }
 
 
-def plot(settings: Settings, folders: Mapping[str, Path], request: PlotSettings, out: Path) -> None:
+def plot(
+    settings: Settings,
+    folders: Mapping[str, Path],
+    request: PlotSettings,
+    out: Path,
+) -> None:
     """Plots the pictures that are asked for into `out`, or all that can be plotted.
 
-    folders: of each stage that may have checkpoints and a log. Raises
-    UserError for an unknown name, for a named picture that cannot be
-    plotted, and where none can.
+    folders: of each stage that may have checkpoints and a log.
+    Raises UserError for an unknown name, for a named picture that
+    cannot be plotted, and where none can.
     """
     if jax.process_count() > 1:
         raise UserError("--mode=plot runs in one process; start it on one host")
@@ -47,8 +53,9 @@ def plot(settings: Settings, folders: Mapping[str, Path], request: PlotSettings,
             f"--plot_images must be at least 2, or 0 for the default, not {request.images}"
         )
     inputs = Inputs(settings=settings, folders=folders, request=request, out=out)
-    # All reasons before the first picture: a command that cannot do what
-    # it was asked for ends at once, and not after minutes of sampling.
+    # All reasons before the first picture: a command that cannot
+    # do what it was asked for ends at once, and not after
+    # minutes of sampling.
     reasons = {name: lacking(inputs, PLOTS[name]) for name in request.names or PLOTS}
     for name, why in reasons.items():
         if why and (request.names or all(reasons.values())):

@@ -1,8 +1,8 @@
 """The picture `snr`: signal over noise by frequency, for neighbouring stages (RDM, figure 2).
 
-The same noise on the same images at two resolutions: white noise leaves
-the low frequencies of the larger one patch^2 stronger, block noise does
-not (spectra.py has the equations).
+The same noise on the same images at two resolutions: white noise
+leaves the low frequencies of the larger one patch^2 stronger, block
+noise does not (spectra.py has the equations).
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from relay_jax.plots.spectra import dct_power, frequencies, radial_bands
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# White noise at both resolutions, block noise, the noise of the stage.
-# Block noise lies on the curve of the small images, which is therefore
-# wide and pale.
+# White noise at both resolutions, block noise, the noise of the
+# stage. Block noise lies on the curve of the small images, which is
+# therefore wide and pale.
 CURVES: tuple[dict[str, Any], ...] = (
     dict(color="tab:blue", lw=5, alpha=0.35),
     dict(color="tab:red"),
@@ -46,8 +46,8 @@ def ratio(name: str, images: np.ndarray, noise: np.ndarray) -> Ratio:
     resolution = images.shape[1]
     bands = radial_bands(resolution)
     values = bands.mean(dct_power(images)) / bands.mean(noise)
-    # Bands without any signal are minus infinity, which JSON shows as
-    # null.
+    # Bands without any signal are minus
+    # infinity, which JSON shows as null.
     with np.errstate(divide="ignore"):
         return Ratio(
             name=name,
@@ -63,8 +63,8 @@ def resolution_ratios(
     """White noise on both sets of images, block noise and the stage's noise on the larger ones.
 
     low: [n, r, r, c], high: [n, p r, p r, c], the same real images;
-    sigma: level of all noises; stage_noise: power of the stage's noise
-    at sigma 1, [p r, p r]. Source: RDM, section 2.2.
+    sigma: level of all noises; stage_noise: power of the stage's
+    noise at sigma 1, [p r, p r]. Source: RDM, section 2.2.
     """
     small, large = low.shape[1], high.shape[1]
     patch, power = large // small, sigma**2

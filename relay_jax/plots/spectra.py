@@ -6,9 +6,9 @@ With C the orthonormal DCT-II matrix over a whole image of r x r pixels and U = 
 (2)  SNR(f) = mean |U|^2 / mean |noise|^2   over the coefficients of a band around f, images and
                                             channels (RDM, section 2.2)
 
-Repeating pixels p x p multiplies U by p at low f and leaves the power
-of white noise as it is: the SNR grows by p^2 (12 dB for p = 4). The
-power of block noise is about p^2 there, which takes it back
+Repeating pixels p x p multiplies U by p at low f and leaves the power of
+white noise as it is: the SNR grows by p^2 (12 dB for p = 4). The power of
+block noise is about p^2 there, which takes it back
 (diffusion/block_noise.py, equation 4).
 """
 
@@ -30,9 +30,10 @@ def frequencies(resolution: int) -> np.ndarray:
 def dct_power(images: np.ndarray) -> np.ndarray:
     """Mean |U|^2 over images and channels. images: [n, r, r, c]. Returns float64 [r, r]."""
     total = np.zeros(images.shape[1:3])
-    # Transformed in float32 and in parts, as coefficients of all images
-    # at once would take twice the memory of the images; summed in
-    # float64, as high frequencies are a millionth of low ones.
+    # Transformed in float32 and in parts, as coefficients of
+    # all images at once would take twice the memory of the
+    # images; summed in float64, as high frequencies are a
+    # millionth of low ones.
     for start in range(0, len(images), BATCH):
         part = np.asarray(images[start : start + BATCH], np.float32)
         coefficients = fft.dctn(part, axes=(1, 2), norm="ortho")
@@ -68,8 +69,8 @@ def _octave(frequency: np.ndarray) -> np.ndarray:
     resolution."""
     with np.errstate(divide="ignore"):
         position = np.floor(BANDS_PER_OCTAVE * np.log2(frequency / 0.5) + 0.5)
-    # The first band holds all below 0.79, which is three coefficients:
-    # one alone says little.
+    # The first band holds all below 0.79, which is three
+    # coefficients: one alone says little.
     return np.where(frequency > 0, np.maximum(position, 2), -1).astype(int)
 
 
@@ -80,8 +81,8 @@ def radial_bands(resolution: int) -> Bands:
 
 def square_bands(resolution: int) -> Bands:
     """Bands of equal vertical and of equal horizontal frequency."""
-    # Unlike rings, they distinguish lines from diagonals: the blocks of
-    # an up-sampled image are lines, and in rings they would be averaged
-    # away.
+    # Unlike rings, they distinguish lines from diagonals: the blocks
+    # of an up-sampled image are lines, and in rings they would be
+    # averaged away.
     line = _octave(np.arange(resolution) / 2) + 1
     return _numbered(line[:, None] * (line.max() + 1) + line[None, :])

@@ -1,8 +1,8 @@
 """What the pictures share: figures, axes and how an image stands in them.
 
-Matplotlib takes a second to import and only pictures need it, so that
-every function here imports it itself. Figures are made without pyplot:
-it would keep each one, and may look for a screen.
+Matplotlib takes a second to import and only pictures need it, so
+that every function here imports it itself. Figures are made without
+pyplot: it would keep each one, and may look for a screen.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,8 @@ def save(figure: "Figure", path: Path) -> None:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    # A file that matplotlib writes itself could be left half written.
+    # A file that matplotlib writes
+    # itself could be left half written.
     write_png(path, np.asarray(canvas.buffer_rgba())[..., :3])
 
 
@@ -57,8 +58,8 @@ def power_axis(axes: "Axes") -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    # Over few decades every digit has room, over many only the powers of
-    # ten.
+    # Over few decades every digit has room, over many only the
+    # powers of ten.
     digits = range(1, 10) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=[float(digit) for digit in digits]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -75,7 +76,11 @@ def frequency_axis(axes: "Axes", highest: float) -> None:
 def sigma_axis(axes: "Axes", sigmas: np.ndarray) -> None:
     """A horizontal axis of noise levels, a little wider than `sigmas` reach."""
     low, high = sigmas.min() / 1.05, sigmas.max() * 1.05
-    axes.set(xscale="log", xlabel="noise level sigma (images in [-1, 1])", xlim=(low, high))
+    axes.set(
+        xscale="log",
+        xlabel="noise level sigma (images in [-1, 1])",
+        xlim=(low, high),
+    )
     ticks = [digit * 10.0**k for k in range(-4, 3) for digit in (1, 2, 5)]
     plain_ticks(axes.xaxis, [tick for tick in ticks if low <= tick <= high])
     axes.grid(alpha=0.3)
@@ -84,17 +89,25 @@ def sigma_axis(axes: "Axes", sigmas: np.ndarray) -> None:
 def mark_line(axes: "Axes", x: float, text: str, color: str) -> None:
     """A dotted vertical line with a text at its top."""
     axes.axvline(x, color=color, lw=1, ls=":")
-    # x in units of the data, height as a share of the axes: stays at the
-    # top on any scale.
+    # x in units of the data, height as a share of the axes: stays at
+    # the top on any scale.
     where = ("data", "axes fraction")
-    axes.annotate(text, (x, 0.97), xycoords=where, ha="right", va="top", color=color, rotation=90)
+    axes.annotate(
+        text,
+        (x, 0.97),
+        xycoords=where,
+        ha="right",
+        va="top",
+        color=color,
+        rotation=90,
+    )
 
 
 def show(axes: "Axes", image: np.ndarray) -> None:
     """One image [h, w, 3], floats about [-1, 1] or uint8, without a frame."""
     pixels = image if image.dtype == np.uint8 else to_uint8(image)
-    # No smoothing between pixels: what is seen must be what the network
-    # made.
+    # No smoothing between pixels: what is seen must be what the
+    # network made.
     axes.imshow(pixels, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():

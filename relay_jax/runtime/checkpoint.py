@@ -1,29 +1,38 @@
 """Orbax checkpoints of one stage: items `ema`, `train` (the rest of the state) and `meta` (JSON).
 
 `ema` is an item of its own, so that sampling reads nothing else. Orbax
-does not fall back from a damaged checkpoint by itself; `restore` does,
-newest first. With several processes each writes and reads its own parts
-in a folder that all of them share; every method must then be called by
-all.
+does not fall back from a damaged checkpoint by itself, and notices
+little of the damage; `restore` compares checksums (checksums.py), and
+takes the newest that is whole. With several processes each writes and
+reads its own parts in a folder that all of them share; every method
+must then be called by all.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from absl import logging
 from jax.sharding import Mesh
 
 from relay_jax.errors import StorageError, UserError, one_line
 from relay_jax.runtime import distributed
+from relay_jax.runtime.checksums import FOLDER, Checksums, SaveChecksums, damage, describe
+from relay_jax.runtime.files import storage_reason
 from relay_jax.runtime.sharding import state_shardings
+
+UNCHECKED = "written without checksums by an earlier version: cannot be checked"
+# Folders whose checkpoints were said
+# to have no checksums: once is enough.
+_without_checksums: set[Path] = set()
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:
@@ -35,14 +44,32 @@ def _abstract(tree: Any, shardings: Any) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within it absl logs errors alone."""
+def quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Within it absl logs errors alone, or what is worse than they."""
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(level)
     try:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _unraisable(event: Any) -> None:
+    """Says nothing of reads of TensorStore that end after another one has failed."""
+    if not re.search("Event loop is closed|reading array index", str(event.exc_value)):
+        sys.__unraisablehook__(event)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Around what Orbax reads: damage is said once, in one line, by who catches it."""
+    if sys.unraisablehook is sys.__unraisablehook__:
+        # Stays: the other reads end later, in threads of their own, and
+        # asyncio complains of each.
+        sys.unraisablehook = _unraisable
+        getLogger("asyncio").setLevel(CRITICAL)
+    with quiet(logging.FATAL):
+        yield
 
 
 class _Chosen(ocp.checkpoint_managers.PreservationPolicy):
@@ -79,7 +106,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         if not self.folder.exists() and read_only:
             return
-        with quiet():  # Orbax warns that what it was asked to read only is read only
+        with _reading():  # Orbax warns that what it was asked to read only is read only
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 cleanup_tmp_directories=not read_only,
@@ -108,11 +135,11 @@ class Checkpoints:
         # Not the storage: another process has died.
         except jax.errors.JaxRuntimeError:
             raise
-        # Of OSError, ValueError and others, depending on where the disk
-        # became full.
+        # Of OSError, ValueError and others,
+        # depending on where the disk became full.
         except Exception as error:
             raise StorageError(
-                f"checkpoints cannot be written in {self.folder}: {one_line(error)}"
+                f"checkpoints cannot be written in {self.folder}: {storage_reason(error)}"
             ) from error
 
     def steps(self) -> list[int]:
@@ -134,10 +161,10 @@ class Checkpoints:
             with self._writing():
                 self._write(step, ema, train, meta)
             return
-        # What Orbax does before it writes in the background takes 0.2 ms
-        # for each array, some training steps in all. Here only the copy
-        # to the host keeps the loop waiting: a copy, as the arrays are
-        # donated to the next step.
+        # What Orbax does before it writes in the background takes 0.2
+        # ms for each array, some training steps in all. Here only the
+        # copy to the host keeps the loop waiting: a copy, as the arrays
+        # are donated to the next step.
         for leaf in jax.tree.leaves((ema, train)):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()  # all at once, before the first is waited for
@@ -147,15 +174,16 @@ class Checkpoints:
     def _write(self, step: int, ema: Any, train: Any, meta: dict) -> None:
         assert self._manager is not None
         args = ocp.args
-        self._manager.save(
-            step,
-            force=True,
-            args=args.Composite(
-                ema=args.StandardSave(ema),
-                train=args.StandardSave(train),
-                meta=args.JsonSave(meta),
-            ),
-        )
+        # Before anything is written: of
+        # the arrays as they are in memory.
+        record = describe({"ema": ema, "train": train}, meta)
+        items = {
+            "ema": args.StandardSave(ema),
+            "train": args.StandardSave(train),
+            "meta": args.JsonSave(meta),
+            FOLDER: SaveChecksums(record),
+        }
+        self._manager.save(step, force=True, args=args.Composite(**items))
 
     def _hand_over(self) -> None:
         """Waits until Orbax has the last save in hand; raises what went wrong in it."""
@@ -171,45 +199,39 @@ class Checkpoints:
             with self._writing():
                 self._manager.wait_until_finished()
 
-    def looks_whole(self, step: int) -> bool:
-        """Whether the notes and indices of a checkpoint can be read, as process 0 sees them."""
-        # The arrays are not read: it is asked at every start, of
-        # checkpoints of many gigabytes.
+    def is_whole(self, step: int) -> bool:
+        """Whether a checkpoint is what was saved, as process 0 sees its files.
+
+        Reads all of its arrays, once in a process; of a checkpoint
+        without checksums notes and indices alone.
+        """
         folder = self.folder / str(step)
-        return distributed.of_first(jax.process_index() == 0 and _can_be_listed(folder))
+        return distributed.of_first(distributed.is_first() and not damage(folder))
 
     def restore(
-        self, like: dict[str, Any], shardings: dict[str, Any], only: int | None = None
+        self,
+        like: dict[str, Any],
+        shardings: dict[str, Any],
+        only: int | None = None,
+        notes: Mapping[str, tuple[type, ...]] | None = None,
     ) -> tuple[int, dict[str, Any]] | None:
         """The newest readable checkpoint: (step, {item: tree, "meta": dict}), or None if there
         is none at all.
 
         like, shardings: for each item to read ("ema", "train") a tree
-        of shapes, and where the arrays go. only: this step and no
-        other. Otherwise unreadable newer ones are named in a warning
-        and removed, if `train` is read, so that the run can save them
-        again. Raises UserError if there are checkpoints and none can be
-        read, or if `only` is missing or unreadable.
+        of shapes, and where the arrays go. notes: types of keys that
+        `meta` must have. only: this step and no other. Otherwise
+        unreadable newer ones are named in a warning and removed, if
+        `train` is read, so that the run can save them again. Raises
+        UserError if there are checkpoints and none can be read, or if
+        `only` is missing or unreadable.
         """
         damaged: list[int] = []
         steps = self.steps()
         if only is not None and only not in steps:
             raise UserError(f"no checkpoint {only} in {self.folder}; there are {steps or 'none'}")
         for step in steps if only is None else [only]:
-            assert self._manager is not None
-            result, reason = None, ""
-            try:
-                args = ocp.args
-                items = {k: args.StandardRestore(_abstract(like[k], shardings[k])) for k in like}
-                result = self._manager.restore(
-                    step, args=args.Composite(**items, meta=args.JsonRestore())
-                )
-            # Orbax raises many types, even bare Exception.
-            except Exception as error:
-                reason = one_line(error)
-            # A damaged part is seen by the process that reads it alone,
-            # and all must go on with the same checkpoint.
-            reason = next((text for text in distributed.tell(reason) if text), "")
+            result, reason = self._read(step, like, shardings, notes or {})
             if reason and only is not None:
                 raise UserError(
                     f"checkpoint {self.folder}/{only} cannot be read; there are {steps}; the "
@@ -224,10 +246,10 @@ class Checkpoints:
                 )
                 damaged.append(step)
                 continue
-            assert result is not None
             # A run that continues comes to these steps again, and Orbax
             # saves no step twice.
             if "train" in like:
+                assert self._manager is not None
                 for newer in damaged:
                     self._manager.delete(newer)
             return step, {k: result[k] for k in (*like, "meta")}
@@ -238,22 +260,85 @@ class Checkpoints:
             )
         return None
 
+    def _read(
+        self,
+        step: int,
+        like: dict[str, Any],
+        shardings: dict[str, Any],
+        notes: Mapping[str, tuple[type, ...]],
+    ) -> tuple[dict[str, Any], str]:
+        """The items of a checkpoint, and why they cannot be used: '' where they can, on all."""
+        assert self._manager is not None
+        folder, args = self.folder / str(step), ocp.args
+        result: dict[str, Any] = {}
+        checksums, reason = None, ""
+        # Whatever is wrong, this process still takes part in Orbax's
+        # restore, where others may wait for it.
+        try:
+            checksums = Checksums.read(folder)
+        except Exception as error:
+            reason = f"its checksums: {one_line(error)}"
+        try:
+            items = {k: args.StandardRestore(_abstract(like[k], shardings[k])) for k in like}
+            composite = args.Composite(**items, meta=args.JsonRestore())
+            with _reading():
+                result = dict(self._manager.restore(step, args=composite).items())
+            if not isinstance(result["meta"], dict):
+                raise ValueError("the notes (meta) are no JSON object")
+            for key, kinds in notes.items():
+                if not isinstance(result["meta"].get(key), kinds):
+                    raise ValueError(f"the notes (meta) lack {key}")
+        # Orbax raises many types, even bare Exception.
+        except Exception as error:
+            reason = reason or one_line(error)
+        try:
+            if checksums is not None and not reason:
+                checksums.check_meta(result["meta"])
+                for item in like:
+                    checksums.check(item, result[item])
+        except Exception as error:
+            reason = one_line(error)
+        # A damaged part is seen by the process that reads it alone, and
+        # all must go on with the same checkpoint.
+        reason = next((text for text in distributed.tell(reason) if text), "")
+        if checksums is None and not reason and self.folder not in _without_checksums:
+            _without_checksums.add(self.folder)
+            logging.warning("%s was %s", folder, UNCHECKED)
+        return result, reason
 
-def _can_be_listed(folder: Path) -> bool:
-    """Whether the notes of a checkpoint are JSON, and the index of each item names some arrays."""
-    try:
-        json.loads((folder / "meta" / "metadata").read_text())
-        for item in ("ema", "train"):
-            notes = folder / item / "_METADATA"
-            if notes.exists():
-                json.loads(notes.read_text())
-            base = {"driver": "file", "path": f"{folder / item}/"}
-            index = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-            if not index.list().result():
-                return False
-    except (OSError, ValueError):
-        return False
-    return True
+
+def verify(folder: Path) -> dict[int, str]:
+    """Every checkpoint of a stage's folder, newest first, and what is wrong with it, '' if nothing.
+
+    A checkpoint of an earlier version says that it cannot be checked.
+    """
+    place, named = _place(folder)
+    with Checkpoints(place, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+    reasons = {step: damage(place / str(step)) for step in steps if named in (None, step)}
+    for step, reason in reasons.items():
+        if not reason and not (place / str(step) / FOLDER).exists():
+            reasons[step] = UNCHECKED
+    return reasons
+
+
+def verify_all(folders: Sequence[Path]) -> None:
+    """Prints what `verify` says of each folder. Raises UserError if a checkpoint is damaged."""
+    count, damaged = 0, []
+    for folder in folders:
+        place, _ = _place(folder)
+        for step, reason in verify(folder).items():
+            print(f"{place}/{step}: {reason or 'whole'}")
+            count += 1
+            if reason and reason != UNCHECKED:
+                damaged.append(f"{place}/{step}")
+    if not count:
+        raise UserError(f"no checkpoint in {', '.join(map(str, folders))}"[:300])
+    if damaged:
+        raise UserError(
+            f"{len(damaged)} of {count} checkpoints are damaged, the first {damaged[0]}; remove "
+            "them, or start the training again: it goes on from the newest whole one"
+        )
 
 
 def _place(folder: Path) -> tuple[Path, int | None]:
@@ -299,8 +384,8 @@ def load_ema(folder: Path, shapes: Any, mesh: Mesh) -> tuple[dict, dict]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """The notes of the newest readable checkpoint of a folder as in `load_ema`, {} without one.
 
-    "network" among them is the description of the network
-    (models.network.describe).
+    "network" among them is the description
+    of the network (models.network.describe).
     """
     place, named = _place(folder)
     with Checkpoints(place, read_only=True) as checkpoints:

@@ -1,9 +1,9 @@
 """Several processes as one run: how they find each other, agree, and stop together.
 
 Every process runs the same command and owns some of the devices.
-Collectives wait for all of them, so nothing may happen on one process
-alone that changes which collectives come next: errors, stop requests
-and what is on the disk are agreed on.
+Collectives wait for all of them, so nothing may happen on one
+process alone that changes which collectives come next: errors, stop
+requests and what is on the disk are agreed on.
 
 The launchers set RELAY_COORDINATOR=host:port (of process 0),
 RELAY_NUM_PROCESSES and RELAY_PROCESS_ID. Without them, Cloud TPU, SLURM
@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,27 +25,26 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from absl import logging
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from relay_jax.errors import StorageError, UserError, one_line
+from relay_jax.runtime.files import storage_error
 
-# Exit status EX_TEMPFAIL of sysexits.h: saved after SIGTERM, the same
-# command continues.
-STOPPED = 75
 MESSAGE_BYTES = 2000  # longest text that processes send each other
 
 T = TypeVar("T")
 
 _joined = False  # whether initialize() has connected this process with others
-_asked_to_stop = False  # one process: SIGTERM has come
+_stop_flag = False  # SIGTERM has come; several processes: and they have agreed on it
 _checks = 0  # several processes: calls of stop_requested so far, equal on all
 
 
 def initialize() -> None:
     """Connects with the other processes of the run, if any; to be called before any JAX operation.
 
-    Raises UserError if the environment is contradictory or the others
-    do not answer.
+    Raises UserError if the environment is contradictory or the
+    others do not answer.
     """
     global _joined
     if _joined:
@@ -58,17 +58,20 @@ def initialize() -> None:
             shutdown_timeout_seconds=60,
             initialization_timeout=int(os.environ.get("RELAY_TIMEOUT", "300")),
         )
+        # The first use of a device: it
+        # may be the one that is missing.
+        _joined = jax.process_count() > 1
     except UserError:
         raise
-    # JAX raises many types: no metadata server, no free port, no answer.
+    # JAX raises many types: no metadata
+    # server, no free port, no answer.
     except Exception as error:
         raise UserError(
             f"the processes of the run cannot be connected: {one_line(error)}; for a run of one "
             "process set RELAY_NUM_PROCESSES=1"
         ) from error
-    _joined = jax.process_count() > 1
-    # Process 0 speaks for all: the same lines from every host would say
-    # nothing more.
+    # Process 0 speaks for all: the same lines from every host would
+    # say nothing more.
     if jax.process_index() > 0:
         logging.set_verbosity(logging.ERROR)
 
@@ -80,15 +83,15 @@ def arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """
     names = ("coordinator", "num_processes", "process_id")
     launch = {name: environ.get("RELAY_" + name.upper(), "") for name in names}
-    # Open MPI 5 gives each process its number, but does not say where the
-    # first one is.
+    # Open MPI 5 gives each process its number, but does not say
+    # where the first one is.
     if launch["coordinator"]:
         launch["num_processes"] = launch["num_processes"] or environ.get("OMPI_COMM_WORLD_SIZE", "")
         launch["process_id"] = launch["process_id"] or environ.get("OMPI_COMM_WORLD_RANK", "")
     if launch["num_processes"] == "1" and not launch["coordinator"]:
         return None
-    # What the launcher says comes before what the cluster says: it was
-    # started by the user.
+    # What the launcher says comes before what the cluster says: it
+    # was started by the user.
     if any(launch.values()):
         return _launched(launch)
     if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -106,7 +109,10 @@ def arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
     )
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
     if all(name in environ for name in slurm) and tasks > 1:
-        return {"cluster_detection_method": "slurm", **_devices_of_task(environ, tasks)}
+        return {
+            "cluster_detection_method": "slurm",
+            **_devices_of_task(environ, tasks),
+        }
     if _on_cloud_tpu(environ):
         return {}
     return None
@@ -124,8 +130,8 @@ def _launched(launch: Mapping[str, str]) -> dict[str, Any]:
             "RELAY_NUM_PROCESSES and RELAY_PROCESS_ID must be numbers, the second below the first, "
             f"not {count!r} and {index!r}"
         )
-    # Without `deactivate`, JAX inside a SLURM job would give each process
-    # one GPU, whatever it was started with.
+    # Without `deactivate`, JAX inside a SLURM job would give each
+    # process one GPU, whatever it was started with.
     return {
         "coordinator_address": coordinator,
         "num_processes": int(count),
@@ -144,8 +150,8 @@ def _devices_of_task(environ: Mapping[str, str], tasks: int) -> dict[str, Any]:
 
 def _on_cloud_tpu(environ: Mapping[str, str]) -> bool:
     """Whether this is a Cloud TPU host whose TPU will be used."""
-    # JAX then asks the metadata server for the other hosts, which does
-    # not answer elsewhere.
+    # JAX then asks the metadata server for the other hosts, which
+    # does not answer elsewhere.
     if "tpu" not in environ.get("JAX_PLATFORMS", "tpu"):
         return False
     if importlib.util.find_spec("libtpu") is None:
@@ -172,7 +178,7 @@ def tell(text: str) -> list[str]:
         return [text]
     # Collectives move arrays of one shape.
     message = np.zeros(MESSAGE_BYTES, np.uint8)
-    data = text.encode()[:MESSAGE_BYTES]
+    data = text.encode(errors="replace")[:MESSAGE_BYTES]
     message[: len(data)] = np.frombuffer(data, np.uint8)
     rows = multihost_utils.process_allgather(message)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
@@ -201,11 +207,11 @@ def of_all(value: np.ndarray) -> np.ndarray:
 def agree(errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """Around what every process does: if it fails on any of them, all raise its error.
 
-    errors: those that end all. Raises UserError, with the status of the
-    first error.
+    errors: those that end all. Raises UserError, with the status of
+    the first error.
     """
-    # Without it a process that fails would leave the others waiting in
-    # their next collective.
+    # Without it a process that fails would leave the others waiting
+    # in their next collective.
     if not _joined:
         yield
         return
@@ -215,6 +221,8 @@ def agree(errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     except errors as error:
         message = str(error) or type(error).__name__
         status = getattr(error, "status", UserError.status)
+        if isinstance(error, OSError):
+            status = storage_error(message, error).status
     messages = tell(f"{status}{message}" if message else "")
     failed = [index for index, text in enumerate(messages) if text]
     if failed:
@@ -222,6 +230,49 @@ def agree(errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
         place = "" if len(failed) == len(messages) else f" (process {failed[0]} of {len(messages)})"
         kind = StorageError if int(first[0]) == StorageError.status else UserError
         raise kind(first[1:] + place, agreed=True)
+
+
+def not_answering(error: Exception, seconds: float = 6.0) -> str:
+    """After a collective has failed: `process 1 of 4 does not answer`; '' where that is not why.
+
+    The others have the same failure at the same time, and meet in
+    the service of process 0; who does not come is gone.
+    """
+    text = str(error)
+    signs = (
+        "closed by peer",
+        "reset by peer",
+        "Gloo",
+        "UNAVAILABLE",
+        "heartbeat",
+        "coordination",
+    )
+    if not _joined or not any(sign in text for sign in signs):
+        return ""
+    present: set[int] = set()
+    # In a thread: where process 0 is gone, the service does not
+    # answer either, for minutes.
+    asking = threading.Thread(target=_meet, args=(present, seconds), daemon=True)
+    asking.start()
+    asking.join(seconds + 4)
+    missing = sorted(set(range(jax.process_count())) - present) if present else [0]
+    names = " and ".join(map(str, missing[:8]))
+    if not missing:
+        return ""
+    does = "process" if len(missing) == 1 else "processes"
+    return f"{does} {names} of {jax.process_count()} gone: no answer ({one_line(error, 80)})"
+
+
+def _meet(present: set[int], seconds: float) -> None:
+    """Fills in the numbers of the processes that come here within some seconds."""
+    client, folder = jax_distributed.global_state.client, "relay_jax/present/"
+    assert client is not None
+    client.key_value_set(f"{folder}{jax.process_index()}", "1")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and len(present) < jax.process_count():
+        time.sleep(0.2)
+        names = [key for key, _ in client.key_value_dir_get(folder)]
+        present.update(int(name.rpartition("/")[2]) for name in names)
 
 
 def is_first() -> bool:
@@ -242,8 +293,8 @@ def sigterm_asks() -> Iterator[None]:
     With several processes JAX has installed its own handler, which
     tells the other processes too.
     """
-    global _asked_to_stop
-    _asked_to_stop = False
+    global _stop_flag
+    _stop_flag = False
     if _joined or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -255,20 +306,21 @@ def sigterm_asks() -> Iterator[None]:
 
 
 def _ask_to_stop(*_: object) -> None:
-    global _asked_to_stop
-    _asked_to_stop = True
+    global _stop_flag
+    _stop_flag = True
 
 
 def stop_requested() -> bool:
     """Whether to save and raise Stopped now; it must be obeyed.
 
-    All processes must call it equally often: it is true at the same
-    call of each, once.
+    All processes must call it equally often: it is true from the
+    same call of each on.
     """
     # With several processes JAX chooses a call that none of them has
-    # reached yet.
-    global _checks
-    if not _joined:
-        return _asked_to_stop
-    _checks += 1
-    return multihost_utils.reached_preemption_sync_point(_checks)
+    # reached yet, and says so at that call alone: who cannot stop
+    # just there, such as in the last step of a stage, asks again.
+    global _checks, _stop_flag
+    if _joined and not _stop_flag:
+        _checks += 1
+        _stop_flag = multihost_utils.reached_preemption_sync_point(_checks)
+    return _stop_flag

@@ -1,7 +1,7 @@
 """Where and with what a program runs: versions, devices, command line, commit.
 
-The record stands beside what the program has made, so that its numbers
-can be made again.
+The record stands beside what the program has made, so that its
+numbers can be made again.
 """
 
 import os
@@ -61,12 +61,13 @@ def revision(root: Path) -> str:
     Without the git program the commit is read from its files, and
     changes are not seen.
     """
-    # git itself would go on to look in the folders above, which may be a
-    # checkout of another project that holds this package as a dependency.
+    # git itself would go on to look in the folders above, which
+    # may be a checkout of another project that holds this
+    # package as a dependency.
     if not (root / ".git").exists():
         return ""
-    # A tag must not stand for the commit: tags move, and a commit can be
-    # looked up without them.
+    # A tag must not stand for the commit: tags move, and a commit
+    # can be looked up without them.
     options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
         description = subprocess.run(
@@ -96,7 +97,8 @@ def _commit_in_files(root: Path) -> str:
         return head
     name = head.removeprefix("ref: ")
     shared = folder / "commondir"
-    # A worktree keeps its branches in the checkout that it belongs to.
+    # A worktree keeps its branches in
+    # the checkout that it belongs to.
     for place in (folder, folder / shared.read_text().strip()) if shared.exists() else (folder,):
         if (place / name).exists():
             return (place / name).read_text().strip()

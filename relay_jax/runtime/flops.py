@@ -36,8 +36,9 @@ DEVICES = (  # sources:
     Device("H100", 989e12, 80e9),  # NVIDIA H100 SXM datasheet: 1,979 with sparsity, halved
 )
 
-# What JAX calls a device -> the entry with its peak. An A100 of 40 GB and
-# an H200 compute like the cards named; an H100 on PCIe does not.
+# What JAX calls a device -> the entry with its peak. An
+# A100 of 40 GB and an H200 compute like the cards named; an
+# H100 on PCIe does not.
 _KINDS = {
     r"TPU v4": "v4",
     r"TPU v5( lite|e)": "v5e",
@@ -59,9 +60,9 @@ def peak_flops(kind: str) -> float | None:
 def matmul_flops(jaxpr: core.Jaxpr) -> int:
     """Twice the multiply-adds of every convolution and matrix product of a program.
 
-    Those with padding are included. Loops of a known length count that
-    often, of branches the dearest one, of formulations for several
-    platforms the plain one; a `while` counts once.
+    Those with padding are included. Loops of a known length count
+    that often, of branches the dearest one, of formulations for
+    several platforms the plain one; a `while` counts once.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -77,8 +78,8 @@ def matmul_flops(jaxpr: core.Jaxpr) -> int:
             total += 2 * equation.outvars[0].aval.size * kernel.size // outputs
         else:
             inner = [matmul_flops(sub) for sub in core.jaxprs_in_params(params)]
-            # lax.platform_dependent: the default, which stands for all
-            # platforms, has no name.
+            # lax.platform_dependent: the default, which stands for
+            # all platforms, has no name.
             if platforms := params.get("branches_platforms"):
                 inner = [inner[platforms.index(None)]]
             once = max(inner, default=0) if name == "cond" else sum(inner)

@@ -3,32 +3,55 @@
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from absl import logging
 
-from relay_jax.errors import StorageError
+from relay_jax.errors import StorageError, one_line
 from relay_jax.runtime import distributed
-from relay_jax.runtime.files import cannot_write, read_jsonl, write_text
+from relay_jax.runtime.files import cannot_write, mend_jsonl, read_jsonl, write_text
+
+PACKAGE = str(Path(__file__).parents[1])
+# Libraries whose errors this package raises itself, in one line.
+RAISED_ELSEWHERE = ("orbax", "tensorstore", "tensorboardX")
+MAX_MESSAGE = 390  # characters of an error, `error: ` included
 
 
 def quieten() -> None:
     """Keeps the lines of this package, and of the libraries errors alone."""
-    # Orbax and JAX log several lines for every checkpoint: the progress
-    # would be buried.
-    package = str(Path(__file__).parents[1])
     handler = logging.get_absl_handler()
-    handler.addFilter(lambda line: line.levelno >= 40 or line.pathname.startswith(package))
+    handler.addFilter(_is_wanted)
+    # A full disk ends threads of Orbax and TensorBoard as well, each
+    # with a traceback above the line that matters.
+    threading.excepthook = _of_thread
+
+
+def _is_wanted(line: LogRecord) -> bool:
+    # Orbax and JAX log several lines for every checkpoint: the
+    # progress would be buried.
+    if line.pathname.startswith(PACKAGE):
+        return True
+    return line.levelno >= 40 and not any(name in line.pathname for name in RAISED_ELSEWHERE)
+
+
+def _of_thread(arguments: threading.ExceptHookArgs) -> None:
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr; status 2 is for a mistake of the user's."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    """Ends the program with one short line on stderr; status 2 is for a mistake of the user's."""
+    # Libraries put whole lists and files into their messages: the
+    # beginning says what is wrong, the end what to do.
+    text = one_line(ValueError(message), MAX_MESSAGE - len("error: "))
+    print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -44,20 +67,24 @@ def duration(seconds: float) -> str:
 class ScalarLog:
     """metrics.jsonl and TensorBoard's event files in one folder, on process 0; nothing elsewhere.
 
-    images: those that the run has seen. Lines past them, of a run that
-    was killed after its last checkpoint, are dropped, so that a
+    images: those that the run has seen. Lines past them, of a run
+    that was killed after its last checkpoint, are dropped, so that a
     continued run leaves one gapless curve. All methods raise
     StorageError for what cannot be written.
     """
 
     def __init__(self, folder: Path, images: int) -> None:
-        self._folder, self._path, self._events = folder, folder / "metrics.jsonl", None
+        self._folder, self._path, self._events = (
+            folder,
+            folder / "metrics.jsonl",
+            None,
+        )
         if not distributed.is_first():
             return
         # Imported here: slow, and only one process of a run writes.
         from tensorboardX import SummaryWriter
 
-        lines = [line for line in read_jsonl(self._path) if line["images"] <= images]
+        lines = [line for line in mend_jsonl(self._path, is_measure) if line["images"] <= images]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         with self._writing():
             self._events = SummaryWriter(str(folder), purge_step=images + 1)
@@ -87,10 +114,9 @@ class ScalarLog:
         if self._events is None:
             return
         line = {"images": images, "time": round(time.time(), 3), **scalars}
-        # Appended, not replaced like other files: there is a line for
-        # every few steps, and half a line at the end is dropped by the
-        # next
-        # start.
+        # Appended, not replaced like other files: there is a line
+        # for every few steps, and half a line at the end is dropped
+        # by the next start.
         with self._writing(), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         with self._event_file() as events:
@@ -118,19 +144,38 @@ class ScalarLog:
             with self._event_file() as events:
                 events.close()
         finally:
-            # Where it failed, TensorBoard and its thread would try again
-            # at the interpreter's exit, and print tracebacks under the
-            # one line that says what is wrong.
+            # Where it failed, TensorBoard and its thread would try
+            # again at the interpreter's exit, and print tracebacks
+            # under the one line that says what is wrong.
             writer._closed = True
             if writer._worker is not None and writer._worker.is_alive():
                 writer._worker.stop()
 
 
+def is_measure(line: dict) -> bool:
+    """Whether a line of metrics.jsonl is one: numbers alone, among them the images seen."""
+    numbers = (not isinstance(x, bool) and isinstance(x, int | float) for x in line.values())
+    if not all(numbers):
+        return False
+    images = line.get("images")
+    return isinstance(images, int) and 0 <= images < 2**53 and all(map(_is_small, line.values()))
+
+
+def _is_small(value: float) -> bool:
+    # JSON has whole numbers of any length, and arrays have not.
+    return isinstance(value, float) or abs(value) < 2**53
+
+
+def read_curve(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; what is no such line is left out."""
+    return [line for line in read_jsonl(path) if is_measure(line)]
+
+
 def curve_summary(lines: list[dict]) -> dict[str, Any]:
     """The lines of metrics.jsonl in a few numbers.
 
-    They are medians of the rates, the mean loss of the last tenth, and
-    the loader's share of the time.
+    They are medians of the rates, the mean loss of the last tenth,
+    and the loader's share of the time.
     """
     # Lines of an evaluation hold scores alone.
     lines = [line for line in lines if "images_per_second" in line]
@@ -145,7 +190,7 @@ def curve_summary(lines: list[dict]) -> dict[str, Any]:
         "tflops_per_device": _median(lines, "tflops_per_device") or 0.0,
         "utilisation": _median(lines, "utilisation"),
         "loader_share": round(float((shares * seconds).sum() / max(seconds.sum(), 1e-9)), 4),
-        "steps_skipped": lines[-1]["steps_skipped"] if lines else 0,
+        "steps_skipped": lines[-1].get("steps_skipped", 0) if lines else 0,
         "loss": round(float(np.mean(tail)), 5) if tail else None,
     }
 

@@ -1,8 +1,8 @@
 """Device mesh and placement: a batch is split over both axes, parameters over `fsdp` alone.
 
-A rule on shapes places every array of the state, so that parameters,
-optimiser and average of a layer lie alike and their update needs no
-communication.
+A rule on shapes places every array of the state, so that
+parameters, optimiser and average of a layer lie alike and their
+update needs no communication.
 """
 
 import math
@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from relay_jax.errors import UserError
 
-# Elements; smaller arrays are copied: the communication would cost more
-# than it saves.
+# Elements; smaller arrays are copied: the communication would cost
+# more than it saves.
 MIN_SHARDED_SIZE = 2**14
 
 
@@ -79,8 +79,8 @@ def gathered(params: Any, mesh: Mesh) -> Any:
         return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
     def divide(_: None, gradient: Any) -> tuple[Any]:
-        # Whole first: else XLA computes it in pieces, each from a copy of
-        # some channels of the activations.
+        # Whole first: else XLA computes it in pieces, each from a
+        # copy of some channels of the activations.
         return (jax.lax.with_sharding_constraint(whole(gradient), split),)
 
     whole.defvjp(lambda params: (whole(params), None), divide)
@@ -116,8 +116,8 @@ def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 def _rows_of_device(values: np.ndarray, rows: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
     """The rows that a device holds, of this host's `values`, which are rows `rows` of the batch."""
-    # A device's rows are neighbours in the batch, and so they are among
-    # the host's.
+    # A device's rows are neighbours in the batch, and so they are
+    # among the host's.
     part = index[0]
     first, last = np.searchsorted(rows, [part.start or 0, part.stop or rows[-1] + 1])
     return values[first:last]
@@ -134,8 +134,8 @@ def from_all(values: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 def padded(rows: np.ndarray, count: int) -> np.ndarray:
     """The rows [n, ...] followed by rows of zeros, [count, ...]; the same array where n = count."""
-    # Batches of one size: a compiled program would be compiled again for
-    # the last, smaller one.
+    # Batches of one size: a compiled program would be compiled again
+    # for the last, smaller one.
     if len(rows) == count:
         return rows
     return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])

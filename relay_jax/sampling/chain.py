@@ -1,24 +1,28 @@
 """The one chain of stages: seeds and classes in, images of every stage out.
 
-Files, the notebook, evaluation and previews draw through `Chain`, so
-that they get the same bits. Image i depends on its seed (and class)
-alone: every draw comes from the key fold_in(fold_in(key(0), seed),
-stage index), with purpose and step folded in by `seeded_noise`. Stages
-hand over float images, neither clipped nor quantised in between
-(docs/math.md section 6).
+Files, the notebook, evaluation and previews sample through `Chain`,
+so that they get the same bits. Image i depends on its seed (and
+class) alone: every draw comes from the key
+fold_in(fold_in(key(0), seed), stage index), with purpose and step
+folded in by `seeded_noise`. Stages hand over float images, neither clipped nor quantised in
+between (docs/math.md section 6). A relay with handoff "noise" takes
+the state of the stage before, which stops early; the picture of that
+stage is what its network makes of the state.
 
 The image of a seed is computed in row `seed mod batch` of its batch,
 whatever other seeds are asked for. Rows do not see each other, so on
-the same devices with the same batch size an image has the same bits in
-a run that was interrupted, extended, or asked for it alone.
+the same devices with the same batch size an image has the same bits
+in a run that was interrupted, extended, or asked for it alone.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,23 +41,28 @@ from relay_jax.runtime.sharding import (
     state_shardings,
     to_host,
 )
+from relay_jax.sampling.memory import check_program, surely_fits
 from relay_jax.sampling.pixels import to_uint8_on_device
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, joined
 
 RUN_AHEAD = 1  # batches queued on the devices beyond the one that is waited for
 
 
 class Inputs(NamedTuple):
-    """What a batch starts from besides its seeds: classes int32 [n], and low_res float32
-    [n, h, w, c] or None."""
+    """What a batch starts from besides its seeds.
+
+    classes: int32 [n]; low_res: float32 [n, h, w, c] or None.
+    """
 
     classes: np.ndarray
     low_res: np.ndarray | None
 
 
 class Pixels(NamedTuple):
-    """Finished images: seeds int64 [n], classes int32 [n], pixels uint8 [n, h, w, c], the same on
-    every process."""
+    """Finished images, the same on every process.
+
+    seeds: int64 [n]; classes: int32 [n]; pixels: uint8 [n, h, w, c].
+    """
 
     seeds: np.ndarray
     classes: np.ndarray
@@ -73,15 +82,25 @@ def stage_noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
 def initial_state(stage: Stage, seeds: jax.Array, low_res: jax.Array | None = None) -> jax.Array:
     """The state from which a stage is sampled, float32 [b, h, w, c].
 
-    seeds: uint32 [b]; low_res: [b, h/p, w/p, c] for a stage that starts
-    from images.
+    seeds: uint32 [b]; low_res: [b, h/p, w/p, c] for a stage that
+    starts from images: these, or with handoff "noise" the state of
+    the stage before at the level where it stops. Source: docs/math.md
+    section 6. Raises ValueError without low_res where it is needed,
+    AssertionError (chex) for other shapes.
     """
-    noise_fn = stage_noise(stage, jnp.asarray(seeds, jnp.uint32))
-    return stage.sample_process.initial_state(
-        float(stage.sampler.levels()[0]),
-        noise_fn,
-        None if low_res is None else jnp.asarray(low_res),
-    )
+    seeds = jnp.asarray(seeds, jnp.uint32)
+    chex.assert_rank(seeds, 1, custom_message="seeds must be [b]")
+    noise_fn = stage_noise(stage, seeds)
+    process, sigma = stage.sample_process, float(stage.sampler.levels()[0])
+    before = None if low_res is None else jnp.asarray(low_res)
+    if before is not None and stage.starts_from_images:
+        side = stage.low_resolution
+        shape = (len(seeds), side, side, stage.network.image_channels)
+        message = f"low_res must be {list(shape)}"
+        chex.assert_shape(before, shape, custom_message=message)
+    if stage.handoff == "noise" and before is not None:
+        return process.initial_state_from_noise(sigma, noise_fn, before)
+    return process.initial_state(sigma, noise_fn, before)
 
 
 def sample_stage(
@@ -94,11 +113,18 @@ def sample_stage(
 ) -> Samples:
     """One stage as a pure function, to be jitted by the caller.
 
-    seeds: uint32 [b]; classes: int32 [b], ignored by an unconditional
-    network; low_res: images of the stage before, [b, h/p, w/p, c], for
-    a stage that starts from images. Returns images [b, h, w, c], about
-    [-1, 1], not clipped, and on request the states of all steps.
+    seeds: uint32 [b]; classes: int32 [b], ignored by an
+    unconditional network; low_res: images (or the state) of the
+    stage before, [b, h/p, w/p, c], for a stage that starts from
+    images. Returns images [b, h, w, c], about [-1, 1], not clipped,
+    the state of a stage that stops early, and on request the states
+    of all steps. Source: docs/math.md section 6. Raises as
+    `initial_state`.
     """
+    if classes is not None:
+        classes = jnp.asarray(classes)
+        message = "classes must be [b], one for each seed"
+        chex.assert_shape(classes, np.shape(seeds), custom_message=message)
     return stage.sampler(
         stage.denoiser(params, classes),
         initial_state(stage, seeds, low_res),
@@ -129,9 +155,11 @@ class Chain:
     """Consecutive stages with their parameters, compiled once for batches of one size.
 
     stages: the whole relay, or a part of it whose first stage may
-    continue given images. params: averaged parameters by stage name, on
-    the mesh. batch: images per call of the compiled programs, over all
-    devices; rounded up to a multiple of them.
+    continue given images; as `stages` they are joined (stage.py),
+    so that one before a relay from noise stops early. params:
+    averaged parameters by stage name, on the mesh. batch: images
+    per call of the compiled programs, over all devices; rounded up
+    to a multiple of them.
     """
 
     def __init__(
@@ -141,13 +169,20 @@ class Chain:
         mesh: Mesh,
         batch: int,
     ) -> None:
-        self.stages, self.mesh = list(stages), mesh
+        self.stages, self.mesh = joined(stages), mesh
         self.batch = -(-batch // mesh.size) * mesh.size
         self.params = dict(params)
         self.notes: dict[str, dict] = {}  # of the checkpoints that the parameters come from
         rows = batch_sharding(mesh)
         self._programs: dict[str, Callable[..., jax.Array]] = {
             stage.name: jit(_final_of(stage), mesh, out_shardings=rows) for stage in self.stages
+        }
+        # Of the stages that hand over a
+        # state: what it shows, for pictures.
+        self._denoised: dict[str, Callable[..., jax.Array]] = {
+            before.name: jit(_denoised_of(before), mesh, out_shardings=rows)
+            for before, stage in itertools.pairwise(self.stages)
+            if stage.handoff == "noise"
         }
         self._finish = jax.jit(_pixels_and_finite, out_shardings=replicated(mesh))
 
@@ -162,11 +197,17 @@ class Chain:
         """With the averaged parameters of checkpoints. folders: by stage name, as in `load_ema`.
 
         Raises UserError for a stage without a checkpoint that can be
-        read and fits.
+        read and fits, and for a batch that does not fit into memory.
         """
         weights = {s.name: load_ema(folders[s.name], s.shapes(), mesh) for s in stages}
-        chain = cls(stages, {name: params for name, (params, _) in weights.items()}, mesh, batch)
+        chain = cls(
+            stages,
+            {name: params for name, (params, _) in weights.items()},
+            mesh,
+            batch,
+        )
         chain.notes = {name: notes for name, (_, notes) in weights.items()}
+        chain.check_memory()
         return chain
 
     @property
@@ -180,6 +221,15 @@ class Chain:
         other.__dict__.update(self.__dict__)
         other.params, other.notes = dict(params), {}
         return other
+
+    def check_memory(self) -> None:
+        """Raises UserError if a batch does not fit into memory; parameters are not needed."""
+        for stage in self.stages:
+            if surely_fits(stage, self.batch, self.mesh):
+                continue
+            if not isinstance(self._programs[stage.name], jax.stages.Compiled):
+                self._programs[stage.name] = self._compiled(stage)
+            check_program(self._programs[stage.name], stage, self.batch, self.mesh)
 
     def compile(self) -> None:
         """Compiles every stage now; at once, where a process need not mind the order of others."""
@@ -209,11 +259,14 @@ class Chain:
         program: Any = self._programs[stage.name]
         return program.lower(params, *inputs).compile()
 
-    def _start(self, seeds: np.ndarray, inputs: Inputs) -> dict[str, jax.Array]:
+    def _start(
+        self, seeds: np.ndarray, inputs: Inputs, pictures: bool = False
+    ) -> dict[str, jax.Array]:
         """One batch through all stages; its images stay on the devices, and may not be finished.
 
-        Each of the seeds stands in its row; empty rows repeat the first
-        image.
+        Each of the seeds stands in its row; empty rows repeat the
+        first image. pictures: denoise a state that is handed over,
+        for one more call of its network.
         """
         source = np.zeros(self.batch, int)
         source[seeds % self.batch] = np.arange(len(seeds))
@@ -230,6 +283,9 @@ class Chain:
             program, params = self._programs[stage.name], self.params[stage.name]
             previous = program(params, arrays["seeds"], arrays["classes"], *more)
             images[stage.name] = previous
+            if pictures and stage.name in self._denoised:
+                denoise = self._denoised[stage.name]
+                images[stage.name] = denoise(params, previous, arrays["classes"])
         return images
 
     def images(
@@ -237,18 +293,25 @@ class Chain:
         seeds: Sequence[int] | np.ndarray,
         classes: np.ndarray,
         low_res: np.ndarray | None = None,
+        pictures: bool = True,
     ) -> dict[str, np.ndarray]:
         """Float images of every stage by its name, float32 [n, h, w, c], whole on every process.
 
         seeds: [n], any number, the same on all processes, repeats
-        allowed; classes: int [n]; low_res: [n, h/p, w/p, c], what the
-        first stage starts from, if it continues images.
+        allowed; classes: int [n]; low_res: [n, h/p, w/p, c], what
+        the first stage starts from, if it continues images. A
+        stage that hands over a state has no finished image: what
+        its network makes of the state, or the state itself
+        without `pictures`.
         """
         seeds = np.asarray(seeds, np.int64)
         results: dict[str, np.ndarray] = {}
         for part in _turns(seeds, self.batch):
-            inputs = Inputs(np.asarray(classes)[part], None if low_res is None else low_res[part])
-            for name, batch in self._start(seeds[part], inputs).items():
+            inputs = Inputs(
+                np.asarray(classes)[part],
+                None if low_res is None else low_res[part],
+            )
+            for name, batch in self._start(seeds[part], inputs, pictures).items():
                 rows = to_host(batch)[seeds[part] % self.batch]
                 whole = results.setdefault(
                     name, np.empty((len(seeds), *rows.shape[1:]), rows.dtype)
@@ -259,12 +322,12 @@ class Chain:
     def stream(
         self, seeds: Iterable[int], inputs: Callable[[np.ndarray], Inputs]
     ) -> Iterator[Pixels]:
-        """Images of the last stage as bytes, batch after batch; the next one is computed while one
-        is fetched. Only the bytes leave the devices.
+        """Images of the last stage as bytes, batch after batch.
 
-        inputs: called for the seeds of each batch, while the devices
-        are at the one before. Raises UserError for images that are not
-        finite numbers.
+        The next one is computed while one is fetched; only the bytes
+        leave the devices. inputs: called for the seeds of each
+        batch, while the devices are at the one before. Raises
+        UserError for images that are not finite numbers.
         """
         waiting: deque[tuple[np.ndarray, np.ndarray, tuple[jax.Array, jax.Array]]] = deque()
         for batch in arrange(seeds, self.batch):
@@ -309,6 +372,11 @@ def _final_of(stage: Stage) -> Callable[..., jax.Array]:
     return lambda params, seeds, classes, low_res=None: (
         sample_stage(stage, params, seeds, classes, low_res).final
     )
+
+
+def _denoised_of(stage: Stage) -> Callable[..., jax.Array]:
+    sigma = np.float32(stage.sampler.levels()[-1])
+    return lambda params, state, classes: stage.denoiser(params, classes)(state, jnp.asarray(sigma))
 
 
 def _pixels_and_finite(images: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,13 +12,19 @@ from relay_jax.runtime import distributed
 from relay_jax.runtime.logs import Progress
 from relay_jax.runtime.sharding import describe, make_mesh
 from relay_jax.sampling.chain import Chain, Pixels
-from relay_jax.sampling.folder import Background, ImageFolder, PngFolder, read_images
+from relay_jax.sampling.folder import (
+    Background,
+    ImageFolder,
+    PngFolder,
+    read_images,
+)
 from relay_jax.sampling.pixels import edit_pixels
 from relay_jax.sampling.record import check_folder, read_record, write_record
 from relay_jax.sampling.request import Request
 from relay_jax.sampling.seeds import parse_seeds
 from relay_jax.sampling.shards import ShardFolder, merge_npz, write_manifest
 
+MISSING, KEPT, DONE = range(3)  # what is there of an image
 IMAGES_AT_ONCE = 1000  # low-resolution images that are tried before the work begins
 
 
@@ -31,26 +37,37 @@ def generate(
 ) -> None:
     """Writes the image of each seed to `out`; those that exist are not made again.
 
-    Each process writes a share. weights: the folder of each stage, with
-    its checkpoints. image_format: one of folder.FORMATS. Raises
-    UserError for what cannot be done, and for a folder that holds
-    images of other settings; StorageError where an image cannot be
-    written.
+    Each process writes a share. weights: the folder of each stage,
+    with its checkpoints. image_format: one of folder.FORMATS.
+    Raises UserError for what cannot be done, and for a folder that
+    holds images of other settings; StorageError where an image
+    cannot be written.
     """
     output = {"output": {"format": image_format}}
-    # Before anything is loaded: a folder of other images is refused at
-    # once.
+    # Before anything is loaded: a folder
+    # of other images is refused at once.
     with distributed.agree():
         if distributed.is_first():
             check_folder(out, request.record({}) | output, weights=False)
     folder = _open_folder(request, out, image_format)
-    finished = folder.finished(request.seeds)
-    # Process 0 decides what is missing: others may see a shared folder a
-    # moment later.
-    remaining = distributed.array_of_first(
-        np.asarray([seed not in finished for seed in request.seeds])
+    # Process 0 decides what is missing: others may see a
+    # shared folder a moment later, and reading what is
+    # there once is enough.
+    states = np.full(len(request.seeds), MISSING)
+    with distributed.agree():
+        if distributed.is_first():
+            finished, kept = (
+                folder.finished(request.seeds),
+                folder.kept(request.seeds),
+            )
+            states = np.asarray(
+                [DONE if s in finished else KEPT if s in kept else MISSING for s in request.seeds]
+            )
+    states = distributed.array_of_first(states)
+    missing, kept_seeds = (
+        [seed for seed, state in zip(request.seeds, states, strict=True) if state == which]
+        for which in (MISSING, KEPT)
     )
-    missing = [seed for seed, keep in zip(request.seeds, remaining, strict=True) if keep]
     logging.info(
         "%d images wanted, %d there already in %s; class rule %s, pixel_edit %s",
         len(request.seeds),
@@ -70,23 +87,29 @@ def generate(
         if distributed.is_first():
             check_folder(out, record)
             write_record(out, record)
+    with distributed.agree():
+        folder.plan(missing, kept_seeds)
     if missing:
         logging.info("%s", describe(mesh))
         chain.compile()
-        folder.plan(missing)
         batches = chain.stream(missing, lambda seeds: request.inputs(seeds, source))
         with Background() as background:
             _write(batches, folder, background, request, len(missing))
     distributed.barrier("all images are written")
     with distributed.agree():
-        if isinstance(folder, ShardFolder) and distributed.is_first():
-            _finish(folder, record)
+        if distributed.is_first():
+            folder.tidy()
+            # Once more: a command that ran beside this one may have
+            # written its own seeds over these.
+            write_record(out, record)
+            if isinstance(folder, ShardFolder):
+                _finish(folder, record)
 
 
 def _open_folder(request: Request, out: Path, image_format: str) -> ImageFolder:
-    if image_format == "png":
-        return PngFolder(out)
     resolution = request.stages[-1].resolution
+    if image_format == "png":
+        return PngFolder(out, resolution)
     return ShardFolder(out, image_format, resolution, request.num_classes)
 
 

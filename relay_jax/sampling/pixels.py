@@ -6,11 +6,12 @@
          imagenet: brightness 1.06
          celebahq: contrast 0.9, then brightness 1.05, then colour 0.99
 
-The edits of (2) belong to the published scores and to nothing else:
-they are off unless asked for by name. The arithmetic is Pillow's, as in
-the official scripts: every edit is value = low + factor (value - low)
-in float32, clipped and truncated to 8 bits; low is 0 (brightness), the
-image's mean grey (contrast) or the pixel's grey (colour).
+The edits of (2) belong to the published scores and to nothing
+else: they are off unless asked for by name. The arithmetic is
+Pillow's, as in the official scripts: every edit is
+value = low + factor (value - low) in float32, clipped and
+truncated to 8 bits; low is 0 (brightness), the image's mean grey
+(contrast) or the pixel's grey (colour).
 """
 
 from functools import cache
@@ -41,10 +42,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def to_uint8_on_device(images: jax.Array) -> jax.Array:
     """`to_uint8` inside a compiled program: the same bytes from the same float32, to the last one.
 
-    images: any shape, float32. A compiler may round 127.5 x + 128 once
-    instead of twice, which moves a level now and then. So the product
-    only proposes a level, and the least float32 of that level and of
-    the next, known from `to_uint8` itself, decide.
+    images: any shape, float32. A compiler may round 127.5 x + 128
+    once instead of twice, which moves a level now and then. So the
+    product only proposes a level, and the least float32 of that
+    level and of the next, known from `to_uint8` itself, decide.
     """
     # Nothing is above 255: comparisons with NaN are false.
     table = np.concatenate([[-np.inf], _least_of_levels(), [np.nan]])
@@ -57,8 +58,8 @@ def to_uint8_on_device(images: jax.Array) -> jax.Array:
 def _least_of_levels() -> np.ndarray:
     """The least float32 that `to_uint8`, which never falls, takes to each of the levels 1 to 255.
 
-    By bisection over the numbers of floats in order, so that the last
-    step is between neighbours.
+    By bisection over the numbers of floats in order, so that the
+    last step is between neighbours.
     """
     below, above = (
         _number(np.full(255, x, np.float32).view(np.int32)).astype(np.int64) for x in (-2, 2)
@@ -86,8 +87,8 @@ def edit_pixels(pixels: np.ndarray, edit: str) -> np.ndarray:
     """Colour edit (2), each image by itself. pixels: uint8 [n, h, w, c], c = 3 or 1 (grey);
     same shape and type.
 
-    edit: one of PIXEL_EDITS; 'none' returns the pixels as they are. A
-    grey image is treated as three equal channels.
+    edit: one of PIXEL_EDITS; 'none' returns the pixels as they are.
+    A grey image is treated as three equal channels.
     Raises ValueError for another edit, type or shape.
     """
     if edit not in _STEPS:

@@ -1,8 +1,8 @@
 """What a set of samples was made with, as plain values: samples.json beside the images, and part of
 a report.
 
-Two records that differ in nothing but their seeds belong to one set of
-images: image i of both is the same.
+Two records that differ in nothing but their seeds belong to one set
+of images: image i of both is the same.
 """
 
 import hashlib
@@ -17,30 +17,42 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from relay_jax.errors import UserError, one_line
-from relay_jax.runtime.files import write_json
+from relay_jax.runtime.files import read_json, write_json
 from relay_jax.sampling.folder import holds_images
 from relay_jax.sampling.seeds import parse_seeds, seeds_text
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, joined
 from relay_jax.workdir import flat
 
 RECORD = "samples.json"
-# How noise follows from the seed: key(0) folded with seed, stage index,
-# purpose and step (sampling/chain.py, diffusion/sampler.py
+# How noise follows from the seed: key(0) folded with seed, stage
+# index, purpose and step (sampling/chain.py, diffusion/sampler.py
 # `seeded_noise`). To be raised when that changes.
 NOISE_RULE = 1
 # The hash of the weights says more than their step.
 _NOT_COMPARED = ("seeds", "checkpoint.step", "checkpoint.images")
 # What does not change an image, or what earlier versions wrote under
 # another name.
-_NO_EFFECT = ("network.remat", "network.dropout", "network.dtype", "network.resolution")
+_NO_EFFECT = (
+    "network.remat",
+    "network.dropout",
+    "network.dtype",
+    "network.resolution",
+)
 _RENAMED = {"sampler.sde_scale": "sampler.fresh_noise"}
+# What earlier versions did not write,
+# with the value that they meant.
+_IMPLIED = {
+    "sampler.correction": "official",
+    "sampler.stop_sigma": 0.0,
+    "handoff": "image",
+}
 
 
 def parameters_hash(params: Mapping[str, Any]) -> str:
     """SHA-256, in hexadecimal, over names, shapes, types and bytes of all parameters, by name.
 
-    The same for arrays of numpy and of devices, however they are laid
-    out. All processes must call it.
+    The same for arrays of numpy and of devices, however they are
+    laid out. All processes must call it.
     """
     digest = hashlib.sha256()
     leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
@@ -68,12 +80,13 @@ def describe_sampling(
 ) -> dict[str, Any]:
     """The record of a sampling, all of it JSON. All processes must call it (`parameters_hash`).
 
-    stages: those that are sampled, in order. weights: by stage name, as
-    Chain.weights: the averaged parameters and the notes of their
+    stages: those that are sampled, in order. weights: by stage name,
+    as Chain.weights: the averaged parameters and the notes of their
     checkpoint; a stage without an entry is described without them.
     class_rule: see seeds.py, or 'own' for the classes of the real
     images that a relay starts from.
     """
+    stages = joined(stages)
     record = {
         "seeds": seeds_text(seeds),
         "class_rule": class_rule,
@@ -117,7 +130,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """samples.json of a folder, None if there is none. Raises UserError if it is damaged."""
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         parse_seeds(record["seeds"])
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -138,8 +151,8 @@ def first_difference(
     for name, renamed in _RENAMED.items():
         for key in [key for key in old if key.endswith(name)]:
             old[key.removesuffix(name) + renamed] = old.pop(key)
-    # Records of earlier versions say less of network and sampler; the
-    # hash of the weights and the keys that they do have decide.
+    # Records of earlier versions say less of network and sampler;
+    # the hash of the weights and the keys that they do have decide.
     says_less = not any(key.endswith("sampler.kind") for key in old)
     for key in [*new, *(key for key in old if key not in new)]:
         if key.endswith((*_NOT_COMPARED, *_NO_EFFECT)):
@@ -148,12 +161,15 @@ def first_difference(
             continue
         if says_less and key not in old and (".network." in key or ".sampler." in key):
             continue
+        implied = next((v for k, v in _IMPLIED.items() if key.endswith(f".{k}")), None)
+        if key not in old and implied is not None and new[key] == implied:
+            continue
         if key not in old or key not in new or old[key] != new[key]:
-            there, here = (
+            recorded, current = (
                 "not there" if key not in pairs else json.dumps(pairs[key])[:80]
                 for pairs in (old, new)
             )
-            return f"{key} is {there} in its {RECORD} and {here} now"
+            return f"{key} is {recorded} in its {RECORD} and {current} now"
     return None
 
 
@@ -175,8 +191,8 @@ def check_folder(folder: Path, record: Mapping[str, Any], weights: bool = True) 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes samples.json, or adds the seeds to the one there.
 
-    Its seeds are those asked for: images may still be missing. Raises
-    StorageError.
+    Its seeds are those asked for: images may still be missing.
+    Raises StorageError.
     """
     before = read_record(folder)
     seeds = parse_seeds(record["seeds"]) + (parse_seeds(before["seeds"]) if before else [])

@@ -1,5 +1,6 @@
 """What is to be sampled: the user's words, checked, and what every batch starts from."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,15 @@ import numpy as np
 from relay_jax.config import Settings
 from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
-from relay_jax.data.source import Source, describe_source, open_source
+from relay_jax.data.source import Source, describe_source, draw, open_source
 from relay_jax.errors import UserError
 from relay_jax.sampling.chain import Inputs
 from relay_jax.sampling.folder import read_images
 from relay_jax.sampling.record import describe_sampling, read_record
 from relay_jax.sampling.seeds import classes_for, parse_class_rule, parse_seeds
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, joined
 
+REAL_ORDER = "seed mod size, of all drawn once by numpy's default_rng(0)"
 OWN = "own"  # class rule: an image has the class of the real image that its relay starts from
 
 
@@ -25,10 +27,11 @@ OWN = "own"  # class rule: an image has the class of the real image that its rel
 class Request:
     """Images to sample.
 
-    stages: the whole relay, or one of its stages. seeds: one image
-    each. class_rule: see seeds.py, or OWN. low_res: folder of the
-    images that a relay stage alone starts from, None for real images.
-    start: what those images are, as plain values for the record.
+    stages: the whole relay, or one of its stages. seeds: one
+    image each. class_rule: see seeds.py, or OWN. low_res:
+    folder of the images that a relay stage alone starts from,
+    None for real images. start: what those images are, as plain
+    values for the record.
     """
 
     stages: Sequence[Stage]
@@ -72,15 +75,18 @@ class Request:
         """What the images of some seeds start from.
 
         source: the real images, if they are needed: number seed mod
-        size. Raises UserError for a low-resolution image that is
-        missing or damaged.
+        size of all in an order drawn once. Raises UserError for a
+        low-resolution image that is missing or damaged.
         """
         if self.low_res is not None:
             low_res = read_images(self.low_res, seeds.tolist(), self.low_resolution)
             return Inputs(classes_for(seeds, self.num_classes, self.class_rule), low_res)
         if source is None:
             return Inputs(classes_for(seeds, self.num_classes, self.class_rule), None)
-        positions = [int(seed) % len(source) for seed in seeds]
+        # In the order of a draw: the first images of a set that is
+        # sorted by class are all of one.
+        order = _order(len(source))
+        positions = [int(order[int(seed) % len(source)]) for seed in seeds]
         pixels, labels = read(source, positions, self.low_resolution)
         if self.class_rule == OWN:
             classes = np.asarray(labels, np.int32)
@@ -89,14 +95,20 @@ class Request:
         return Inputs(classes, to_float(pixels))
 
 
+@functools.lru_cache(maxsize=4)
+def _order(total: int) -> np.ndarray:
+    """All positions of a set, in the order in which seeds take them."""
+    return draw(total, total, 0)
+
+
 def of_one_stage(stage: Stage, count: int) -> Request:
     """Seeds 0, 1, ... of a stage by itself, as while it is trained.
 
-    A stage that starts from images starts from down-sampled real ones,
-    with their classes.
+    A stage that starts from images starts from down-sampled real
+    ones, with their classes, whatever a whole relay hands to it.
     """
     rule = OWN if stage.starts_from_images and stage.num_classes else "mod"
-    return Request(stages=[stage], seeds=range(count), class_rule=rule)
+    return Request(stages=[stage.alone], seeds=range(count), class_rule=rule)
 
 
 def parse_request(
@@ -106,18 +118,21 @@ def parse_request(
     seeds: str,
     class_rule: str = "",
     low_res: Path | None = None,
+    class_names: Sequence[str] = (),
 ) -> Request:
     """Checks what can be checked without data and weights. Raises UserError.
 
-    only: a stage alone. class_rule: '' for 'mod', for the rule of the
-    images in `low_res`, or for the classes of the real images that a
-    relay stage alone starts from otherwise.
+    only: a stage alone. class_rule: '' for 'mod', for the rule of
+    the images in `low_res`, or for the classes of the real images
+    that a relay stage alone starts from otherwise. class_names:
+    where they are known.
     """
     stages = settings.stages
     chosen = [only] if only else stages
+    joined(chosen)  # raises for a relay alone that continues a state, and has none
     continues = chosen[0].starts_from_images
     num_classes = stages[-1].num_classes
-    rule = parse_class_rule(class_rule, num_classes) if class_rule else ""
+    rule = parse_class_rule(class_rule, num_classes, class_names) if class_rule else ""
     start: dict[str, Any] = {}
     if low_res is not None and not continues:
         raise UserError("--low_res is for --stage of a relay; the first stage starts from noise")
@@ -125,7 +140,13 @@ def parse_request(
         rule, start = _continued(low_res, rule)
     elif continues:
         dataset = describe_source(settings.dataset.keys, settings.resolutions[-1], settings.seed)
-        start = {"made_by": "down-sampled real images", "data": dataset}
+        # Images of an earlier version started from others: a folder
+        # of them is not continued.
+        start = {
+            "made_by": "down-sampled real images",
+            "data": dataset,
+            "order": REAL_ORDER,
+        }
         rule = rule or (OWN if num_classes else "mod")
     return Request(
         stages=chosen,

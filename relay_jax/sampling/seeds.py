@@ -8,15 +8,19 @@ balanced    every `classes` consecutive seeds (from a multiple of `classes` on) 
             once, in an order of their own
 random      uniform; equal seeds have equal classes
 N           class N for all
+NAME        the class of that name for all, such as cat; name:NAME where a name looks like a number
+            or a rule
 
-The shuffling and the draw come from a hash of the seed in whole numbers
-(splitmix64; Steele et al. 2014), so they are the same on every machine
-and with every version of numpy.
+The shuffling and the draw come from a hash of the seed in whole
+numbers (splitmix64; Steele et al. 2014), so they are the same on
+every machine and with every version of numpy.
 """
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from absl import logging
 
 from relay_jax.config import MAX_SEED
 from relay_jax.errors import UserError
@@ -32,19 +36,28 @@ def parse_seeds(text: str) -> list[int]:
     Raises UserError for anything else, and beyond MAX_IMAGES.
     """
     seeds: list[int] = []
+    what = f"--seeds={text if len(text) <= 60 else text[:57] + '...'}"
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(
-                f"--seeds={text}: {part.strip()!r} is neither a number nor a range like 0-63"
+                f"{what}: {part.strip()[:40]!r} is neither a number nor a range like 0-63"
             )
-        low, high = int(first), int(last or first)
+        # Compared as texts first: Python refuses numbers of
+        # thousands of digits in its own words.
+        first, last = (
+            first.lstrip("0") or "0",
+            last.lstrip("0") or ("0" if dash else ""),
+        )
+        longest = max(len(first), len(last))
+        low, high = (int(first), int(last or first)) if longest <= 10 else (0, MAX_SEED + 1)
         if high < low or high > MAX_SEED:
             raise UserError(
-                f"--seeds={text}: the range {part.strip()!r} is empty or goes beyond {MAX_SEED}"
+                f"{what}: the range {part.strip()[:40]!r} is empty or goes beyond {MAX_SEED}"
             )
-        if high - low >= MAX_IMAGES:
-            raise UserError(f"--seeds={text}: more than {MAX_IMAGES:,} images at once")
+        # All ranges together, repeats as well: each is written out.
+        if len(seeds) + high - low >= MAX_IMAGES:
+            raise UserError(f"{what}: more than {MAX_IMAGES:,} images at once")
         seeds.extend(range(low, high + 1))
     return list(dict.fromkeys(seeds))
 
@@ -69,11 +82,12 @@ def seeds_text(seeds: Iterable[int]) -> str:
     )
 
 
-def parse_class_rule(text: str, num_classes: int) -> str:
-    """The rule as it is written down, a number without leading zeros.
+def parse_class_rule(text: str, num_classes: int, names: Sequence[str] = ()) -> str:
+    """The rule as it is written down; a class by its number, without leading zeros.
 
     num_classes: 0 for an unconditional network, which takes 'mod'
-    alone. Raises UserError for an unknown rule or class.
+    alone. names: of the classes, where they are known. Raises
+    UserError for an unknown rule or class.
     """
     if text == "mod":
         return text
@@ -81,20 +95,55 @@ def parse_class_rule(text: str, num_classes: int) -> str:
         raise UserError(f"--class={text}: the network is unconditional; leave --class out")
     if text in CLASS_RULES:
         return text
-    if not text.isdecimal():
-        raise UserError(
-            f"--class={text}: neither {', '.join(CLASS_RULES)} nor a class (0 to {num_classes - 1})"
+    if not (text.isascii() and text.isdecimal()):
+        return _by_name(text, num_classes, names)
+    # Compared as texts first: a number
+    # of ten thousand digits is none.
+    if len(text.lstrip("0")) > 9 or int(text) >= num_classes:
+        raise UserError(f"unknown class {text[:20]}; there are 0 to {num_classes - 1}")
+    # Folders 1 to 102 have the numbers 0 to 101: whoever writes 3
+    # may mean either.
+    if text in names and names.index(text) != int(text):
+        logging.warning(
+            "--class=%s is class number %s, which is called %r; for the class that is called "
+            "%s write --class=name:%s",
+            text,
+            int(text),
+            names[int(text)] if int(text) < len(names) else "",
+            text,
+            text,
         )
-    if int(text) >= num_classes:
-        raise UserError(f"unknown class {text}; there are 0 to {num_classes - 1}")
     return str(int(text))
+
+
+def _by_name(text: str, num_classes: int, names: Sequence[str]) -> str:
+    """The number of the class of a name. Raises UserError that names similar ones."""
+    name = text.removeprefix("name:")
+    matches = [number for number, other in enumerate(names) if other == name]
+    # As it is written, or else whatever
+    # its capitals, if that is one class.
+    matches = matches or [n for n, other in enumerate(names) if other.lower() == name.lower()]
+    if len(matches) == 1 and matches[0] < num_classes:
+        return str(matches[0])
+    number = f"a number from 0 to {num_classes - 1}"
+    if not names:
+        raise UserError(
+            f"--class={text[:60]}: neither {', '.join(CLASS_RULES)} nor {number}; the names of the "
+            "classes are not kept with these weights"
+        )
+    similar = difflib.get_close_matches(name, names, 3, 0.4) or list(names[:3])
+    listed = ", ".join(other[:40] for other in similar)
+    raise UserError(
+        f"--class={text[:60]}: neither {', '.join(CLASS_RULES)} nor {number} nor the name of a "
+        f"class, such as {listed}"
+    )
 
 
 def classes_for(seeds: np.ndarray | list[int], num_classes: int, rule: str) -> np.ndarray:
     """int32 [n], the class of each seed; zeros for an unconditional network (num_classes 0).
 
-    rule: what `parse_class_rule` has returned. Raises ValueError for
-    another.
+    rule: what `parse_class_rule` has
+    returned. Raises ValueError for another.
     """
     wide = np.asarray(seeds, np.uint64)
     if not num_classes:

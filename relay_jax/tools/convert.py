@@ -1,8 +1,8 @@
 """`python -m relay_jax.tools.convert`, the command's name in earlier versions.
 
-Scripts and notes of users have it, and it costs nothing to answer:
-relay_jax.official.convert does the work. Nothing else belongs in this
-folder.
+Scripts and notes of users have it, and it costs nothing to
+answer: relay_jax.official.convert does the work. Nothing else
+belongs in this folder.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """A look into the network that is trained: a table of its parts, and the layer that is not finite.
 
-Both watch the calls of flax modules from outside, so they work for any
-network and cost a training nothing: the compiled step knows nothing of
-them.
+Both watch the calls of flax modules from outside, so they work for
+any network and cost a training nothing: the compiled step knows
+nothing of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,8 +73,9 @@ def parts_table(stage: Stage, shapes: Any) -> str:
             level,
         )
     rows: list[Row] = [("part", "kind", "parameters", "output")]
-    # In the order of the calls, which is how the network reads.
-    # Parameters that no called part holds belong to the network itself.
+    # In the order of the calls, which is how the network
+    # reads. Parameters that no called part holds belong to
+    # the network itself.
     rows += [
         (name, kind, f"{parameter_count(shapes.get(name, {})):,}", output)
         for name, (kind, output) in outputs.items()
@@ -112,11 +113,12 @@ def not_finite(
 ) -> UserError:
     """What to raise after a step whose loss or gradient was not finite.
 
-    It names the layer, and the batch is kept in folder/debug. params:
-    those that the step began with, which it has left as they were; key:
-    of the run. All processes must call it.
+    It names the layer, and the batch is kept in folder/debug.
+    params: those that the step began with, which it has left as they
+    were; key: of the run. All processes must call it.
     """
-    # The key that the step has folded from the number of steps before it.
+    # The key that the step has folded
+    # from the number of steps before it.
     step_key = jax.random.fold_in(key, step - 1)
     place = first_not_finite(stage, params, batch, step_key, mesh)
     path = folder / "debug" / f"batch_{step}.npz"
@@ -141,8 +143,8 @@ def first_not_finite(stage: Stage, params: dict, batch: Batch, key: jax.Array, m
     enc_8x8_block0/conv0", "the gradient of ...", or "the loss" where
     all layers are finite.
     """
-    # Part by part as in the step: a batch that needs accumulation does
-    # not fit at once.
+    # Part by part as in the step: a batch that needs accumulation
+    # does not fit at once.
     for part in range(stage.train.accumulate):
         names: list[str] = []
         look = jax.jit(
@@ -154,8 +156,8 @@ def first_not_finite(stage: Stage, params: dict, batch: Batch, key: jax.Array, m
             if not finite:
                 return f"the output of {name}"
         bad = {path for path, finite in _leaves(gradient) if not finite}
-        # The backward pass comes from the end: the last of these layers
-        # is where it began.
+        # The backward pass comes from the end: the last of these
+        # layers is where it began.
         for name in reversed(names):
             for path in sorted(bad):
                 if path.rpartition("/")[0] == name:
@@ -180,10 +182,11 @@ def _finite_parts(
 ) -> tuple[list[jax.Array], dict]:
     """Whether each output and each gradient is finite, for one part of a batch.
 
-    names: filled with those of the outputs while the program is traced.
+    names: filled with those of the
+    outputs while the program is traced.
     """
-    # The same images at the same places as in `value_and_gradient`: the
-    # same noise and masks.
+    # The same images at the same places as in `value_and_gradient`:
+    # the same noise and masks.
     parts = stage.train.accumulate
     index = jnp.arange(part, batch["label"].shape[0], parts)
     images = jax.tree.map(lambda x: x[part::parts], batch)

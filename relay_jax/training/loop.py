@@ -4,12 +4,12 @@
     step   next batch -> devices -> train_step; the host runs ahead of the devices
     then   report -> give up? -> checkpoint -> stop? -> preview -> evaluation
 
-The order after a step is that of what may not be lost. The report comes
-first, since it fetches the numbers that say whether the training is
-worth saving: a checkpoint of a training that has diverged would push a
-good one out. The checkpoint comes before the answer to SIGTERM, which
-promises one, and before previews and evaluations, which take long: a
-machine may be taken away meanwhile.
+The order after a step is that of what may not be lost. The report
+comes first, since it fetches the numbers that say whether the
+training is worth saving: a checkpoint of a training that has
+diverged would push a good one out. The checkpoint comes before the
+answer to SIGTERM, which promises one, and before previews and
+evaluations, which take long: a machine may be taken away meanwhile.
 """
 
 import time
@@ -26,6 +26,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from relay_jax.config import Settings
+from relay_jax.data.identity import from_summary, summary
 from relay_jax.data.loader import Loader, Stream
 from relay_jax.data.source import Source
 from relay_jax.errors import Stopped, UserError
@@ -33,10 +34,9 @@ from relay_jax.models.network import describe as describe_network
 from relay_jax.models.network import parameter_count
 from relay_jax.runtime import distributed
 from relay_jax.runtime.checkpoint import Checkpoints, load_ema
-from relay_jax.runtime.devices import jit
 from relay_jax.runtime.flops import matmul_flops
+from relay_jax.runtime.lease import Lease
 from relay_jax.runtime.sharding import (
-    batch_sharding,
     host_rows,
     replicated,
     state_shardings,
@@ -45,9 +45,10 @@ from relay_jax.runtime.sharding import (
 from relay_jax.stage import Stage
 from relay_jax.training.layers import not_finite, parts_table
 from relay_jax.training.profile import Profiler
-from relay_jax.training.report import StageProgress
+from relay_jax.training.report import SUMMARY, StageProgress
 from relay_jax.training.state import TrainState, init_state
-from relay_jax.training.step import make_train_step
+from relay_jax.training.step import jit_step, make_train_step
+from relay_jax.workdir import kept_identity, refuse_changes
 
 RUN_AHEAD = 2  # steps queued on the devices beyond the one that they compute
 
@@ -56,9 +57,9 @@ RUN_AHEAD = 2  # steps queued on the devices beyond the one that they compute
 class Observers:
     """What looks at the averaged parameters now and then; all processes call them.
 
-    preview: -> picture, uint8 [H, W, 3]; every log.grid_every_images.
-    evaluation: -> scores by name, on process 0; every evaluate.every
-    images. None: never.
+    preview: -> picture, uint8 [H, W, 3]; every
+    log.grid_every_images. evaluation: -> scores by name, on process
+    0; every evaluate.every images. None: never.
     """
 
     preview: Callable[[dict], np.ndarray] | None = None
@@ -66,20 +67,24 @@ class Observers:
 
 
 class Start(NamedTuple):
-    """Where a training begins: its state, steps and seconds so far, and the notes on its data."""
+    """Where a training begins: its state, steps and seconds so far, and the notes on its data.
+
+    data: of the loader; dataset: of
+    what it reads (data/identity.py).
+    """
 
     state: TrainState
     step: int
     seconds: float
     data: dict[str, Any] | None
+    dataset: dict[str, Any] | None = None
 
 
 def is_finished(stage: Stage, folder: Path) -> bool:
-    """Whether the stage has a checkpoint of its last step, and not a plainly damaged one."""
+    """Whether the stage has a checkpoint of its last step, and a whole one: its arrays are read."""
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         return any(
-            step >= stage.train.steps and checkpoints.looks_whole(step)
-            for step in checkpoints.steps()
+            step >= stage.train.steps and checkpoints.is_whole(step) for step in checkpoints.steps()
         )
 
 
@@ -94,16 +99,18 @@ def train_stage(
 ) -> None:
     """Trains `stage` to its end; a stage that is finished returns at once.
 
-    folder: of this stage (checkpoints, logs, grids). Continues from the
-    newest readable checkpoint there, with the batches that an
+    folder: of this stage (checkpoints, logs, grids). Continues from
+    the newest readable checkpoint there, with the batches that an
     uninterrupted run would have had. start_from: folder of another
-    training, or of converted weights, whose averaged parameters replace
-    the random ones. Raises Stopped after SIGTERM, at the end of a step
-    and with a checkpoint of it; UserError when too many steps in a row
-    were not finite or no checkpoint of several can be read, DataError
-    for an unreadable image, StorageError for what cannot be written.
+    training, or of converted weights, whose averaged parameters
+    replace the random ones. Raises Stopped after SIGTERM, at the end
+    of a step and with a checkpoint of it; UserError when too many
+    steps in a row were not finite or no checkpoint of several can be
+    read, DataError for an unreadable image, StorageError for what
+    cannot be written.
     """
     if is_finished(stage, folder):
+        _finish_late(stage, mesh, folder, settings, observers)
         logging.info("stage %s is finished (%s)", stage.name, folder)
         return
     train, log = stage.train, settings.log
@@ -115,46 +122,54 @@ def train_stage(
     shardings = state_shardings(shapes, mesh)
     stays = partial(_stays, train.batch, settings.checkpoint.keep_every_images)
 
-    with Checkpoints(folder / "checkpoints", settings.checkpoint.keep, keep_always=stays) as saved:
-        # The state before the loader: its checkpoint says at which batch
-        # the data goes on.
-        state, step, seconds, data = _continued(saved, shapes, shardings) or _fresh(
+    # The lease before the checkpoints: opening them removes the
+    # unfinished one of another training of this stage.
+    with (
+        Lease(folder, f"stage {stage.name}") as lease,
+        Checkpoints(folder / "checkpoints", settings.checkpoint.keep, keep_always=stays) as saved,
+    ):
+        # The state before the loader: its checkpoint says at which
+        # batch the data goes on.
+        state, step, seconds, data, earlier = _continued(saved, shapes, shardings) or _fresh(
             stage, shapes, shardings, mesh, init_key, start_from
         )
         with distributed.agree():
+            # Written by `train` before the first stage: what each
+            # checkpoint says of the data that its weights come from.
+            identity = kept_identity(folder.parent)
+            dataset = summary(identity) if identity else None
+            if identity and earlier and distributed.is_first():
+                refuse_changes(from_summary(earlier), identity, folder)
             loader = _open_loader(stage, source, mesh, settings, step)
             _check_data(loader, data, folder)
         _describe_start(stage, mesh, shapes, step)
-        train_step = jit(
-            make_train_step(stage, mesh),
-            mesh,
-            donate_argnums=0,
-            in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-            out_shardings=(shardings, replicated(mesh)),
-        )
+        train_step = jit_step(make_train_step(stage, mesh), mesh, shardings)
         progress = StageProgress(stage, mesh, folder, step * train.batch)
-        # Each step that waits in the queue holds a batch on the devices
-        # and delays the answer to SIGTERM. Queued collectives of virtual
-        # devices deadlock.
+        # Each step that waits in the queue holds a batch on the
+        # devices and delays the answer to SIGTERM. Queued
+        # collectives of virtual devices deadlock.
         ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else RUN_AHEAD
-        begun, asked = time.monotonic() - seconds, False
+        begun, requested = time.monotonic() - seconds, False
         pending: list[dict] = []  # metrics of the steps since the last report, still on the devices
         profiler = Profiler(folder, log.profile_first, log.profile_steps)
-        # Opened before anything is written: whatever fails from here on,
-        # a full disk too, closes the loader's threads and the event file.
+        # Opened before anything is written: whatever fails from
+        # here on, a full disk too, closes the loader's threads
+        # and the event file.
         with loader, progress, profiler:
             progress.begin(settings.plain, step * train.batch)
+            if step:
+                _observe(progress, stage, settings, observers, state.ema, step, again=True)
             while step < train.steps:
                 # Before the step, so that a trace holds whole steps,
                 # their loading included.
-                profiler.before(step + 1, asked, pending)
-                asked = False
+                profiler.before(step + 1, requested, pending)
+                requested = False
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     with progress.waiting():
                         host_batch = next(loader)
                     batch = to_devices(dict(host_batch), mesh)
-                    # Counted in the trace that the first call compiles,
-                    # and so traced only once.
+                    # Counted in the trace that the first call
+                    # compiles, and so traced only once.
                     if progress.step_flops is None:
                         traced = train_step.trace(state, batch, step_key)
                         progress.step_flops = matmul_flops(traced.jaxpr.jaxpr)
@@ -167,47 +182,97 @@ def train_stage(
                     if len(pending) > ahead:
                         jax.block_until_ready(pending[-1 - ahead])
 
-                # Such a step has left the parameters as they were, so
-                # that it can be looked into. To ask waits for every step,
-                # which only a search for a mistake can afford.
+                # Such a step has left the parameters as they
+                # were, so that it can be looked into. To ask
+                # waits for every step, which only a search for a
+                # mistake can afford.
                 if settings.debug and not float(metrics["finite"]):
                     raise not_finite(stage, state.params, batch, step, step_key, folder, mesh)
 
                 if step % log.every_steps == 0 or last:
-                    asked = progress.report(images, state, pending, profiler.requested())
+                    lease.check()
+                    requested = progress.report(images, state, pending, profiler.requested())
                     pending = []
                     _check_finite(stage, state, images, folder)
 
-                # Asked at every step by all processes alike: JAX lets
-                # them agree on one.
+                # Asked at every step by all processes alike: JAX
+                # lets them agree on one.
                 stop = distributed.stop_requested() and not last
                 save = _due(before, images, settings.checkpoint.every_images) or stays(step)
                 if save or last or stop:
+                    lease.check()
                     notes = {
                         "images": images,
                         "data": dict(loader.state),
                         "seconds": time.monotonic() - begun,
                         "network": describe_network(stage.network),
+                        "dataset": dataset,
                     }
                     saved.save(step, **_items(state), meta=notes)
                 if stop:
-                    # The steps since the last report would be missing in
-                    # the curve.
+                    # The steps since the last report would be
+                    # missing in the curve.
                     if pending:
                         progress.report(images, state, pending, False)
                     raise Stopped(
                         f"stage {stage.name}: stopped by SIGTERM and saved at {images:,} images"
                     )
 
-                every = log.grid_every_images
-                if observers.preview and every and (_due(before, images, every) or last):
-                    progress.picture(images, observers.preview(state.ema))
-                every = settings.evaluate.every
-                if observers.evaluation and every and (_due(before, images, every) or last):
-                    progress.scores(images, observers.evaluation(state.ema))
+                _observe(progress, stage, settings, observers, state.ema, step)
         seconds = time.monotonic() - begun
-    # After the context of the checkpoints: now the last one is complete.
+    # After the context of the checkpoints:
+    # now the last one is complete.
     progress.finish(seconds)
+
+
+def _observe(
+    progress: StageProgress,
+    stage: Stage,
+    settings: Settings,
+    observers: Observers,
+    ema: dict,
+    step: int,
+    again: bool = False,
+) -> None:
+    """The preview and the evaluation that are due after a step.
+
+    again: only what a run that was killed after the checkpoint of
+    this step has not made.
+    """
+    before, images = (step - 1) * stage.train.batch, step * stage.train.batch
+    last = step == stage.train.steps
+    every = settings.log.grid_every_images
+    due = bool(every) and (last or _due(before, images, every))
+    if observers.preview and due and not (again and progress.has_picture(images)):
+        progress.picture(images, observers.preview(ema))
+    every = settings.evaluate.every
+    due = bool(every) and (last or _due(before, images, every))
+    if observers.evaluation and due and not (again and progress.has_scores(images)):
+        progress.scores(images, observers.evaluation(ema))
+
+
+def _finish_late(
+    stage: Stage, mesh: Mesh, folder: Path, settings: Settings, observers: Observers
+) -> None:
+    """What a run that was killed after its last checkpoint has not made: its summary at least."""
+    if distributed.of_first((folder / SUMMARY).is_file()):
+        return
+    with Lease(folder, f"stage {stage.name}"):
+        params, notes = load_ema(folder, stage.shapes(), mesh)
+        with StageProgress(stage, mesh, folder, notes["step"] * stage.train.batch) as progress:
+            # A training that has become
+            # shorter since has other images.
+            if notes["step"] == stage.train.steps:
+                _observe(
+                    progress,
+                    stage,
+                    settings,
+                    observers,
+                    params,
+                    notes["step"],
+                    again=True,
+                )
+        progress.finish(notes.get("seconds", 0.0))
 
 
 def _keys(seed: int, index: int) -> tuple[jax.Array, jax.Array]:
@@ -225,12 +290,14 @@ def _items(state: TrainState) -> dict[str, dict]:
 
 def _continued(saved: Checkpoints, shapes: TrainState, shardings: TrainState) -> Start | None:
     """The newest readable checkpoint, None if there is none at all. Raises UserError."""
-    restored = saved.restore(_items(shapes), _items(shardings))
+    # What the loop goes on with; of checkpoints without checksums.
+    notes_needed = {"seconds": (int, float), "data": (dict,)}
+    restored = saved.restore(_items(shapes), _items(shardings), notes=notes_needed)
     if restored is None:
         return None
     step, items = restored
     state, notes = TrainState(ema=items["ema"], **items["train"]), items["meta"]
-    return Start(state, step, notes["seconds"], notes["data"])
+    return Start(state, step, notes["seconds"], notes["data"], notes.get("dataset"))
 
 
 def _fresh(
@@ -277,8 +344,8 @@ def _check_data(loader: Loader, data: dict[str, Any] | None, folder: Path) -> No
 
 
 def _describe_start(stage: Stage, mesh: Mesh, shapes: TrainState, step: int) -> None:
-    # Before the compilation, which takes minutes: a network of the wrong
-    # size is seen at once.
+    # Before the compilation, which takes minutes: a network of the
+    # wrong size is seen at once.
     if distributed.is_first():
         logging.info("stage %s:\n%s", stage.name, parts_table(stage, shapes.params))
     logging.info(

@@ -1,7 +1,7 @@
 """Profiler traces of a few training steps: planned ones, and those asked for during a training.
 
-All processes trace the same steps, so that waits of one for another can
-be seen.
+All processes trace the same steps, so
+that waits of one for another can be seen.
 """
 
 import socket
@@ -15,8 +15,8 @@ from relay_jax.runtime import distributed
 from relay_jax.runtime.distributed import is_first
 from relay_jax.runtime.files import cannot_write
 
-# Created in a stage's folder by the user: a long training need not be
-# stopped to be looked into.
+# Created in a stage's folder by the user: a long training need not
+# be stopped to be looked into.
 REQUEST = "profile.request"
 
 
@@ -44,7 +44,7 @@ class Profiler:
         Raises StorageError where it cannot be.
         """
         path = self._folder / REQUEST
-        if not is_first() or not path.exists():
+        if not is_first() or not path.is_file():
             return False
         # A request that stays would be answered after every report.
         try:
@@ -53,20 +53,20 @@ class Profiler:
             raise cannot_write(path, error) from error
         return True
 
-    def before(self, step: int, asked: bool, running: Any) -> None:
+    def before(self, step: int, requested: bool, running: Any) -> None:
         """Starts or ends a trace before a step, once what is `running` on the devices is done.
 
-        All processes must call it with the same `asked`.
+        All processes must call it with the same `requested`.
         """
         if self._end == step:
             jax.block_until_ready(running)
             self._stop()
-        if self._end is None and (asked or step == self._first):
+        if self._end is None and (requested or step == self._first):
             jax.block_until_ready(running)
             options = jax.profiler.ProfileOptions()
             options.session_id, options.python_tracer_level = self._session(step), 0
-            # A training is worth more than a trace of it: it goes on
-            # without.
+            # A training is worth more than a
+            # trace of it: it goes on without.
             try:
                 jax.profiler.start_trace(self._folder / "profile", profiler_options=options)
             except (RuntimeError, OSError) as error:
@@ -76,8 +76,8 @@ class Profiler:
 
     def _session(self, step: int) -> str:
         """The name of a trace's folder, the same for all hosts."""
-        # Their files bear the hosts' names; only further processes of one
-        # host need folders of their own.
+        # Their files bear the hosts' names; only further processes
+        # of one host need folders of their own.
         hosts, index = distributed.tell(socket.gethostname()), jax.process_index()
         alone = hosts[index] not in hosts[:index]
         return f"step_{step}" if alone else f"step_{step}_process_{index}"

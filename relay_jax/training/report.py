@@ -22,19 +22,27 @@ from relay_jax.runtime.distributed import is_first
 from relay_jax.runtime.environment import environment
 from relay_jax.runtime.files import append_jsonl, read_jsonl, write_json, write_png
 from relay_jax.runtime.flops import peak_flops, si
-from relay_jax.runtime.logs import Progress, ScalarLog, curve_summary, duration
+from relay_jax.runtime.logs import (
+    Progress,
+    ScalarLog,
+    curve_summary,
+    duration,
+    read_curve,
+)
 from relay_jax.runtime.sharding import describe
 from relay_jax.stage import Stage
 from relay_jax.training.state import TrainState
+
+SUMMARY = "training.json"  # the last file of a stage
 
 
 class StageProgress:
     """One report for every few steps of a stage; to be used as a context.
 
-    images: those seen before this start; later lines of the curve, of a
-    run that was killed, are dropped. step_flops: of a step, on all
-    devices together; set by the loop when it is traced. All methods
-    that write raise StorageError.
+    images: those seen before this start; later lines of the curve,
+    of a run that was killed, are dropped. step_flops: of a step, on
+    all devices together; set by the loop when it is traced. All
+    methods that write raise StorageError.
     """
 
     def __init__(self, stage: Stage, mesh: Mesh, folder: Path, images: int) -> None:
@@ -59,9 +67,9 @@ class StageProgress:
 
     def begin(self, config: Mapping[str, Any], images: int) -> None:
         """Keeps the configuration and the environment of this start."""
-        # A training that is continued on other machines, or with another
-        # version, has a record of each: a kink in the curve can be
-        # explained later.
+        # A training that is continued on other machines, or with
+        # another version, has a record of each: a kink in the curve
+        # can be explained later.
         record = {"config": dict(config), "environment": environment(self._mesh)}
         if is_first():
             line = {"images": images, "time": round(time.time(), 3), **record}
@@ -77,26 +85,26 @@ class StageProgress:
             yield
         self._waited += time.monotonic() - begun
 
-    def report(self, images: int, state: TrainState, pending: list[dict], asked: bool) -> bool:
+    def report(self, images: int, state: TrainState, pending: list[dict], requested: bool) -> bool:
         """One console line and one line of scalars for the steps since the last report.
 
-        pending: metrics of those steps. asked: whether this process was
-        asked for something. Returns whether process 0 was. All
+        pending: metrics of those steps. requested: whether this process
+        was asked for something. Returns whether process 0 was. All
         processes must call it.
         """
-        # Fetched all at once, and only here: each transfer would make the
-        # loop wait.
+        # Fetched all at once, and only here: each transfer would
+        # make the loop wait.
         metrics, skipped = jax.device_get((pending, state.nonfinite_total))
         now = time.monotonic()
         share = self._waited / max(now - self._since, 1e-9)
-        everyone = distributed.of_all(np.asarray([share, asked]))
+        everyone = distributed.of_all(np.asarray([share, requested]))
         # The slowest host makes all of them wait.
         self._loader_share = float(everyone[:, 0].max())
         self._since, self._waited = now, 0.0
 
         values = {k: np.asarray([float(m[k]) for m in metrics]) for k in metrics[0]}
-        # Steps that were skipped would make the mean NaN, which is no
-        # JSON.
+        # Steps that were skipped would make
+        # the mean NaN, which is no JSON.
         finite = values.pop("finite") > 0
         means = {k: float(v[finite].mean()) for k, v in values.items()} if finite.any() else {}
         loss = f"loss {means['loss']:.4f}" if means else "loss not finite"
@@ -120,8 +128,23 @@ class StageProgress:
     def picture(self, images: int, pixels: np.ndarray) -> None:
         """A grid of samples, uint8 [H, W, 3]: PNG and TensorBoard."""
         if is_first():
-            write_png(self._folder / "grids" / f"{images:012d}.png", pixels)
+            write_png(self._picture(images), pixels)
         self._log.picture(images, "samples", pixels)
+
+    def has_picture(self, images: int) -> bool:
+        """Whether the grid of so many images is there, as process 0 sees it."""
+        return distributed.of_first(self._picture(images).exists())
+
+    def has_scores(self, images: int) -> bool:
+        """Whether the curve has scores of so many images, as process 0 sees it."""
+        curve = read_curve(self._folder / "metrics.jsonl")
+        # Lines of the training have a rate, those of an evaluation
+        # have scores alone.
+        scores = [x for x in curve if x["images"] == images and "images_per_second" not in x]
+        return distributed.of_first(bool(scores))
+
+    def _picture(self, images: int) -> Path:
+        return self._folder / "grids" / f"{images:012d}.png"
 
     def finish(self, seconds: float) -> None:
         """Sums up the whole training of the stage. seconds: of all its starts together."""
@@ -134,12 +157,12 @@ class StageProgress:
             "steps": train.steps,
             "seconds": round(seconds, 1),
             # From the files, which hold the earlier starts too.
-            **curve_summary(read_jsonl(self._folder / "metrics.jsonl")),
+            **curve_summary(read_curve(self._folder / "metrics.jsonl")),
             "starts": len(read_jsonl(self._folder / "starts.jsonl")),
             "devices": describe(self._mesh),
             "checkpoint": f"checkpoints/{train.steps}",
         }
-        write_json(self._folder / "training.json", summary)
+        write_json(self._folder / SUMMARY, summary)
         share = summary["utilisation"]
         loss = f"{summary['loss']:.4f}" if summary["loss"] is not None else "not finite"
         logging.info(

@@ -1,8 +1,8 @@
 """What a training carries from step to step, and the optimiser that changes it.
 
 Arrays only: everything else about a training follows from its
-configuration and the step number, so that a checkpoint of the state is
-all that a run needs to continue.
+configuration and the step number, so that a checkpoint of the state
+is all that a run needs to continue.
 """
 
 from functools import partial
@@ -20,8 +20,8 @@ class TrainState(NamedTuple):
 
     step: [] int32, steps done. params, ema: the network's parameters
     and their average, trees of float32. opt_state: Adam's moments.
-    nonfinite_row, nonfinite_total: [] int32, steps skipped in a row and
-    in all, because their loss or gradient was not finite.
+    nonfinite_row, nonfinite_total: [] int32, steps skipped in a row
+    and in all, because their loss or gradient was not finite.
     """
 
     step: jax.Array
@@ -43,8 +43,8 @@ def init_state(stage: Stage, key: jax.Array) -> TrainState:
     return TrainState(
         step=zero,
         params=params,
-        # A copy: the step's buffers are donated, and one cannot be given
-        # away twice.
+        # A copy: the step's buffers are donated, and one cannot be
+        # given away twice.
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(stage.train).init(params),
         nonfinite_row=zero,
@@ -70,8 +70,8 @@ def warmup_rate(step: jax.Array, learning_rate: float, batch: int, warmup_images
 
     step: [] or any shape, from 0; returns the same shape.
     """
-    # The very first step has rate 0: it fills Adam's moments, as in the
-    # official training. Images and not steps are counted, so that half
-    # the batch warms up over the same images.
+    # The very first step has rate 0: it fills Adam's moments, as in
+    # the official training. Images and not steps are counted, so
+    # that half the batch warms up over the same images.
     images = jnp.asarray(step, jnp.float32) * batch
     return learning_rate * jnp.minimum(images / max(warmup_images, 1), 1.0)

@@ -2,14 +2,15 @@
 
     batch -> loss of each image (Stage.loss) -> mean -> gradient -> Adam -> average of parameters
 
-A loss or gradient that is not finite leaves parameters, optimiser and
-average as they were; the step is counted. So a training outlives a rare
-overflow of bfloat16, and ends only after many in a row
+A loss or gradient that is not finite leaves parameters, optimiser
+and average as they were; the step is counted. So a training outlives
+a rare overflow of bfloat16, and ends only after many in a row
 (train.max_nonfinite), which the loop decides.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ import optax
 from jax.sharding import Mesh
 
 from relay_jax.models.network import in_travel_dtype
-from relay_jax.runtime.sharding import gathered
+from relay_jax.runtime.devices import jit
+from relay_jax.runtime.sharding import batch_sharding, gathered, replicated
 from relay_jax.stage import Stage
 from relay_jax.training.state import TrainState, make_optimizer
 
@@ -40,8 +42,8 @@ def batch_loss(
     parameters may be split.
     """
     if mesh is not None and mesh.shape["fsdp"] > 1:
-        # Cast before they are gathered: bfloat16 halves what the devices
-        # exchange.
+        # Cast before they are gathered: bfloat16 halves what the
+        # devices exchange.
         params = gathered(in_travel_dtype(stage.network, params), mesh)
     return jnp.mean(stage.loss(params, batch["image"], batch["label"], key, index, train=True))
 
@@ -60,8 +62,8 @@ def value_and_gradient(
     if parts == 1:
         return value_and_grad(params, batch, index, key)
 
-    # Part j takes images j, j + parts, ...: so each device contributes to
-    # every part, and no image moves between devices.
+    # Part j takes images j, j + parts, ...: so each device
+    # contributes to every part, and no image moves between devices.
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(count // parts, parts, *x.shape[1:]), 1, 0)
 
@@ -71,8 +73,8 @@ def value_and_gradient(
         return jax.tree.map(jnp.add, total, value_and_grad(params, *part, key)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    # A loop of the program, not of Python: the memory of one part serves
-    # all of them.
+    # A loop of the program, not of Python: the memory of one part
+    # serves all of them.
     total, _ = jax.lax.scan(add, zero, (jax.tree.map(split, batch), split(index)))
     return jax.tree.map(lambda x: x / parts, total)
 
@@ -86,8 +88,8 @@ def ema_decay(
     rampup 0 switches the ramp off. images_seen: images before this
     step, any shape; returns the same shape.
     """
-    # The ramp lets an early average forget the random weights: at the
-    # first step it is 0, a copy.
+    # The ramp lets an early average forget the random weights: at
+    # the first step it is 0, a copy.
     halflife = jnp.asarray(halflife_images)
     if rampup > 0:
         halflife = jnp.minimum(halflife_images, rampup * images_seen)
@@ -117,7 +119,10 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     images_seen = state.step.astype(jnp.float32) * settings.batch
     decay = ema_decay(
-        images_seen, settings.batch, settings.ema_halflife_images, settings.ema_rampup
+        images_seen,
+        settings.batch,
+        settings.ema_halflife_images,
+        settings.ema_rampup,
     )
     # The average takes the parameters after the update, as in the
     # official training.
@@ -136,8 +141,8 @@ def train_step(
         nonfinite_row=state.nonfinite_row + 1,
         nonfinite_total=state.nonfinite_total + 1,
     )
-    # Chosen element by element on the device: a branch on the host would
-    # wait for every step.
+    # Chosen element by element on the device: a branch on the host
+    # would wait for every step.
     state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, skipped)
     return state, {
         "loss": value,
@@ -151,8 +156,24 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
-    mesh: where the step runs, if it splits the state. key: of the run,
-    the same for every step. metrics: loss, gradient_norm, finite (1 or
-    0), each a float32 scalar.
+    mesh: where the step runs, if it splits the state. key: of the
+    run, the same for every step. metrics: loss, gradient_norm,
+    finite (1 or 0), each a float32 scalar.
     """
     return partial(train_step, stage, mesh)
+
+
+def jit_step(function: Callable[..., Any], mesh: Mesh, shardings: TrainState) -> Any:
+    """A training step as the loop runs it: its state is donated, and returned where it lay.
+
+    function: by `make_train_step`; shardings: of the state. Plans
+    and benchmarks compile the same program by the same call.
+    """
+    whole = replicated(mesh)
+    return jit(
+        function,
+        mesh,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh), whole),
+        out_shardings=(shardings, whole),
+    )

@@ -6,7 +6,7 @@ WORKDIR/loss.png            the loss of all stages
 WORKDIR/report.{json,md}    their scores (evaluation/evaluate.py)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,19 +16,23 @@ from absl import logging
 from jax.sharding import Mesh
 
 from relay_jax.config import Settings
+from relay_jax.data.description import describe as describe_data
 from relay_jax.data.source import Source
 from relay_jax.errors import Stopped, UserError
 from relay_jax.evaluation.evaluate import StageEvaluation, generate_first, summarize
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from relay_jax.plots.grids import grid, loss_curves, relay_picture
+from relay_jax.presets import with_preset
 from relay_jax.runtime import distributed
 from relay_jax.runtime.devices import training_devices
-from relay_jax.runtime.files import write_png
+from relay_jax.runtime.files import expanded, is_writable, read_json, try_folder, write_png
 from relay_jax.runtime.sharding import describe, make_mesh, place
 from relay_jax.sampling.chain import Chain, Inputs
 from relay_jax.sampling.request import of_one_stage
 from relay_jax.stage import Stage
 from relay_jax.training.loop import Observers, is_finished, train_stage
+from relay_jax.training.report import SUMMARY
+from relay_jax.workdir import claim_dataset
 
 PREVIEW_COLUMNS = 8
 
@@ -42,43 +46,87 @@ def train(
 ) -> None:
     """Trains `only`, or all stages in order, and generates samples when every stage is finished.
 
-    weights: folders by stage name from whose averaged weights a stage
-    starts, if it has no checkpoint of its own yet. Stages do not depend
-    on each other for training; finished ones are skipped. Raises
-    UserError, DataError, StorageError, and Stopped after SIGTERM.
+    weights: folders by stage name from whose averaged weights a
+    stage starts, if it has no checkpoint of its own yet. Stages
+    do not depend on each other for training; finished ones are
+    skipped. Raises UserError, DataError, StorageError, and
+    Stopped after SIGTERM.
     """
-    # Everything that may be a mistake of the user's, before the first
-    # stage trains for days.
+    # Everything that may be a mistake of the user's, before the
+    # first stage trains for days.
     with distributed.agree():
         mesh = training_mesh(settings)
-        # On CPU sampling uses more devices than training: see
-        # runtime/devices.py.
+        # On CPU sampling uses more devices than
+        # training: see runtime/devices.py.
         sampling_mesh = make_mesh(settings.fsdp)
         extractor = features_of(settings, sampling_mesh)
+        sampled = with_preset(settings, settings.evaluate.preset)
+        Chain(sampled.stages, {}, sampling_mesh, settings.sample.batch).check_memory()
+        # One process looks at the files, and says what is there.
+        if distributed.is_first():
+            data = describe_data(source, settings.dataset.keys, settings.resolutions, settings.seed)
+            claim_dataset(workdir, data.show())
     batches = ", ".join(
         f"{s.name} {s.train.batch} = {mesh.size} x {s.train.batch // mesh.size}"
         for s in settings.stages
     )
     logging.info("%s; batches: %s", describe(mesh), batches)
     for stage in [only] if only else settings.stages:
+        # The same weights, sampled as evaluate.preset says: previews
+        # are many, and need not be exact.
+        quick = sampled.stages[stage.index]
         evaluation = StageEvaluation(
-            stage=stage,
+            stage=quick,
             source=source,
             mesh=sampling_mesh,
             extractor=extractor,
             settings=settings,
             cache=workdir / "cache",
         )
-        preview = Preview(stage, source, sampling_mesh, settings.log.grid_images)
+        preview = Preview(quick, source, sampling_mesh, settings.log.grid_images)
         observers = Observers(preview=preview, evaluation=evaluation)
         folder, start_from = workdir / stage.name, weights.get(stage.name)
         train_stage(stage, source, mesh, folder, settings, observers, start_from)
-        # The stage's last checkpoint is there for all before one of them
-        # looks for it.
+        # The stage's last checkpoint is there for all before one of
+        # them looks for it.
         distributed.barrier(f"trained {stage.name}")
         if distributed.stop_requested():
             raise Stopped(f"stopped by SIGTERM after stage {stage.name}")
-    finish(settings, source, extractor, sampling_mesh, workdir)
+    finish(sampled, source, extractor, sampling_mesh, workdir)
+
+
+def is_reported(workdir: Path) -> bool:
+    """Whether the report of the whole relay is there and can be read."""
+    try:
+        return "scores" in read_json(workdir / "report.json")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def try_places(stages: Sequence[Stage], workdir: Path) -> None:
+    """Raises StorageError if what the training of these stages writes cannot be written."""
+    results = ["report.json", "report.md", "loss.png", "samples/grid.png"]
+    try_folder(workdir, ["samples", "cache"], results)
+    for stage in stages:
+        folders = ["checkpoints", "grids", "profile", "debug"]
+        try_folder(workdir / stage.name, folders, [SUMMARY])
+
+
+def may_only_be_read(stages: Sequence[Stage], workdir: Path) -> bool:
+    """Whether nothing can be written to a run, and nothing need be: it is finished, and says so.
+
+    All processes must call it.
+    """
+    readable = is_reported(workdir) and not is_writable(workdir)
+    if not distributed.of_first(readable):
+        return False
+    if not all(is_finished(stage, workdir / stage.name) for stage in stages):
+        return False
+    logging.info(
+        "all stages are finished; see %s (nothing can be written there)",
+        workdir / "report.md",
+    )
+    return True
 
 
 def finish(
@@ -92,7 +140,7 @@ def finish(
     stages = settings.stages
     unfinished = [stage.name for stage in stages if not is_finished(stage, workdir / stage.name)]
     # Process 0 has written it, and the others may not see it yet.
-    reported = distributed.of_first((workdir / "report.json").exists())
+    reported = distributed.of_first(is_reported(workdir))
     if unfinished:
         logging.info("still to train: %s", ", ".join(unfinished))
         return
@@ -104,9 +152,15 @@ def finish(
         return
     folders = {stage.name: workdir / stage.name for stage in stages}
     chain = Chain.load(stages, folders, mesh, settings.sample.batch)
+    for stage in stages:
+        # Read as an older one: the report
+        # would be of unfinished weights.
+        if chain.notes[stage.name]["step"] < stage.train.steps:
+            last = folders[stage.name] / "checkpoints" / str(stage.train.steps)
+            raise UserError(f"{last} cannot be read; remove it, and the same command trains again")
     generated = generate_first(chain, settings.evaluate.samples)
-    # The pictures before the report: they need no features, which may
-    # take long or fail.
+    # The pictures before the report: they need no features, which
+    # may take long or fail.
     with distributed.agree():
         if distributed.is_first():
             images, seeds, classes = (
@@ -118,15 +172,17 @@ def finish(
             write_png(workdir / "samples" / "grid.png", picture)
             logs = [(name, folder / "metrics.jsonl") for name, folder in folders.items()]
             loss_curves(logs, workdir / "loss.png")
-    report = summarize(generated, chain, source, extractor, settings, workdir)
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in report["scores"].items())
-    logging.info("done: %s", scores)
-    logging.info("look at %s and %s", workdir / "samples" / "grid.png", workdir / "report.md")
+    summarize(generated, chain, source, extractor, settings, workdir)
+    logging.info(
+        "done: look at %s and %s",
+        workdir / "samples" / "grid.png",
+        workdir / "report.md",
+    )
 
 
 def features_of(settings: Settings, mesh: Mesh) -> FeatureExtractor:
     """What evaluate.features and evaluate.inception name. Raises UserError."""
-    weights = Path(settings.evaluate.inception) if settings.evaluate.inception else None
+    weights = expanded(settings.evaluate.inception) if settings.evaluate.inception else None
     return make_extractor(settings.evaluate.features, weights=weights, mesh=mesh)
 
 
@@ -155,11 +211,11 @@ class Preview:
     mesh: Mesh
     count: int
 
-    # Kept with its compiled programs: each preview gives it other
-    # parameters.
+    # Kept with its compiled programs: each
+    # preview gives it other parameters.
     @cached_property
     def _chain(self) -> Chain:
-        return Chain([self.stage], {}, self.mesh, self.count)
+        return Chain([self.stage.alone], {}, self.mesh, self.count)
 
     @cached_property
     def _inputs(self) -> Inputs:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from PIL import Image
 
 from relay_jax.data import folder as index
 from relay_jax.data.folder import ImageFolder, Listing, cache_file, list_images
-from relay_jax.runtime.files import digest
+from relay_jax.data.zip import EdmZip
+from relay_jax.runtime.files import digest, write_png
+from relay_jax.sampling.folder import image_path
 from tests.conftest import error_of
-from tests.data.pictures import SHARED, colour, png, read_all
+from tests.data.pictures import SHARED, colour, png, read_all, write_zip
 
 
 def test_a_folder_of_folders_has_one_class_per_sub_folder(tmp_path: Path) -> None:
@@ -117,6 +120,86 @@ def test_the_fingerprint_is_of_paths_sizes_and_times(tmp_path: Path) -> None:
     assert ImageFolder(tmp_path).fingerprint() != digest(rows)
 
 
+def test_class_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+    for name in ("10", "2", "0", "007"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png(colour(int(name))))
+    assert ImageFolder(tmp_path).class_names == ("0", "2", "007", "10")
+    assert read_all(ImageFolder(tmp_path)) == [(0, 0), (2, 1), (7, 2), (10, 3)]
+    (tmp_path / "2").rename(tmp_path / "b")
+    assert ImageFolder(tmp_path).class_names == ("0", "007", "10", "b")
+
+
+def test_edms_dataset_json_gives_the_labels_of_an_unpacked_zip(tmp_path: Path) -> None:
+    names = [f"{i // 4:05d}/img{i:08d}.png" for i in range(8)]
+    images = {name: png(colour(i)) for i, name in enumerate(names)}
+    index = {"labels": [[name, i % 3] for i, name in enumerate(names)]}
+    zipped = EdmZip(write_zip(tmp_path / "set.zip", images, index))
+    with zipfile.ZipFile(tmp_path / "set.zip") as archive:
+        archive.extractall(tmp_path / "set")
+    source = ImageFolder(tmp_path / "set")
+    assert (source.class_names, source.unused) == (zipped.class_names, {})
+    assert read_all(source) == read_all(zipped) == [(i, i % 3) for i in range(8)]
+    assert source.where(5) == f"{tmp_path}/set/{names[5]}" and source.file_name(5) == names[5]
+    assert "set, with their dataset.json; name that one" in error_of(lambda: ImageFolder(tmp_path))
+    file = tmp_path / "set" / "dataset.json"
+    for labels, message in (
+        (index["labels"][1:], f"no label for {names[0]}"),
+        ([*index["labels"], [names[3], 2]], f"{names[3]} is listed twice, with the labels 0 and 2"),
+    ):
+        file.write_text(json.dumps({"labels": labels}))
+        assert f"{file}: {message}" in error_of(lambda: ImageFolder(tmp_path / "set"))
+    file.write_text('{"version": 1, "shards": {}}')
+    assert "source=packed" in error_of(lambda: ImageFolder(tmp_path / "set"))
+    file.write_text('{"labels": null}')
+    assert ImageFolder(tmp_path / "set").num_classes == 0
+
+
+def test_samples_have_no_classes(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    for seed in (3, 1004):
+        write_png(image_path(folder, seed), colour(seed % 256))
+    for _ in range(2):
+        assert read_all(ImageFolder(folder)) == [(3, 0), (236, 0)]
+        assert ImageFolder(folder).num_classes == 0 and ImageFolder(folder).unused == {}
+        (folder / "samples.json").write_text("{}")
+
+
+def test_what_is_not_used_is_counted_by_ending(tmp_path: Path) -> None:
+    for name in ("a.png", "b.HEIC", "c/d.heic", "c/e.txt", "noend", ".h.png", ".i/f.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(colour(1)))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "absent")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    source = ImageFolder(tmp_path)
+    assert source.unused == {".heic": 2, ".txt": 1, "": 1, "not a regular file": 3}
+    assert len(source) == 1
+
+
+def test_a_file_that_becomes_a_pipe_or_is_far_too_large_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(png(colour(1)))
+    source = ImageFolder(tmp_path)
+    os.truncate(file, 2**40)
+    assert f"{file}: cannot be read (1,099,511,627,776 bytes are more" in error_of(
+        lambda: source[0]
+    )
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file}: cannot be read (Not a regular file)" in error_of(lambda: source[0])
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set.npz", "a.png"])
+def test_a_file_in_place_of_the_folder_says_which_source_reads_it(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"")
+    cure = name.partition(".")[2]
+    cure = "name the folder it is in" if cure == "png" else f"--config.dataset.source={cure}"
+    assert cure in error_of(lambda: ImageFolder(tmp_path / name))
+
+
 # The index of a folder.
 
 
@@ -170,7 +253,9 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_listing_is_sorted_by_class_and_path(root: Path) -> None:
     listing = list_images(str(root))
     assert listing == Listing(
-        [], {"a": ["1.jpg", "deep/2.PNG", "deep/er/3.jpg"], "a-b": ["4.jpg"], "b": ["5.jpg"]}
+        [],
+        {"a": ["1.jpg", "deep/2.PNG", "deep/er/3.jpg"], "a-b": ["4.jpg"], "b": ["5.jpg"]},
+        {".txt": 1},
     )
     assert list(listing.classes) == ["a", "a-b", "b"] and len(listing) == 5
 
@@ -207,9 +292,9 @@ def test_any_change_is_seen(root: Path, change: str) -> None:
     before = list_images(str(root))
     assert cache_file(str(root)).exists()
     CHANGES[change](root)
-    found = list_images(str(root))
+    after = list_images(str(root))
     cache_file(str(root)).unlink(missing_ok=True)
-    assert found == list_images(str(root)) != before
+    assert after == list_images(str(root)) != before
 
 
 def test_a_change_with_its_time_set_back_is_seen(root: Path) -> None:

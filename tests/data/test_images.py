@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from relay_jax.data.folder import ImageFolder
-from relay_jax.data.images import center_crop_resize, flip_x, is_image, to_float
+from relay_jax.data.images import center_crop_resize, flip_x, to_float
 from relay_jax.data.synthetic import SyntheticShapes
 
 
@@ -79,9 +79,9 @@ def test_a_picture_is_cropped_as_the_array_of_it(
     name = "a.jpg" if mode == "CMYK" else "a.png"
     Image.fromarray(pixels).convert(mode).save(tmp_path / name)
     source = ImageFolder(tmp_path)
-    found, label = source.picture(0)
-    assert isinstance(found, Image.Image) and label == 0
-    cropped = center_crop_resize(found, 16)
+    picture, label = source.picture(0)
+    assert isinstance(picture, Image.Image) and label == 0
+    cropped = center_crop_resize(picture, 16)
     assert cropped.shape == (16, 16, 3) and cropped.dtype == np.uint8
     np.testing.assert_array_equal(cropped, center_crop_resize(source[0][0], 16))
 
@@ -96,14 +96,3 @@ def test_bytes_to_floats_span_minus_one_to_one() -> None:
     pixels = to_float(np.array([0, 127, 255], np.uint8))
     np.testing.assert_allclose(pixels, [-1, -1 / 255, 1], atol=1e-7)
     assert pixels.dtype == np.float32
-
-
-def test_hidden_files_and_other_endings_are_no_images() -> None:
-    names = {
-        "a.JPG": True,
-        "b/c.webp": True,
-        "b/._c.png": False,
-        "d.txt": False,
-        "e\\.f.png": False,
-    }
-    assert {name: is_image(name) for name in names} == names

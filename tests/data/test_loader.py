@@ -39,13 +39,13 @@ def assert_same(one: list[Batch], other: list[Batch]) -> None:
 
 def positions(images: np.ndarray) -> list[tuple[int, bool]]:
     """For each image the position in SET it shows, and whether it is mirrored."""
-    known = {}
+    places = {}
     for position in range(len(SET)):
         image = center_crop_resize(SET[position][0], RESOLUTION)
-        known[image.tobytes()] = (position, False)
-        known[image[:, ::-1].tobytes()] = (position, True)
-    assert len(known) == 2 * len(SET)
-    return [known[image.tobytes()] for image in images]
+        places[image.tobytes()] = (position, False)
+        places[image[:, ::-1].tobytes()] = (position, True)
+    assert len(places) == 2 * len(SET)
+    return [places[image.tobytes()] for image in images]
 
 
 def images_of(taken: list[Batch]) -> np.ndarray:

@@ -106,7 +106,9 @@ def test_the_fingerprint_is_of_the_bytes_of_all_files(tmp_path: Path) -> None:
     [
         ({"images": IMAGES}, "arr_0 is missing, it holds images"),
         ({"arr_0": IMAGES.astype(np.float32)}, "arr_0 must be uint8 in C order, not float32"),
-        ({"arr_0": np.asfortranarray(IMAGES)}, "arr_0 must be uint8 in C order"),
+        ({"arr_0": np.asfortranarray(IMAGES)}, "it is in Fortran order; save numpy.ascontiguous"),
+        ({"arr_0": IMAGES, "arr_1": LABELS + 2**62}, "and all below 1,048,576"),
+        ({f"x{n}": LABELS for n in range(3000)}, "x1, x10, x100, x1000 ... (3,000 in all)"),
         ({"arr_0": IMAGES[:, :7]}, "must be images [n, side, side, 3], not [13, 7, 8, 3]"),
         ({"arr_0": IMAGES[:0]}, "arr_0 holds no images"),
         ({"arr_0": IMAGES, "arr_1": LABELS[:5]}, "arr_1 must be 13 classes"),
@@ -122,6 +124,42 @@ def test_another_content_is_one_line(
     np.savez(path, **arrays)
     assert error_of(lambda: NpzImages(path)).startswith(f"{path}: ")
     assert message in error_of(lambda: NpzImages(path))
+
+
+@pytest.mark.parametrize("name", ["samples_26x8x8x3", "everything"])
+def test_parts_beside_their_sum_are_refused(tmp_path: Path, name: str) -> None:
+    """By its name, or as it begins with an image of a part and has as many as all."""
+    for part, labels in enumerate((LABELS, LABELS)):
+        np.savez(tmp_path / f"part_{part}.npz", np.roll(IMAGES, part), labels)
+    assert len(NpzImages(tmp_path)) == 26
+    both = np.concatenate([IMAGES, np.roll(IMAGES, 1)])
+    np.savez(tmp_path / f"{name}.npz", both, np.tile(LABELS, 2))
+    assert f"{name}.npz" in error_of(lambda: NpzImages(tmp_path))
+    np.savez(tmp_path / f"{name}.npz", both ^ 1, np.tile(LABELS, 2))
+    if name == "everything":
+        assert len(NpzImages(tmp_path)) == 52
+
+
+def test_other_files_beside_those_of_seeds_are_not_left_out_silently(tmp_path: Path) -> None:
+    for name in ("000000-000012", "old_run"):
+        write(tmp_path / f"{name}.npz")
+    message = error_of(lambda: NpzImages(tmp_path))
+    assert "old_run.npz" in message and "000000-000012.npz" in message
+
+
+def test_the_size_of_an_array_is_looked_at_before_it_is_read(tmp_path: Path) -> None:
+    """Headers that claim terabytes, or another number of bytes than there are."""
+    write(tmp_path / "a.npz", np.savez_compressed)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for name, shape in (("arr_0.npy", b"(13, 9, 9, 3)"), ("arr_1.npy", b"(99999999999,)")):
+        head = b"{'descr': '|u1', 'fortran_order': False, 'shape': " + shape + b", }\n"
+        with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+            for member, data in members.items():
+                text = b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head
+                archive.writestr(member, text if member == name else data)
+        message = error_of(lambda: NpzImages(tmp_path / "b.npz"))
+        assert f"{name[:5]} has another size than it says" in message
 
 
 def test_missing_foreign_and_mixed_files_are_named(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def packed(photographs: ImageFolder, tmp_path: Path) -> Path:
 def test_a_record_gives_back_every_pixel_and_the_label(shape: tuple[int, int]) -> None:
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     before = image.copy()
-    found, label = decode_record(encode_record(image, 70000))
-    np.testing.assert_array_equal(found, image)
-    assert found.dtype == np.uint8 and label == 70000
+    decoded, label = decode_record(encode_record(image, 70000))
+    np.testing.assert_array_equal(decoded, image)
+    assert decoded.dtype == np.uint8 and label == 70000
     np.testing.assert_array_equal(image, before)
 
 
@@ -80,10 +80,10 @@ def test_packed_pixels_are_those_of_the_originals_cropped_by_the_loader(
     assert (len(source), source.num_classes, source.class_names) == (COUNT, 2, ("cat", "dog"))
     assert source.resolution == resolution
     positions = [22, 0, 5, 4, 13, 0]
-    for found, expected in zip(
+    for unpacked, expected in zip(
         read(source, positions, resolution), read(photographs, positions, resolution), strict=True
     ):
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(unpacked, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -124,8 +124,8 @@ def test_it_can_be_read_by_many_threads_and_after_pickling(
     copy = pickle.loads(pickle.dumps(source))
     with ThreadPoolExecutor(8) as pool:
         for reader in (source, copy, pickle.loads(pickle.dumps(source.at(32))).at(8)):
-            found = list(pool.map(reader.__getitem__, [n % COUNT for n in range(200)]))
-            for n, (image, label) in enumerate(found):
+            records = list(pool.map(reader.__getitem__, [n % COUNT for n in range(200)]))
+            for n, (image, label) in enumerate(records):
                 np.testing.assert_array_equal(image, expected[n % COUNT])
                 assert label == labels[n % COUNT]
 
@@ -225,6 +225,18 @@ def test_what_is_no_packed_set_is_one_line_that_names_it(packed: Path, tmp_path:
         ("{", "cannot be read"),
         ("[]", "not a description"),
         ('{"labels": []}', "not a description"),
+        ('{"labels": []}', "in EDM's format; use --config.dataset.source=folder"),
+        ("[" * 100_000, "cannot be read"),
+        *(
+            (json.dumps(manifest | {key: value}), f"damaged ({key} is not what")
+            for key in ("images", "class_names", "resolutions", "shards", "source", "complete")
+            for value in (None, "x", [[]], -1)
+        ),
+        *(
+            (json.dumps(manifest | {"shards": {"8": [shard | change]}}), "damaged (")
+            for shard in manifest["shards"]["8"][:1]
+            for change in ({"file": "../a"}, {"file": "/etc/passwd"}, {"images": 2**70}, {})
+        ),
         (json.dumps(manifest | {"version": 2}), "format 2, this program reads 1"),
         (json.dumps(manifest | {"complete": False}), "has not finished"),
     ):

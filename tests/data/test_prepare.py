@@ -17,12 +17,15 @@ import pytest
 from absl import logging as absl_logging
 
 from relay_jax.data import packed
+from relay_jax.data.folder import ImageFolder
+from relay_jax.data.identity import identify
 from relay_jax.data.images import ImageSource
 from relay_jax.data.packed import PackedDataset, read_manifest
 from relay_jax.data.prepare import prepare
 from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.errors import DataError, Stopped, StorageError
 from tests.conftest import content, error_of
+from tests.data.pictures import colour, png
 
 SET = SyntheticShapes(16, 22, 1)
 OPTIONS: dict[str, Any] = {
@@ -62,10 +65,12 @@ class Recorded(ImageSource):
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged."""
-    found: list[str] = []
+    messages: list[str] = []
     for name in ("info", "warning"):
-        monkeypatch.setattr(absl_logging, name, lambda text, *values: found.append(text % values))
-    return found
+        monkeypatch.setattr(
+            absl_logging, name, lambda text, *values: messages.append(text % values)
+        )
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +256,48 @@ def test_the_folder_of_another_preparation_is_refused_and_left_alone(
     message = error_of(lambda: prepare(**arguments))
     assert message.startswith(f"{prepared}: belongs to another preparation: {key} is ")
     assert content(prepared) == before
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Originals of two classes."""
+    for name in ("cat/0", "cat/1", "dog/0"):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / f"{name}.png").write_bytes(png(colour(len(name))))
+    return tmp_path / "pets"
+
+
+def prepare_pets(pets: Path, out: Path) -> dict[str, Any]:
+    """As --mode=prepare does; returns what is kept of the originals."""
+    source = ImageFolder(pets)
+    about = {"source": "folder", "path": str(pets), "identity": identify(source)}
+    return prepare(source, [8], out, **OPTIONS | {"description": about})["source"]
+
+
+def test_originals_that_were_moved_are_the_same_and_changed_ones_are_named(
+    pets: Path, tmp_path: Path
+) -> None:
+    kept = prepare_pets(pets, tmp_path / "set")
+    assert PackedDataset(tmp_path / "set", 8).class_counts() == [2, 1]
+    moved = pets.rename(tmp_path / "moved")
+    assert prepare_pets(moved, tmp_path / "set")["identity"] == kept["identity"]
+    (moved / "cat").rename(moved / "zebra")
+    message = error_of(lambda: prepare_pets(moved, tmp_path / "set"))
+    assert "the originals have changed since it was prepared: class 'cat' is called" in message
+
+
+def test_a_set_of_an_earlier_version_goes_on_where_its_originals_are(
+    pets: Path, tmp_path: Path
+) -> None:
+    source, about = ImageFolder(pets), {"source": "folder", "path": str(pets)}
+    prepare(source, [8], tmp_path / "set", **OPTIONS | {"description": about})
+    before = PackedDataset(tmp_path / "set", 8)
+    assert before.class_counts() is None and "identity" in prepare_pets(pets, tmp_path / "set")
+    # Described better, it is the same set to those who train on it.
+    assert PackedDataset(tmp_path / "set", 8).identity() == before.identity()
+    about["path"] = "/elsewhere"
+    prepare(source, [8], tmp_path / "other", **OPTIONS | {"description": about})
+    assert "source is " in error_of(lambda: prepare_pets(pets, tmp_path / "other"))
 
 
 def test_a_folder_with_anything_else_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -69,14 +69,14 @@ class Bucket(BaseHTTPRequestHandler):
 
     def do_DELETE(self) -> None:
         file = self.folder / unquote(urlparse(self.path).path).rpartition("/o/")[2]
-        found = file.is_file()
+        exists = file.is_file()
         file.unlink(missing_ok=True)
-        self._answer(200 if found else 404, {})
+        self._answer(200 if exists else 404, {})
 
     def do_GET(self) -> None:
-        asked = urlparse(self.path)
-        if asked.path.endswith("/o"):
-            prefix = parse_qs(asked.query).get("prefix", [""])[0]
+        url = urlparse(self.path)
+        if url.path.endswith("/o"):
+            prefix = parse_qs(url.query).get("prefix", [""])[0]
             names = sorted(
                 str(file.relative_to(self.folder))
                 for file in self.folder.rglob("*")
@@ -88,9 +88,9 @@ class Bucket(BaseHTTPRequestHandler):
             return
         file = self.folder / unquote(urlparse(self.path).path).rpartition("/o/")[2]
         body = file.read_bytes() if file.is_file() else b""
-        code, wanted, size = (200 if body else 404), self.headers.get("Range"), len(body)
-        if body and wanted:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
+        code, part, size = (200 if body else 404), self.headers.get("Range"), len(body)
+        if body and part:
+            first, _, last = part.removeprefix("bytes=").partition("-")
             start, stop = (
                 (int(first), int(last or size - 1) + 1)
                 if first
@@ -164,20 +164,20 @@ print(len(source.read))
 def test_a_set_is_prepared_into_a_bucket_as_into_a_folder_and_resumed_there(tmp_path: Path) -> None:
     prepare(SET, [8, 16], tmp_path / "here", description={}, shard_images=5)
     expected = {name: raw for name, raw in content(tmp_path / "here").items() if name != ".lock"}
-    there = tmp_path / "there"
-    there.mkdir()
-    with serve(there) as (address, written):
-        said = run_there(address, PREPARE, "gs://bucket/sets/one", "12", "5")
-        assert said.startswith("error: images/12.jpg: cannot decode")
-        assert "8/00001-of-00005.array_record.json" in content(there / "sets/one")
-        assert "8/00002-of-00005.array_record" not in content(there / "sets/one")
-        damaged = there / "sets/one/16/00000-of-00005.array_record"
+    bucket = tmp_path / "there"
+    bucket.mkdir()
+    with serve(bucket) as (address, written):
+        output = run_there(address, PREPARE, "gs://bucket/sets/one", "12", "5")
+        assert output.startswith("error: images/12.jpg: cannot decode")
+        assert "8/00001-of-00005.array_record.json" in content(bucket / "sets/one")
+        assert "8/00002-of-00005.array_record" not in content(bucket / "sets/one")
+        damaged = bucket / "sets/one/16/00000-of-00005.array_record"
         damaged.write_bytes(damaged.read_bytes()[:-1])
         written.clear()
-        said = run_there(address, PREPARE, "gs://bucket/sets/one/", "-1", "5")
-        assert said == "17", said  # all but the one file that was there and whole
+        output = run_there(address, PREPARE, "gs://bucket/sets/one/", "-1", "5")
+        assert output == "17", output  # all but the one file that was there and whole
         assert "sets/one/8/00001-of-00005.array_record" not in written
-        assert content(there / "sets/one") == expected
+        assert content(bucket / "sets/one") == expected
         written.clear()
         assert run_there(address, PREPARE, "gs://bucket/sets/one", "-1", "5") == "0"
         assert written == ["sets/one/dataset.json"]

@@ -1,7 +1,9 @@
 """TFDS: data sets prepared on this machine, ImageNet's own builder among them."""
 
 import io
+import json
 import pickle
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -128,6 +130,30 @@ def test_tfds_files_that_need_tensorflow_are_refused_in_one_line(
     assert "tfrecord" in message and "file_format='array_record'" in message
 
 
+@pytest.mark.parametrize(
+    "place", ["pythonClassName", "type", "nested"], ids=["proto", "legacy", "in a text"]
+)
+def test_features_of_other_packages_are_refused_and_nothing_of_them_runs(
+    tfds_dir: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny_img" / "1.0.0"
+    shutil.copytree(tfds_dir / "tiny_img" / "1.0.0", folder)
+    (tmp_path / "hostile_features.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "hostile_features.Image"
+    features = json.loads((folder / "features.json").read_text())
+    if place == "nested":
+        features["featuresDict"]["features"]["x"] = {
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "json": {"json": json.dumps({"feature": {"type": name, "content": {}}})},
+        }
+    else:
+        features["featuresDict"]["features"]["image"] = {place: name, "content": {}}
+    (folder / "features.json").write_text(json.dumps(features))
+    message = error_of(lambda: TfdsSource("tiny_img", "train", str(tmp_path)))
+    assert name in message and "not TFDS's own" in message and "hostile_features" not in sys.modules
+
+
 # ImageNet as TFDS prepares it, on archives like the real ones.
 
 SYNSETS = ("n01440764", "n02085620", "n15075141")
@@ -205,8 +231,8 @@ def test_the_training_split_has_a_thousand_classes_and_the_images(prepared: Path
     source = TfdsSource("imagenet2012", "train", str(prepared))
     assert len(source) == 6 and source.num_classes == 1000
     assert [source.class_names[c] for c in CLASSES] == list(SYNSETS)
-    found = sorted((int(image.mean()), label) for image, label in (source[i] for i in range(6)))
-    assert found == [(50 * n + i, c) for n, c in enumerate(CLASSES) for i in range(2)]
+    images = sorted((int(image.mean()), label) for image, label in (source[i] for i in range(6)))
+    assert images == [(50 * n + i, c) for n, c in enumerate(CLASSES) for i in range(2)]
 
 
 def test_splits_without_labels_are_refused_when_read(prepared: Path) -> None:

@@ -25,12 +25,12 @@ def some_draws(batch: int = 2, **values: object) -> Draws:
     neutral |= {"rotate_frac_uniform": 0.5, "aniso_angle_uniform": 0.5}
     for name in values:
         neutral[name.rsplit("_", 1)[0].removesuffix("_angle") + "_gate"] = 0.0
-    drawn = {name: np.float32(values.get(name, value)) for name, value in neutral.items()}
-    shapes = {name: (2, batch) if name == "translate_frac_normal" else (batch,) for name in drawn}
-    drawn["translate_frac_normal"] = drawn["translate_frac_normal"].reshape(-1, 1)
-    drawn = {name: np.broadcast_to(value, shapes[name]) for name, value in drawn.items()}
+    draws = {name: np.float32(values.get(name, value)) for name, value in neutral.items()}
+    shapes = {name: (2, batch) if name == "translate_frac_normal" else (batch,) for name in draws}
+    draws["translate_frac_normal"] = draws["translate_frac_normal"].reshape(-1, 1)
+    draws = {name: np.broadcast_to(value, shapes[name]) for name, value in draws.items()}
     return Draws(
-        **{name: v.astype(np.int32) if name.endswith("choice") else v for name, v in drawn.items()}
+        **{name: v.astype(np.int32) if name.endswith("choice") else v for name, v in draws.items()}
     )
 
 

@@ -12,8 +12,9 @@ from scipy.special import ndtr
 
 from relay_jax.diffusion.blur import attenuation
 from relay_jax.diffusion.dct import patch_dct, patch_idct
+from relay_jax.diffusion.grid import BoundDenoiser, Samples, edm_sigmas, relay_sigmas
 from relay_jax.diffusion.process import EdmProcess, NoiseFn, Purpose, RelayProcess
-from relay_jax.diffusion.sampler import BoundDenoiser, Heun, Samples, edm_sigmas, relay_sigmas
+from relay_jax.diffusion.sampler import Heun
 
 
 def relay_heun(num_steps: int, handoff_sigma: float = 0.9, **options: float) -> Heun:

@@ -103,10 +103,10 @@ def test_a_whole_relay_run_gives_the_same_image_alone_and_in_a_batch() -> None:
 def test_relay_draws_no_noise_without_effect(
     options: dict[str, float], process: RelayProcess, purposes: set[Purpose]
 ) -> None:
-    drawn = set()
+    used = set()
 
     def noise_fn(step: jax.Array | int, purpose: Purpose) -> jax.Array:
-        drawn.add(purpose)
+        used.add(purpose)
         return jnp.zeros((1, 4, 4, 1))
 
     sampler = relay_heun(14, **options)
@@ -114,7 +114,7 @@ def test_relay_draws_no_noise_without_effect(
         lambda low: sample_relay(device_bumpy, low, noise_fn, process, sampler),
         jnp.zeros((1, 1, 1, 1)),
     )
-    assert drawn == purposes
+    assert used == purposes
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,17 @@ def test_relay_draws_no_noise_without_effect(
 def test_edm_draws_no_noise_without_effect(
     options: dict[str, float], purposes: set[Purpose]
 ) -> None:
-    drawn = set()
+    used = set()
 
     def noise_fn(step: jax.Array | int, purpose: Purpose) -> jax.Array:
-        drawn.add(purpose)
+        used.add(purpose)
         return jnp.zeros((1, 4, 4, 1))
 
     sampler = Heun(num_steps=3, **options)
     jax.eval_shape(
         lambda z: sample_edm(device_bumpy, z, noise_fn, sampler), jnp.zeros((1, 4, 4, 1))
     )
-    assert drawn == purposes
+    assert used == purposes
 
 
 # Refusals.

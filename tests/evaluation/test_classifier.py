@@ -1,8 +1,12 @@
 """The small classifier learns classes that are easy to tell apart, and scores samples with them."""
 
+from functools import partial
+
 import numpy as np
+import pytest
 
 from relay_jax.data.images import ImageSource
+from relay_jax.evaluation import classifier
 from relay_jax.evaluation.classifier import Classifier, class_accuracies
 
 
@@ -38,7 +42,39 @@ def test_classes_that_are_easy_to_tell_apart_are_learned() -> None:
 
 def test_samples_of_another_class_than_asked_for_are_seen() -> None:
     samples = Colours(60, 2)
-    asked = np.where(np.arange(60) < 45, samples.labels, (samples.labels + 1) % 3)
-    accuracies = class_accuracies(Colours(480, 3), {"": samples.images}, asked, 8)
+    classes = np.where(np.arange(60) < 45, samples.labels, (samples.labels + 1) % 3)
+    accuracies = class_accuracies(Colours(480, 3), {"": samples.images}, classes, 8)
     assert set(accuracies) == {"", "_real"}
     assert accuracies["_real"] > 0.95 and abs(accuracies[""] - 0.75) < 0.05
+
+
+class Sorted(Colours):
+    """The same, one class after the other, as most data sets are."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        super().__init__(count, seed)
+        order = np.argsort(self.labels, kind="stable")
+        self.labels, self.images = self.labels[order], self.images[order]
+
+    def known_labels(self) -> np.ndarray:
+        return self.labels
+
+
+def test_of_a_large_sorted_set_all_classes_are_learned_and_held_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(classifier, "TRAINING_IMAGES", 240)
+    monkeypatch.setattr(classifier, "HELD_OUT_IMAGES", 60)
+    source, shown = Sorted(3000, 3), []
+    monkeypatch.setattr(classifier, "Classifier", partial(Remembering, shown))
+    accuracies = class_accuracies(source, {}, np.zeros(0), 8)
+    assert np.bincount(shown[0]).tolist() == [80, 80, 80]
+    assert accuracies["_real"] > 0.95
+
+
+class Remembering(Classifier):
+    """Notes what it is trained on."""
+
+    def __init__(self, shown: list, images: np.ndarray, labels: np.ndarray, number: int) -> None:
+        shown.append(labels)
+        super().__init__(images, labels, number)

@@ -63,7 +63,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("shape", [(16, 16), (9, 22)])
 def test_random_conv_is_three_convolutions_and_their_means(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, *shape, 3)).astype(np.uint8)
-    wanted = []
+    expected = []
     for image in pixels:
         x, means = image.astype(np.float64) / 127.5 - 1, []
         for kernel, stride in zip(random_weights(), (4, 2, 2), strict=True):
@@ -78,11 +78,11 @@ def test_random_conv_is_three_convolutions_and_their_means(shape: tuple[int, int
             ]
             x = np.maximum(np.einsum("ijcyx,yxcd->ijd", windows, kernel), 0)
             means.append(x.mean(axis=(0, 1)))
-        wanted.append(np.concatenate(means))
-    found = random_conv()(pixels)
-    assert list(found) == ["pool"] and found["pool"].dtype == np.float32
-    np.testing.assert_allclose(found["pool"], wanted, rtol=1e-5, atol=1e-6)
-    assert found["pool"].shape == (3, 112)
+        expected.append(np.concatenate(means))
+    features = random_conv()(pixels)
+    assert list(features) == ["pool"] and features["pool"].dtype == np.float32
+    np.testing.assert_allclose(features["pool"], expected, rtol=1e-5, atol=1e-6)
+    assert features["pool"].shape == (3, 112)
 
 
 def test_the_random_weights_are_the_same_everywhere() -> None:
@@ -141,9 +141,9 @@ def test_a_function_of_the_user(users: Path) -> None:
     assert extractor.name == f"{users.stem}:colours" and extractor.outputs == ("pool",)
     assert extractor.identity["sha256"] == hashlib.sha256(users.read_bytes()).hexdigest()
     pixels = images(10)
-    found = extractor(pixels)["pool"]
-    np.testing.assert_allclose(found, pixels.mean(axis=(1, 2)), rtol=1e-6)
-    assert found.dtype == np.float32
+    features = extractor(pixels)["pool"]
+    np.testing.assert_allclose(features, pixels.mean(axis=(1, 2)), rtol=1e-6)
+    assert features.dtype == np.float32
     assert (
         importlib.import_module(users.stem).calls == [(4, 16, 16, 3)] * 3
     )  # one size: compiled once

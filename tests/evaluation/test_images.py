@@ -1,5 +1,6 @@
 """Sets of images: every image once whatever the hosts and parts, hashes, and what is refused."""
 
+import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 from PIL import Image
 
 from relay_jax.config import build
+from relay_jax.data.decoding import Decoding
 from relay_jax.data.images import center_crop_resize
 from relay_jax.data.synthetic import SyntheticShapes
+from relay_jax.errors import DataError
 from relay_jax.evaluation.images import (
     ArrayImages,
     GeneratedImages,
@@ -20,6 +23,7 @@ from relay_jax.evaluation.images import (
     open_images,
     other_images,
 )
+from relay_jax.evaluation.references import open_reference
 from relay_jax.sampling.chain import Chain, Inputs, Pixels
 from relay_jax.sampling.request import Request
 from relay_jax.sampling.shards import ShardFolder, write_manifest
@@ -195,6 +199,7 @@ def damaged_npz(folder: Path) -> Path:
     [
         (lambda folder: folder, "no images found"),
         (lambda folder: folder / "nowhere", "no such folder or npz"),
+        (lambda folder: oblong(folder) / "0.png", "is one image; name the folder"),
         (odd_one, "000002.png has 6 x 6 pixels, the first one 4 x 4"),
         (oblong, "4 x 6|6 x 4"),
         (save(images=pixels(2)), "arr_0 is missing, it holds images"),
@@ -212,6 +217,69 @@ def test_bad_images_are_one_line(tmp_path: Path, make: Callable[[Path], Path], s
     path = make(tmp_path)
     message = error_of(lambda: everything(open_images(path, 2), 1, 3))
     assert any(part in message for part in says.split("|")), message
+
+
+@pytest.mark.parametrize("kind", ["npz", "arrayrecord"])
+def test_two_kinds_of_images_in_one_folder_are_asked_for(tmp_path: Path, kind: str) -> None:
+    """To score one of them would be a guess, whichever was made later."""
+    write_folder(tmp_path, pixels(5))
+    if kind == "npz":
+        np.savez(tmp_path / "old_run.npz", pixels(3))
+    else:
+        (tmp_path / "dataset.json").write_text('{"shards": {}}')
+    message = error_of(lambda: open_images(tmp_path, 1))
+    assert "5 image files (000000/000000.png, " in message and "name the one that is" in message
+    assert ("1 npz (old_run.npz)" if kind == "npz" else "1 set of ArrayRecord files") in message
+    with pytest.raises(DataError, match="name the one that is meant"):
+        open_reference(str(tmp_path), 4, data_set=lambda: (None, {}), threads=1)  # type: ignore
+
+
+def test_parts_beside_their_sum_are_asked_for(tmp_path: Path) -> None:
+    for part in range(2):
+        np.savez(tmp_path / f"part_{part}.npz", pixels(4, seed=part))
+    assert len(open_images(tmp_path, 1)) == 8
+    np.savez(tmp_path / "samples_8x4x4x3.npz", pixels(8))
+    assert "samples_8x4x4x3.npz beside parts such as part_0.npz" in error_of(
+        lambda: open_images(tmp_path, 1)
+    )
+
+
+def test_edms_data_set_is_scored_as_folder_and_as_zip(tmp_path: Path) -> None:
+    want = pixels(6)
+    folder = write_folder(tmp_path / "set", want)
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[name, 0] for name in names]}))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in ("dataset.json", *names):
+            archive.write(folder / name, name)
+    for path in (folder, tmp_path / "set.zip"):
+        np.testing.assert_array_equal(everything(open_images(path, 1), 1, 64), want)
+
+
+def test_what_is_scored_and_what_it_is_compared_with_is_described(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = write_folder(tmp_path / "set", pixels(5))
+    Image.new("RGBA", (4, 4)).save(folder / "000000" / "clear.png")
+    (folder / "photo.heic").write_bytes(b"")
+    open_images(folder, 1).show("samples")
+    line = f"samples: folder {folder}: 6 images, 4 x 4 px; not used: 1 .heic; laid on white"
+    assert line in caplog.text and "resized" not in caplog.text
+    reference = open_reference(str(folder), 8, data_set=lambda: (None, {}), threads=1)  # type: ignore
+    assert isinstance(reference.images, SourceImages)
+    reference.images.show("reference")
+    assert "centre crop, resized to 8 px" in caplog.text
+    assert "reference: 6 of 6 images are smaller than 8 px and are enlarged" in caplog.text
+    open_images(write_npz(tmp_path, pixels(3)), 1).show("samples")
+    assert "x.npz: 3 images of 4 px" in caplog.text
+
+
+def test_pictures_that_are_scored_lie_on_the_configured_background(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4)).save(tmp_path / "clear.png")
+    for colour in ((255, 255, 255), (0, 10, 20)):
+        images = open_images(tmp_path, 1, Decoding(background=colour))
+        assert (everything(images, 1, 1) == colour).all()
 
 
 def test_shards_of_different_sizes_are_refused(tmp_path: Path) -> None:

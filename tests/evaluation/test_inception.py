@@ -111,15 +111,15 @@ def test_from_pixels_and_a_file_to_all_outputs(
     file: Callable[[bool], Path], image: np.ndarray, run: tuple[RandomState, dict[str, np.ndarray]]
 ) -> None:
     extractor = make_extractor("inception", weights=file(True), mesh=mesh_of(1), batch=2)
-    found, alone = extractor(np.stack([255 - image, image[::-1], image])), extractor(image[None])
-    for name, wanted in run[1].items():
-        assert found[name].shape == (3, len(wanted)) and found[name].dtype == np.float32
-        error = np.abs(found[name][2] - wanted).max()
-        assert error < 2e-5 * wanted.max(), name
-        assert 300 * error < min(np.abs(found[name][i] - wanted).max() for i in (0, 1)), (
+    outputs, alone = extractor(np.stack([255 - image, image[::-1], image])), extractor(image[None])
+    for name, expected in run[1].items():
+        assert outputs[name].shape == (3, len(expected)) and outputs[name].dtype == np.float32
+        error = np.abs(outputs[name][2] - expected).max()
+        assert error < 2e-5 * expected.max(), name
+        assert 300 * error < min(np.abs(outputs[name][i] - expected).max() for i in (0, 1)), (
             name
         )  # another image
-        assert np.abs(alone[name][0] - found[name][2]).max() < 2e-6 * wanted.max(), name
+        assert np.abs(alone[name][0] - outputs[name][2]).max() < 2e-6 * expected.max(), name
     assert [len(run[1][name]) for name in extractor.outputs] == [2048, 2023, 1008]
     assert extractor.identity["sha256"] == inception.SHA256
 
@@ -198,16 +198,16 @@ def test_the_hash_is_the_one_in_the_name() -> None:
 )
 def test_resize_is_the_definition(h: int, w: int, side: int) -> None:
     image = np.random.default_rng(h).integers(0, 256, (h, w, 3)).astype(np.uint8)
-    found = inception.resize(image[None], side)[0]
-    np.testing.assert_allclose(found, tensorflow_resize(image, side), rtol=0, atol=1e-3)
+    resized = inception.resize(image[None], side)[0]
+    np.testing.assert_allclose(resized, tensorflow_resize(image, side), rtol=0, atol=1e-3)
 
 
 def test_resize_as_tensorflow_does_it() -> None:
     """Rows 0, 1 and 8 of tf.compat.v1.image.resize_bilinear(image, (9, 9)), TensorFlow 2.21."""
     image = (np.arange(24) * 37 % 256).astype(np.uint8).reshape(1, 4, 6, 1)
-    found = np.asarray(inception.resize(image, 9))[0, :, :, 0]
+    resized = np.asarray(inception.resize(image, 9))[0, :, :, 0]
     np.testing.assert_allclose(
-        found[[0, 1, 8]],
+        resized[[0, 1, 8]],
         [
             [0, 24.666668, 49.333336, 74, 98.66667, 123.33334, 148, 172.66669, 185],
             [

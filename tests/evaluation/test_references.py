@@ -2,6 +2,9 @@
 what does not fit."""
 
 import os
+import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relay_jax.data.decoding import Decoding
 from relay_jax.data.images import center_crop_resize
 from relay_jax.data.source import Source
 from relay_jax.data.synthetic import SyntheticShapes
+from relay_jax.errors import UserError
 from relay_jax.evaluation import references
 from relay_jax.evaluation.features import FeatureExtractor
-from relay_jax.evaluation.images import ArrayImages, choice
+from relay_jax.evaluation.images import ArrayImages, choice, open_images
 from relay_jax.evaluation.metrics import inception_score, precision_recall, score
 from relay_jax.evaluation.references import (
     Reference,
@@ -42,18 +47,18 @@ def opened(text: str, resolution: int = 4, limit: int = 0) -> Reference:
 def features_of(
     text: str, cache: Path, network: FeatureExtractor | None = None, **more: int
 ) -> FeatureSet:
-    found = reference_features(opened(text, **more), network or extractor(), cache=cache)
-    assert found is not None
-    return found
+    features = reference_features(opened(text, **more), network or extractor(), cache=cache)
+    assert features is not None
+    return features
 
 
-def same(found: FeatureSet, images: np.ndarray) -> None:
+def same(features: FeatureSet, images: np.ndarray) -> None:
     """The set holds what these images have, in their order."""
-    for name, statistics in found.statistics.items():
+    for name, statistics in features.statistics.items():
         for got, want in zip(statistics, feature_stats(known(images)[name]), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
-    assert found.count == len(images) and set(found.statistics) == {"pool", "spatial"}
-    np.testing.assert_array_equal(found.rows, known(images)["pool"])
+    assert features.count == len(images) and set(features.statistics) == {"pool", "spatial"}
+    np.testing.assert_array_equal(features.rows, known(images)["pool"])
 
 
 # What is read.
@@ -91,10 +96,10 @@ def adm(folder: Path, images: np.ndarray | None, dims: int = DIMS, spatial: bool
 
 def test_adms_reference_gives_statistics_and_images_for_neighbours(tmp_path: Path) -> None:
     file, images = adm(tmp_path, pixels(9)), pixels(9)
-    found = features_of(str(file), tmp_path / "cache")
-    np.testing.assert_array_equal(found.statistics["pool"][0], np.arange(DIMS))
-    np.testing.assert_array_equal(found.statistics["spatial"][1], np.eye(3))
-    np.testing.assert_array_equal(found.rows, known(images)["pool"])
+    features = features_of(str(file), tmp_path / "cache")
+    np.testing.assert_array_equal(features.statistics["pool"][0], np.arange(DIMS))
+    np.testing.assert_array_equal(features.statistics["spatial"][1], np.eye(3))
+    np.testing.assert_array_equal(features.rows, known(images)["pool"])
     samples = collect(
         ArrayImages(pixels(12, seed=1), {}),
         extractor(),
@@ -102,7 +107,7 @@ def test_adms_reference_gives_statistics_and_images_for_neighbours(tmp_path: Pat
         rows=12,
         probabilities=True,
     )
-    scores = score(found, samples, "inception")
+    scores = score(features, samples, "inception")
     assert list(scores) == ["FID", "sFID", "IS", "precision", "recall"]
     mean, cov = samples.statistics["spatial"]
     root = np.linalg.eigvalsh(cov)
@@ -121,9 +126,11 @@ def test_other_features_take_its_images_alone(tmp_path: Path) -> None:
 
 
 def test_edms_statistics_give_fid_alone(tmp_path: Path) -> None:
-    found = features_of(str(adm(tmp_path, None, spatial=False)), tmp_path / "cache", resolution=7)
+    features = features_of(
+        str(adm(tmp_path, None, spatial=False)), tmp_path / "cache", resolution=7
+    )
     samples = collect(ArrayImages(pixels(12), {}), extractor(), what="samples", rows=12)
-    assert list(score(found, samples, "inception")) == ["FID"]
+    assert list(score(features, samples, "inception")) == ["FID"]
     assert not (tmp_path / "cache").exists()
 
 
@@ -185,6 +192,85 @@ def test_what_does_not_fit_is_one_line(
 ) -> None:
     file = make(tmp_path)
     assert says in error_of(lambda: action(file, tmp_path / "cache"))
+
+
+def test_a_zip_and_a_folder_are_shown_as_in_training(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:4] = 240
+    (tmp_path / "set").mkdir()
+    for number in range(4):
+        Image.fromarray(image).save(tmp_path / "set" / f"{number}.png", exif=turned)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in (tmp_path / "set").iterdir():
+            archive.write(file, file.name)
+    for place in ("set", "set.zip"):
+        for exif, top in ((True, 0), (False, 240)):
+            reference = open_reference(
+                str(tmp_path / place), 4, data_set=shapes, threads=1, decoding=Decoding(exif=exif)
+            )
+            assert reference.images is not None and len(reference.images) == 4
+            _, part = next(reference.images.share(0, 1, 4))
+            assert (part[:, 0] == top).all()
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", ["edm2", "flat"])
+def test_edm2s_pickled_references_are_read(tmp_path: Path, protocol: int, kind: str) -> None:
+    mean, cov = np.arange(DIMS, dtype=np.float64), np.asfortranarray(np.arange(36.0).reshape(6, 6))
+    value: dict[str, object] = {"mu": mean, "sigma": cov}
+    if kind == "edm2":
+        value = {"fid": value, "fd_dinov2": {"mu": np.ones(3), "sigma": np.eye(3)}}
+    file = tmp_path / "ref.pkl"
+    file.write_bytes(pickle.dumps(value, protocol))
+    statistics = features_of(str(file), tmp_path / "cache").statistics
+    np.testing.assert_array_equal(statistics["pool"][0], mean)
+    np.testing.assert_array_equal(statistics["pool"][1], cov)
+    assert "not known" in opened(str(file)).identity["preparation"]
+
+
+class Hostile:
+    """A pickle of it would make a file where it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.file),)
+
+
+def test_nothing_in_a_pickle_runs_and_what_it_misses_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ref.pkl"
+    for value, message in (
+        (Hostile(tmp_path / "it-ran"), "posix.mkdir', which is not on the list"),
+        ({"fid": {"mu": np.ones(2)}}, "no statistics of Inception (fid: mu and sigma) but mu"),
+        ({"fd_dinov2": {}}, "but fd_dinov2"),
+        ({"mu": np.ones(2), "sigma": np.eye(3)}, "no mean and covariance ([2], [3, 3])"),
+        ({"mu": np.array([None]), "sigma": 1}, "not a readable file of statistics"),
+        ([1, 2], "holds no dictionary"),
+    ):
+        file.write_bytes(pickle.dumps(value))
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            opened(str(file))
+        assert str(file) in str(caught.value) and len(str(caught.value)) < 400
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_statistics_of_an_unknown_resize_are_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = opened(str(adm(tmp_path, None)))
+    assert reference.identity["preparation"] == "as the file's makers did it: not known"
+    assert "cropped and resized is not known" in caplog.text
+
+
+def test_an_npz_of_thousands_of_arrays_is_one_short_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.npz"
+    np.savez(file, **{f"{'x' * 50}{n}": np.zeros(1) for n in range(3000)})
+    for action in (lambda: opened(str(file)), lambda: open_images(file, 1)):
+        message = error_of(action)
+        assert "(3,000 in all)" in message and len(message) < 400
 
 
 def test_sets_that_are_too_small_are_refused_before_anything_is_computed(tmp_path: Path) -> None:

@@ -80,13 +80,13 @@ def test_a_large_common_offset_costs_no_digits() -> None:
 # Collecting.
 
 
-def same(found: FeatureSet, images: np.ndarray) -> None:
+def same(features: FeatureSet, images: np.ndarray) -> None:
     """The set holds what these images have, in their order."""
-    for name, pair in found.statistics.items():
+    for name, pair in features.statistics.items():
         for got, want in zip(pair, feature_stats(known(images)[name]), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
-    assert found.count == len(images) and set(found.statistics) == {"pool", "spatial"}
-    np.testing.assert_array_equal(found.rows, known(images)["pool"])
+    assert features.count == len(images) and set(features.statistics) == {"pool", "spatial"}
+    np.testing.assert_array_equal(features.rows, known(images)["pool"])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -95,18 +95,18 @@ def test_features_are_collected_whole_and_in_order(
 ) -> None:
     monkeypatch.setattr(statistics, "BLOCK", 5)  # moments from several parts
     images = pixels(23)
-    found = collect(
+    features = collect(
         ArrayImages(images, {}), extractor(batch=batch), what="samples", rows=23, probabilities=True
     )
-    same(found, images)
-    np.testing.assert_array_equal(found.probabilities, known(images)["probabilities"])
+    same(features, images)
+    np.testing.assert_array_equal(features.probabilities, known(images)["probabilities"])
 
 
 def test_a_part_of_the_rows_is_kept_by_a_rule() -> None:
     images = pixels(23)
-    found = collect(ArrayImages(images, {}), extractor(), what="reference", rows=7)
-    np.testing.assert_array_equal(found.rows, known(images)["pool"][choice(23, 7)])
-    assert found.count == 23 and found.probabilities is None
+    features = collect(ArrayImages(images, {}), extractor(), what="reference", rows=7)
+    np.testing.assert_array_equal(features.rows, known(images)["pool"][choice(23, 7)])
+    assert features.count == 23 and features.probabilities is None
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
@@ -132,25 +132,25 @@ def test_all_hosts_end_with_the_features_of_all_images(
     monkeypatch: pytest.MonkeyPatch, hosts: int, count: int, rows: int
 ) -> None:
     """Threads in the place of processes; with five hosts and four images one has none."""
-    told, barrier = dict[int, np.ndarray](), threading.Barrier(hosts)
+    messages, barrier = dict[int, np.ndarray](), threading.Barrier(hosts)
 
     def number() -> int:
         return int(threading.current_thread().name)
 
     def of_all(value: np.ndarray) -> np.ndarray:
-        told[number()] = value
+        messages[number()] = value
         barrier.wait()
-        everyone = np.stack([told[host] for host in range(hosts)])
+        everyone = np.stack([messages[host] for host in range(hosts)])
         barrier.wait()
         return everyone
 
     monkeypatch.setattr(distributed, "of_all", of_all)
     monkeypatch.setattr(statistics.jax, "process_count", lambda: hosts)
     monkeypatch.setattr(statistics.jax, "process_index", number)
-    images, found = pixels(count), dict[int, FeatureSet]()
+    images, features = pixels(count), dict[int, FeatureSet]()
 
     def host() -> None:
-        found[number()] = collect(
+        features[number()] = collect(
             Backwards(images, {}), extractor(batch=1), what="samples", rows=rows, probabilities=True
         )
 
@@ -159,8 +159,8 @@ def test_all_hosts_end_with_the_features_of_all_images(
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(found) == hosts
-    for one in found.values():
+    assert len(features) == hosts
+    for one in features.values():
         np.testing.assert_array_equal(one.probabilities, known(images)["probabilities"])
         np.testing.assert_array_equal(one.rows, known(images)["pool"][choice(count, rows)])
         for name, pair in one.statistics.items():

@@ -268,8 +268,8 @@ def test_the_blur_of_the_process_keeps_its_three_promises() -> None:
 def test_the_blur_attenuates_a_frequency_exponentially() -> None:
     # A cosine of the patch is an eigenvector: exp(-f s) of it is left.
     wave = np.cos(np.pi * 3 * (np.arange(8) + 0.5) / 8)
-    left = cauchy_matrix(jnp.float32(0.7), 8) @ wave
-    np.testing.assert_allclose(left, np.exp(-np.pi * 3 / 8 * 0.7) * wave, atol=1e-6)
+    blurred = cauchy_matrix(jnp.float32(0.7), 8) @ wave
+    np.testing.assert_allclose(blurred, np.exp(-np.pi * 3 / 8 * 0.7) * wave, atol=1e-6)
 
 
 # The network

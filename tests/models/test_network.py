@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from relay_jax.config import network_from
+from relay_jax.errors import UserError
 from relay_jax.models.network import (
     describe,
-    from_description,
     in_travel_dtype,
     init_params,
     parameter_count,
@@ -35,26 +36,26 @@ def test_a_description_has_every_field_and_survives_json() -> None:
     fields = {field.name for field in dataclasses.fields(UNet)} - {"parent", "name"}
     assert set(description) == {"kind"} | fields
     assert description["kind"] == "unet" and description["dtype"] == "bfloat16"
-    again = from_description(json.loads(json.dumps(description)))
+    again = network_from(json.loads(json.dumps(description)))
     assert again == NETWORK and describe(again) == description
 
 
 def test_a_description_without_a_kind_is_that_of_a_unet() -> None:
     description = describe(NETWORK)
     del description["kind"]
-    assert from_description(description) == NETWORK
+    assert network_from(description) == NETWORK
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "resnet"}, "unknown network 'resnet'; there are unet"),
-        ({"depth": 3}, "fields that unet has not: .*depth"),
+        ({"kind": "resnet"}, "model.kind must be 'unet' or package.module:Class, not 'resnet'"),
+        ({"depth": 3}, "unexpected keyword argument 'depth'"),
     ],
 )
 def test_descriptions_of_no_network_are_refused(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_description(describe(NETWORK) | change)
+    with pytest.raises((UserError, TypeError), match=message):
+        network_from(describe(NETWORK) | change)
 
 
 def test_shapes_are_those_of_fresh_parameters_all_float32() -> None:

@@ -61,11 +61,11 @@ def events() -> Iterator[list[str]]:
     _events = None
 
 
-def assert_params(found: dict[str, np.ndarray] | None, wanted: dict[str, np.ndarray]) -> None:
-    assert found is not None and list(found) == list(wanted)
-    for name, value in wanted.items():
-        assert found[name].dtype == np.float32 and found[name].shape == value.shape
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+def assert_params(params: dict[str, np.ndarray] | None, expected: dict[str, np.ndarray]) -> None:
+    assert params is not None and list(params) == list(expected)
+    for name, value in expected.items():
+        assert params[name].dtype == np.float32 and params[name].shape == value.shape
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
 
 
 # What files hold
@@ -73,16 +73,16 @@ def assert_params(found: dict[str, np.ndarray] | None, wanted: dict[str, np.ndar
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_both_formats_are_read_exactly(tmp_path: Path, zipped: bool) -> None:
-    found = read_official(
+    official = read_official(
         write(tmp_path, zipped, state).rename(tmp_path / "any.name"), optimizer=True
     )
-    assert found.images_seen == 10240 and found.ema and found.net
-    assert found.ema.class_name == "EDMPrecond" and found.ema.arguments == ARGUMENTS
-    assert_params(found.ema.params, ARRAYS)
-    assert_params(found.net.params, {k: 2 * v for k, v in ARRAYS.items()})
-    assert_params(found.exp_avg, {k: ARRAYS[k] + 1 for k in TRAINED})
-    assert_params(found.exp_avg_sq, {k: ARRAYS[k] + 2 for k in TRAINED})
-    assert not found.ema.params["model.map.weight"].flags.writeable
+    assert official.images_seen == 10240 and official.ema and official.net
+    assert official.ema.class_name == "EDMPrecond" and official.ema.arguments == ARGUMENTS
+    assert_params(official.ema.params, ARRAYS)
+    assert_params(official.net.params, {k: 2 * v for k, v in ARRAYS.items()})
+    assert_params(official.exp_avg, {k: ARRAYS[k] + 1 for k in TRAINED})
+    assert_params(official.exp_avg_sq, {k: ARRAYS[k] + 2 for k in TRAINED})
+    assert not official.ema.params["model.map.weight"].flags.writeable
 
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
 def test_other_precisions_become_float32(
     tmp_path: Path, zipped: bool, dtype: str, tolerance: float
 ) -> None:
-    found = read_official(write(tmp_path, zipped, lambda s: {"ema": net(s, dtype=dtype)})).ema
-    assert found is not None
+    network = read_official(write(tmp_path, zipped, lambda s: {"ema": net(s, dtype=dtype)})).ema
+    assert network is not None
     for name, value in ARRAYS.items():
-        assert found.params[name].dtype == np.float32
-        np.testing.assert_allclose(found.params[name], value, rtol=tolerance)
+        assert network.params[name].dtype == np.float32
+        np.testing.assert_allclose(network.params[name], value, rtol=tolerance)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -121,11 +121,16 @@ def test_windows_of_storages(tmp_path: Path, zipped: bool) -> None:
         }
         return {"ema": tw.network(windows, ARGUMENTS)}
 
-    found = read_official(write(tmp_path, zipped, build)).ema
-    assert found is not None
-    np.testing.assert_array_equal(found.params["model.a.weight"], base[:12].reshape(4, 3).T)
-    np.testing.assert_array_equal(found.params["model.b.weight"], base[12:].reshape(2, 6)[:, :6:2])
-    assert found.params["model.c.weight"] == 23 and found.params["model.d.weight"].shape == (0, 3)
+    network = read_official(write(tmp_path, zipped, build)).ema
+    assert network is not None
+    np.testing.assert_array_equal(network.params["model.a.weight"], base[:12].reshape(4, 3).T)
+    np.testing.assert_array_equal(
+        network.params["model.b.weight"], base[12:].reshape(2, 6)[:, :6:2]
+    )
+    assert network.params["model.c.weight"] == 23 and network.params["model.d.weight"].shape == (
+        0,
+        3,
+    )
 
 
 def test_a_network_without_preconditioning_and_buffers_outside_the_state(tmp_path: Path) -> None:
@@ -138,8 +143,8 @@ def test_a_network_without_preconditioning_and_buffers_outside_the_state(tmp_pat
         )
         return {"ema": tw.persistent("DhariwalUNet", inner)}
 
-    found = read_official(write(tmp_path, True, build)).ema
-    assert found is not None and list(found.params) == ["model.w", "model.kept"]
+    network = read_official(write(tmp_path, True, build)).ema
+    assert network is not None and list(network.params) == ["model.w", "model.kept"]
 
 
 @pytest.mark.parametrize("package", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -159,8 +164,8 @@ def test_numpy_numbers_among_the_arguments(tmp_path: Path, package: str) -> None
         }
         return {"ema": tw.network({"model.w": s.tensor(np.ones(2))}, scalars)}
 
-    found = read_official(write(tmp_path, True, build)).ema
-    assert found is not None and found.arguments == {"a": 0.1, "b": 0.1}
+    network = read_official(write(tmp_path, True, build)).ema
+    assert network is not None and network.arguments == {"a": 0.1, "b": 0.1}
 
 
 # What must be refused
@@ -208,8 +213,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_deep_nesting_is_only_data(tmp_path: Path, code: bytes) -> None:
-    found = read_official(beside(Raw(code))(tmp_path))
-    assert found.ema is not None
+    official = read_official(beside(Raw(code))(tmp_path))
+    assert official.ema is not None
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -251,9 +256,11 @@ def test_memory_is_in_proportion_to_the_file(
     path = write(tmp_path, zipped, lambda s: {"ema": net(s, big, dtype=dtype)})
     tracemalloc.start()
     try:
-        found = read_official(path).ema
+        network = read_official(path).ema
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert found is not None and all((found.params[f"model.w{i}"] == i).all() for i in range(10))
+    assert network is not None and all(
+        (network.params[f"model.w{i}"] == i).all() for i in range(10)
+    )
     assert peak < bound * path.stat().st_size, peak / path.stat().st_size

@@ -1,4 +1,4 @@
-"""Official parameters <-> ours: names, layouts, order of attention channels, what is refused."""
+"""Official parameters <-> params: names, layouts, order of attention channels, what is refused."""
 
 import chex
 import jax
@@ -23,7 +23,7 @@ NETWORK = UNet(
 
 
 @pytest.fixture(scope="module")
-def ours() -> dict:
+def params() -> dict:
     """Parameters of NETWORK with a different number in every place."""
     leaves, structure = jax.tree.flatten(shapes_of(NETWORK))
     starts = np.cumsum([0] + [leaf.size for leaf in leaves])
@@ -37,13 +37,13 @@ def ours() -> dict:
 
 
 @pytest.fixture(scope="module")
-def official(ours: dict) -> dict[str, np.ndarray]:
-    return to_official(ours, HEAD_WIDTH)
+def official(params: dict) -> dict[str, np.ndarray]:
+    return to_official(params, HEAD_WIDTH)
 
 
-def test_to_official_and_back_is_the_identity(ours: dict, official: dict) -> None:
+def test_to_official_and_back_is_the_identity(params: dict, official: dict) -> None:
     back = from_official(official, HEAD_WIDTH)
-    chex.assert_trees_all_equal(back, ours)
+    chex.assert_trees_all_equal(back, params)
     again = to_official(back, HEAD_WIDTH)
     assert set(again) == set(official)
     for name, value in official.items():
@@ -86,36 +86,36 @@ def test_names_are_those_of_the_official_network(official: dict) -> None:
     assert set(official) == names
 
 
-def test_layouts_are_output_channel_first(ours: dict, official: dict) -> None:
+def test_layouts_are_output_channel_first(params: dict, official: dict) -> None:
     conv, linear = (
         official["model.enc.4x4_block0.conv0.weight"],
         official["model.enc.4x4_block0.affine.weight"],
     )
     assert conv.shape == (16, 8, 3, 3) and linear.shape == (32, 32)
     assert official["model.map_label.weight"].shape == (32, 3)
-    kernel = ours["enc_4x4_block0"]["conv0"]["kernel"]
+    kernel = params["enc_4x4_block0"]["conv0"]["kernel"]
     for o, i, y, x in np.ndindex(16, 8, 3, 3):
         assert conv[o, i, y, x] == kernel[y, x, i, o]
-    np.testing.assert_array_equal(linear, ours["enc_4x4_block0"]["affine"]["kernel"].T)
-    np.testing.assert_array_equal(official["model.out_norm.weight"], ours["out_norm"]["scale"])
-    norm = ours["dec_4x4_in0"]["attention"]["norm2"]
+    np.testing.assert_array_equal(linear, params["enc_4x4_block0"]["affine"]["kernel"].T)
+    np.testing.assert_array_equal(official["model.out_norm.weight"], params["out_norm"]["scale"])
+    norm = params["dec_4x4_in0"]["attention"]["norm2"]
     np.testing.assert_array_equal(official["model.dec.4x4_in0.norm2.bias"], norm["bias"])
 
 
 def test_official_attention_channels_are_by_head_then_channel_then_qkv(
-    ours: dict, official: dict
+    params: dict, official: dict
 ) -> None:
     # Of 16 channels in 4 heads, the official number (head * 4 + channel) * 3 + part is our number
     # part * 16 + head * 4 + channel.
-    ours = ours["enc_4x4_block0"]["attention"]["qkv"]
+    params = params["enc_4x4_block0"]["attention"]["qkv"]
     weight, bias = (official[f"model.enc.4x4_block0.qkv.{leaf}"] for leaf in ("weight", "bias"))
     assert weight.shape == (48, 16, 1, 1)
     for head, channel, part in np.ndindex(4, 4, 3):
         row = (head * 4 + channel) * 3 + part
         np.testing.assert_array_equal(
-            weight[row, :, 0, 0], ours["kernel"][0, 0, :, part * 16 + head * 4 + channel]
+            weight[row, :, 0, 0], params["kernel"][0, 0, :, part * 16 + head * 4 + channel]
         )
-        assert bias[row] == ours["bias"][part * 16 + head * 4 + channel]
+        assert bias[row] == params["bias"][part * 16 + head * 4 + channel]
 
 
 @pytest.mark.parametrize("channels, heads", [(32, 1), (64, 1), (128, 2), (160, 2), (192, 3)])
@@ -131,12 +131,12 @@ def test_published_networks_have_a_head_for_every_64_channels_which_share_all(
     )
 
 
-def test_constant_resample_filters_are_ignored(ours: dict, official: dict) -> None:
+def test_constant_resample_filters_are_ignored(params: dict, official: dict) -> None:
     filters = {
         f"model.{name}.resample_filter": np.full((1, 1, 2, 2), 0.25, np.float32)
         for name in ("enc.4x4_down.conv0", "enc.4x4_down.skip", "dec.8x8_up.conv0")
     }
-    chex.assert_trees_all_equal(from_official({**filters, **official}, HEAD_WIDTH), ours)
+    chex.assert_trees_all_equal(from_official({**filters, **official}, HEAD_WIDTH), params)
 
 
 @pytest.mark.parametrize(

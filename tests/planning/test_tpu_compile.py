@@ -117,10 +117,10 @@ def test_cycles_in_loops_count_as_often_as_the_loops_run_and_unknown_ones_apart(
 
 
 def test_a_long_compilation_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(tpu_compile, "PROGRESS_SECONDS", 0.1)
     monkeypatch.setattr(
-        tpu_compile.logging, "info", lambda line, *values: said.append(line % values)
+        tpu_compile.logging, "info", lambda line, *values: messages.append(line % values)
     )
     code = (
         "import sys, time; text = sys.stdin.read(); time.sleep(0.5); print(text); "
@@ -133,7 +133,7 @@ def test_a_long_compilation_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch
         stderr=subprocess.PIPE,
     ) as process:
         assert tpu_compile._wait(process, b"stage", "compiling") == (b"stage\n", b"oh\n")
-    assert said and all(re.fullmatch(r"compiling: \d+ s so far", line) for line in said)
+    assert messages and all(re.fullmatch(r"compiling: \d+ s so far", line) for line in messages)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def test_without_a_run_the_pictures_of_the_data_are_plotted(
     config_of_run: ConfigDict, tmp_path: Path
 ) -> None:
     plot(settings_of(config_of_run), {}, PlotSettings(seeds=[0], images=4), tmp_path)
-    assert files_in(tmp_path) == {"snr.png", "snr.json", "handoff.png", "handoff.json"}
+    assert files_in(tmp_path) == {
+        f"{name}.{kind}" for name in ("data", "snr", "handoff") for kind in ("png", "json")
+    }
     numbers = json.loads((tmp_path / "handoff.json").read_text())
     assert list(numbers["low_resolution_images"]) == ["down-sampled real images"]
 
@@ -84,7 +86,7 @@ def test_without_a_run_the_pictures_of_the_data_are_plotted(
 @pytest.mark.parametrize(
     "name, images, data, says",
     [
-        ("sonnet", 0, True, "unknown plot 'sonnet'; there are snr, handoff"),
+        ("sonnet", 0, True, "unknown plot 'sonnet'; there are data, snr, handoff"),
         ("loss", 0, True, "cannot plot loss: no checkpoint of stage base and relay"),
         ("filmstrip", 0, True, "--weights.base=DIR"),
         ("curves", 0, True, "cannot plot curves: no training has been logged"),

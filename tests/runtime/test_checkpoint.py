@@ -17,8 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from relay_jax.errors import StorageError, UserError
 from relay_jax.models.network import init_params, shapes_of
 from relay_jax.models.unet import UNet
-from relay_jax.runtime.checkpoint import Checkpoints, has_checkpoint, load_ema
-from tests.conftest import mesh_of
+from relay_jax.runtime import checksums
+from relay_jax.runtime.checkpoint import Checkpoints, has_checkpoint, load_ema, verify, verify_all
+from relay_jax.runtime.files import digest
+from tests.conftest import command_line, mesh_of, run_main
+from tests.damage import damage_checkpoint
 
 
 class Carried(NamedTuple):
@@ -161,14 +164,144 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_plain_damage_is_seen_without_reading_the_arrays(kind: str, tmp_path: Path) -> None:
+def test_plain_damage_is_seen(kind: str, tmp_path: Path) -> None:
     saved(tmp_path, (10, 20))
     DAMAGE[kind](tmp_path / "20")
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert checkpoints.looks_whole(10) and not checkpoints.looks_whole(20)
+        assert checkpoints.is_whole(10) and not checkpoints.is_whole(20)
     assert restore(tmp_path)[0] == 10, (
         "what cannot be read was said to be whole, or the other way round"
     )
+
+
+# Checksums
+
+
+def test_damage_to_any_file_is_seen_or_changes_nothing(tmp_path: Path) -> None:
+    silent: list[Path] = []
+    results = damage_checkpoint(tmp_path, 63, 0, silent.append)
+    assert results["silent"] == 0, silent
+    assert results["harmless"] + results["detected"] == 63 and results["detected"] > 15
+    assert results["restored as damaged, but whole for `verify`"] == 0
+
+
+def test_one_changed_weight_is_seen_even_where_all_files_can_be_read(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20))
+    # The same run with one other bit: every file of Orbax is right.
+    other = tmp_path / "other"
+    ema = ema_of(20)
+    ema["block"]["bias"] = ema["block"]["bias"].at[2].add(1e-5)
+    with Checkpoints(other) as checkpoints:
+        checkpoints.save(20, ema=ema, train=train_of(20), meta={**META, "images": 64 * 20})
+    shutil.rmtree(tmp_path / "20" / "ema")
+    shutil.copytree(other / "20" / "ema", tmp_path / "20" / "ema")
+    assert verify_in(tmp_path) == {20: "array ema/block.bias differs from its checksum", 10: ""}
+    step, items = restore(tmp_path, ("ema",), read_only=True)
+    assert step == 10
+    chex.assert_trees_all_equal(items["ema"], ema_of(10))
+
+
+def verify_in(folder: Path) -> dict[int, str]:
+    """`verify` of a stage whose checkpoints lie in a folder of any name."""
+    stage = folder / "as a stage"
+    stage.mkdir(exist_ok=True)
+    (stage / "checkpoints").symlink_to(folder)
+    return verify(stage)
+
+
+def test_changed_notes_are_seen(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20))
+    path = tmp_path / "20" / "meta" / "metadata"
+    path.write_text(path.read_text().replace("1280", "1281"))
+    assert restore(tmp_path, (), read_only=True)[0] == 10
+    assert restore(tmp_path)[0] == 10
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_says_once_that_it_is_not_checked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, (10, 20))
+    for step in (10, 20):
+        shutil.rmtree(tmp_path / str(step) / "checksums")
+    for _ in range(2):
+        step, items = restore(tmp_path, read_only=True)
+        assert step == 20
+        chex.assert_trees_all_equal(items["train"], train_of(20))
+    assert caplog.text.count("written without checksums") == 1
+    assert all("cannot be checked" in text for text in verify_in(tmp_path).values())
+
+
+@pytest.mark.parametrize("meta", ["[]", "3", "null", "{}", '{"seconds": "long", "data": {}}'])
+def test_malformed_notes_count_as_unreadable_also_without_checksums(
+    meta: str, tmp_path: Path
+) -> None:
+    saved(tmp_path, (10, 20))
+    shutil.rmtree(tmp_path / "20" / "checksums")
+    (tmp_path / "20" / "meta" / "metadata").write_text(meta)
+    trees = {"ema": ema_of(0)}
+    like = {"ema": jax.eval_shape(lambda: trees["ema"])}
+    notes = {"seconds": (int, float), "data": (dict,)}
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.restore(like, placed(like), notes=notes)[0] == 10
+
+
+def test_all_checkpoints_of_a_run_are_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, relay = tmp_path / "base", tmp_path / "relay"
+    for stage in (base, relay):
+        saved(stage / "checkpoints", (10, 20))
+    weights = [f"--weights.{folder.name}={folder}" for folder in (base, relay)]
+    with command_line("--config=configs/demo.py:smoke", "--mode=verify", *weights):
+        run_main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": whole")]
+    assert len(lines) == 4 and f"{relay / 'checkpoints' / '20'}: whole" in lines
+    notes = base / "checkpoints" / "10" / "meta" / "metadata"
+    notes.write_text(notes.read_text().replace("640", "641"))
+    with pytest.raises(UserError, match=r"1 of 4 checkpoints .*base/checkpoints/10; remove"):
+        verify_all([base, relay])
+    verify_all([base / "checkpoints" / "20"])
+    with pytest.raises(UserError, match="no checkpoint in"):
+        verify_all([tmp_path])
+
+
+def test_a_split_array_is_checked_by_its_parts(tmp_path: Path) -> None:
+    value = jnp.arange(24.0).reshape(4, 6)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, ema={"x": value}, train={"step": jnp.int32(1)}, meta={})
+    path = tmp_path / "1" / "checksums" / "process_0.json"
+    # As two processes would have written it, each of which had two columns
+    # or four.
+    record = json.loads(path.read_text())
+    del record["sha256"]
+    split = {
+        place: checksums._hash("x", (4, 6), place, np.asarray(value)[:, columns])
+        for place, columns in (("0:4,0:2", slice(0, 2)), ("0:4,2:6", slice(2, 6)))
+    }
+    for process, place in enumerate(split):
+        record["items"]["ema"]["x"] = {place: split[place]}
+        record["processes"] = 2
+        path.with_name(f"process_{process}.json").write_text(
+            json.dumps(record | {"sha256": digest(record)})
+        )
+    whole = checksums.Checksums.read(tmp_path / "1")
+    whole.check("ema", {"x": value})
+    whole.check_files()
+    with pytest.raises(ValueError, match="array ema/x differs"):
+        whole.check("ema", {"x": value.at[3, 5].set(0)})
+    path.with_name("process_1.json").unlink()
+    assert restore_fails(tmp_path, value)
+
+
+def restore_fails(folder: Path, value: jax.Array) -> bool:
+    """Whether a checkpoint of one array is refused."""
+    like = {"ema": {"x": jax.eval_shape(lambda: value)}}
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        try:
+            checkpoints.restore(like, placed(like))
+        except UserError:
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +364,8 @@ def test_what_cannot_be_written_is_one_line(
     with pytest.raises(StorageError) as error, Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "save", full)
         checkpoints.save(10, ema=ema_of(10), train=train_of(10), meta=META)
-    message = str(error.value)
-    assert message.startswith(f"checkpoints cannot be written in {tmp_path}: Error writing")
-    assert message.endswith("No space left on device") and "\n" not in message
+    expected = f"checkpoints cannot be written in {tmp_path}: No space left on device"
+    assert str(error.value) == expected
 
 
 def test_when_all_are_damaged_the_folder_is_named_in_one_line_and_kept(tmp_path: Path) -> None:

@@ -151,7 +151,9 @@ def test_one_process_writes_pictures_and_report(runs: dict[int, Path]) -> None:
         sorted(
             str(p.relative_to(runs[n]))
             for p in runs[n].rglob("*")
-            if p.is_file() and p.suffix in (".png", ".json", ".jsonl")
+            if p.is_file()
+            and p.suffix in (".png", ".json", ".jsonl")
+            and "checkpoints" not in p.parts  # each process writes checksums of its parts
         )
         for n in (1, 2)
     ]
@@ -229,14 +231,14 @@ def test_a_training_continues_on_another_number_of_processes(
     shutil.copytree(
         runs[before], tmp_path / "run", ignore=shutil.ignore_patterns("cache", "report.*")
     )
-    newest, known = tmp_path / "run" / "relay" / "checkpoints" / "3", 48
+    newest, images = tmp_path / "run" / "relay" / "checkpoints" / "3", 48
     if after == 2:  # and the newest checkpoint is damaged: all must fall back to the same one
         (newest / "train" / "manifest.ocdbt").unlink()
-        known = 32
+        images = 32
     longer = ["--config.stages.relay.train.images=80", "--config.log.grid_every_images=0"]
     output = run(config, after, f"--workdir={tmp_path / 'run'}", "--stage=relay", *longer)
-    assert f"continues at {known} images" in output and ("3 is unreadable" in output) == (
-        known == 32
+    assert f"continues at {images} images" in output and ("3 is unreadable" in output) == (
+        images == 32
     )
     curve = losses(tmp_path / "run" / "relay")
     assert len(curve) == 5
@@ -250,21 +252,21 @@ def test_a_training_continues_on_another_number_of_processes(
 def test_several_processes_share_the_images_of_one_sampling(
     config: Path, runs: dict[int, Path], tmp_path: Path
 ) -> None:
-    asked = [f"--workdir={runs[1]}", "--mode=sample", "--seeds=995-1004"]
-    run(config, 1, *asked, f"--out={tmp_path / 'one'}")
+    arguments = [f"--workdir={runs[1]}", "--mode=sample", "--seeds=995-1004"]
+    run(config, 1, *arguments, f"--out={tmp_path / 'one'}")
     kept = tmp_path / "two" / "000000" / "000996.png"
     kept.parent.mkdir(parents=True)
     shutil.copy(tmp_path / "one" / "samples.json", tmp_path / "two")
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(kept)
     before = kept.read_bytes()
-    run(config, 2, *asked, f"--out={tmp_path / 'two'}")
+    run(config, 2, *arguments, f"--out={tmp_path / 'two'}")
     assert kept.read_bytes() == before, "an existing image was made again"
     several, one = pixels(tmp_path / "two"), pixels(tmp_path / "one")
     assert several.shape == one.shape == (10, 16, 16, 3)
     keep = np.arange(10) != 1
     assert np.abs(several[keep] - one[keep]).max() <= 1
 
-    run(config, 2, *asked, f"--out={tmp_path / 'npz'}", "--format=npz")
+    run(config, 2, *arguments, f"--out={tmp_path / 'npz'}", "--format=npz")
     names = [
         "000995-000999.npz",
         "001000-001004.npz",
@@ -413,6 +415,62 @@ def test_a_contradictory_environment_is_refused(environ: Mapping[str, str], says
         arguments(environ)
 
 
+def test_a_request_to_stop_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX says so at one call alone, which may be one where nobody can stop."""
+    monkeypatch.setattr(distributed, "_joined", True)
+    monkeypatch.setattr(distributed, "_stop_flag", False)
+    points = iter([False, True])
+    monkeypatch.setattr(
+        distributed.multihost_utils, "reached_preemption_sync_point", lambda _: next(points)
+    )
+    assert [distributed.stop_requested() for _ in range(4)] == [False, True, True, True]
+
+
+LOSES = """
+import os, signal
+import jax
+from relay_jax.runtime import distributed
+distributed.initialize()
+distributed.tell("here")
+if jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    distributed.tell("still here")
+except Exception as error:
+    print(distributed.not_answering(error, 2), flush=True)
+os._exit(1)
+"""
+
+
+def test_the_process_that_was_killed_is_named() -> None:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "RELAY_COORDINATOR": f"localhost:{free_port()}",
+        "RELAY_NUM_PROCESSES": "2",
+        "RELAY_TIMEOUT": "60",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOSES],
+            cwd=ROOT,
+            env={**environment, "RELAY_PROCESS_ID": str(index)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for index in range(2)
+    ]
+    try:
+        output = processes[0].communicate(timeout=200)[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "process 1 of 2 gone" in output, output[-3000:]
+
+
 JOINS = """
 import os, sys
 import jax
@@ -494,7 +552,7 @@ def of_gke(index: int) -> dict[str, str]:
 @pytest.mark.parametrize("kind", ["slurm", "open mpi", "gke tpu", "gce tpu"])
 def test_two_processes_find_each_other_by_what_the_cluster_sets(kind: str) -> None:
     with ExitStack() as stack:
-        own = {
+        of_process = {
             "slurm": of_slurm,
             "open mpi": of_open_mpi,
             "gke tpu": of_gke,
@@ -516,7 +574,7 @@ def test_two_processes_find_each_other_by_what_the_cluster_sets(kind: str) -> No
             subprocess.Popen(
                 [sys.executable, "-c", JOINS, *kind.split()],
                 cwd=ROOT,
-                env={**common, **own(index)},
+                env={**common, **of_process(index)},
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from PIL import Image
 from relay_jax.errors import StorageError
 from relay_jax.runtime import distributed
 from relay_jax.runtime.files import read_jsonl
-from relay_jax.runtime.logs import Progress, ScalarLog, curve_summary, duration
+from relay_jax.runtime.logs import Progress, ScalarLog, curve_summary, duration, fail, read_curve
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,59 @@ def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     log.picture(64, "samples", np.zeros((4, 4, 3), np.uint8))
     log.close()
     assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["7", '{"images": "x"}', '{"loss": 1.0}', '{"images": 64, "loss": [1]}', "\x00"]
+    + ['{"images": 64, "loss": 1' + "0" * 400 + "}", '{"images": true}', '{"images": -1}'],
+)
+def test_a_line_that_is_no_measure_is_set_aside_and_the_curve_goes_on(
+    tmp_path: Path, line: str
+) -> None:
+    write(tmp_path, 0, [64, 128], 1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert [x["images"] for x in read_curve(tmp_path / "metrics.jsonl")] == [64, 128]
+    write(tmp_path, 128, [192], 1.0)
+    assert [x["images"] for x in read_curve(tmp_path / "metrics.jsonl")] == [64, 128, 192]
+    assert line in (tmp_path / "metrics.jsonl.damaged-1").read_text()
+
+
+# What is printed
+
+
+def printed_by(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", "from relay_jax.runtime.logs import *\n" + script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    return done.stderr
+
+
+def test_errors_are_one_line_of_less_than_400_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for text in ("short", "begin " + "x" * 10**6 + "\nwhat to do", KeyError("k" * 500)):
+        with pytest.raises(SystemExit):
+            fail(text)
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and line.endswith("\n") and line.count("\n") == 1
+        assert len(line) < 400
+        if "begin" in str(text):
+            assert "begin" in line and "what to do" in line
+
+
+def test_a_thread_that_cannot_write_says_nothing_and_other_failures_are_shown() -> None:
+    script = (
+        "import threading\nquieten()\ndef fail(error): raise error\n"
+        "for e in (OSError(28, 'full'), KeyError('mine')):\n"
+        "    t = threading.Thread(target=fail, args=(e,)); t.start(); t.join()\n"
+    )
+    output = printed_by(script)
+    assert "KeyError: 'mine'" in output and "full" not in output
 
 
 # Summary

@@ -194,6 +194,24 @@ def test_the_handoff_is_the_upsampled_image_and_noise_of_the_first_level() -> No
     np.testing.assert_allclose(start - noise, upsample(low, 2), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "argument, shapes",
+    [
+        ("seeds must be", ((2, 2), (2, 2), (2, 8, 8, 3))),
+        ("classes must be", ((2,), (3,), (2, 8, 8, 3))),
+        ("low_res must be", ((2,), (2,), (2, 4, 4, 3))),
+        ("low_res must be", ((2,), (2,), (3, 8, 8, 3))),
+    ],
+)
+def test_other_shapes_are_refused_by_the_name_of_the_argument(
+    argument: str, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    stage = build(tiny_relay())[1]
+    seeds, classes, low_res = (np.zeros(shape, np.int32) for shape in shapes)
+    with pytest.raises(AssertionError, match=argument):
+        sample_stage(stage, {}, seeds, classes, low_res.astype(np.float32))
+
+
 # Precision, guidance
 
 

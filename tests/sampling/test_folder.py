@@ -1,5 +1,7 @@
 """Numbered images: paths, what is finished, reading back; the threads that write."""
 
+import io
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,14 @@ from PIL import Image
 
 from relay_jax.errors import UserError
 from relay_jax.sampling import folder as writer
-from relay_jax.sampling.folder import Background, PngFolder, holds_images, image_path, read_images
+from relay_jax.sampling.folder import (
+    Background,
+    PngFolder,
+    holds_images,
+    image_path,
+    png_damage,
+    read_images,
+)
 from relay_jax.sampling.pixels import to_uint8
 
 
@@ -68,6 +77,50 @@ def test_a_file_is_the_lossless_image_of_its_seed(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.asarray(file), to_uint8(image))
 
 
+@pytest.mark.parametrize("kind", ["bit", "cut", "longer", "other size", "no png"])
+def test_damaged_images_are_not_finished_and_are_removed(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, [0, 1, 2], images(3))
+    path = image_path(tmp_path, 1)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    if kind == "other size":
+        PngFolder(tmp_path).add(1, to_uint8(images(1, side=5))[0], 0)
+    else:
+        path.write_bytes(
+            {
+                "bit": bytes(flipped),
+                "cut": content[:-7],
+                "longer": content + b"x",
+                "no png": b"",
+            }[kind]
+        )
+    assert PngFolder(tmp_path, 6).finished([0, 1, 2]) == {0, 2} and not path.exists()
+    assert PngFolder(tmp_path, 6).finished([0, 2]) == {0, 2}
+
+
+def test_every_flipped_bit_of_a_png_is_seen() -> None:
+    file = io.BytesIO()
+    Image.fromarray(to_uint8(images(1))[0]).save(file, format="png")
+    content = file.getvalue()
+    assert png_damage(content, 6) == ""
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert png_damage(bytes(flipped), 6), f"bit {bit}"
+    assert all(png_damage(content[:length], 6) for length in range(len(content)))
+
+
+def test_leftovers_go_once_nobody_writes_to_them(tmp_path: Path) -> None:
+    write(tmp_path, [0], images(1))
+    old, new = tmp_path / "000000" / ".000007.png.tmp", tmp_path / ".samples.json.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half a file")
+    os.utime(old, (0, 0))
+    PngFolder(tmp_path).tidy()
+    assert not old.exists() and new.exists() and image_path(tmp_path, 0).exists()
+
+
 def test_processes_share_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     owners = []
     monkeypatch.setattr(writer.jax, "process_count", lambda: 3)
@@ -75,7 +128,7 @@ def test_processes_share_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(writer.jax, "process_index", lambda index=index: index)
         owners.append([seed for seed in range(10) if PngFolder(Path()).owns(seed)])
     assert (
-        sorted(seed for own in owners for seed in own) == list(range(10))
+        sorted(seed for share in owners for seed in share) == list(range(10))
         and min(map(len, owners)) == 3
     )
 
@@ -83,7 +136,7 @@ def test_processes_share_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_written_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "000000").write_text("in the way")
     with pytest.raises(
-        UserError, match=r"000000/000001\.png cannot be written .*same command"
+        UserError, match=r"000000/000001\.png cannot be written .*another place"
     ) as error:
         PngFolder(tmp_path).add(1, to_uint8(images(1))[0], 0)
     assert "\n" not in str(error.value)

@@ -69,7 +69,7 @@ def test_every_byte_survives_its_own_float() -> None:
 def test_devices_make_the_same_bytes_to_the_last_one() -> None:
     """Around every step of `to_uint8`, where a sum rounded once instead of twice gives another
     level."""
-    wanted = jax.jit(to_uint8_on_device)
+    on_device = jax.jit(to_uint8_on_device)
     step = np.float32((np.arange(1, 256) - 128) / 127.5)
     near = step.view(np.int32)[:, None] + np.arange(-40, 41, dtype=np.int32)
     x = np.concatenate(
@@ -81,7 +81,7 @@ def test_devices_make_the_same_bytes_to_the_last_one() -> None:
     ).astype(np.float32)
     x = np.resize(x[~np.isnan(x)], (4, len(x) // 48, 4, 3))
     assert len(np.unique(to_uint8(x))) == 256
-    got = wanted(x)
+    got = on_device(x)
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, to_uint8(x))
 

@@ -41,30 +41,30 @@ def record_of(
     **changed: object,
 ) -> dict:
     stages = build(config or tiny_relay())
-    known = {s.name: (PARAMS, NOTES) for s in stages} if weights else {}
+    known_weights = {s.name: (PARAMS, NOTES) for s in stages} if weights else {}
     rule = str(changed.pop("class_rule", "mod"))
-    return describe_sampling(stages, known, seeds, rule) | changed
+    return describe_sampling(stages, known_weights, seeds, rule) | changed
 
 
 # Hash
 
 
 def test_the_hash_is_that_of_the_values_wherever_they_lie() -> None:
-    wanted = parameters_hash(PARAMS)
-    assert len(wanted) == 64
+    expected = parameters_hash(PARAMS)
+    assert len(expected) == 64
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), devices=mesh_of(8).devices.ravel())
     split = jax.device_put(PARAMS, state_shardings(PARAMS, mesh))
     assert not split["a"]["kernel"].is_fully_replicated
     assert (
         parameters_hash(split)
         == parameters_hash(jax.device_put(PARAMS, replicated(mesh)))
-        == wanted
+        == expected
     )
     assert (
         parameters_hash({"b": PARAMS["b"], "a": {k: PARAMS["a"][k][:] for k in ("bias", "kernel")}})
-        == wanted
+        == expected
     )
-    assert parameters_hash({**PARAMS, "b": np.asfortranarray(PARAMS["b"])}) == wanted
+    assert parameters_hash({**PARAMS, "b": np.asfortranarray(PARAMS["b"])}) == expected
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,11 @@ def test_every_setting_that_changes_an_image_makes_a_difference(path: str, value
         node = node[parent]
     node[key] = value
     key = {"guidance": "guidance.weight"}.get(key, key)
-    said = first_difference(record_of(), record_of(config))
+    difference = first_difference(record_of(), record_of(config))
     assert (
-        said is not None
-        and said.split(" is ")[0].endswith(key)
-        and f"{json.dumps(value)} now" in said
+        difference is not None
+        and difference.split(" is ")[0].endswith(key)
+        and f"{json.dumps(value)} now" in difference
     )
 
 

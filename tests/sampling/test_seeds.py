@@ -1,5 +1,7 @@
 """Lists of seeds as text, and the class of a seed: rules and numbers that must never change."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -108,12 +110,12 @@ def test_balanced_blocks_hold_each_class_once_in_orders_of_their_own(classes: in
 
 
 def test_random_classes_are_uniform_and_not_those_of_the_neighbour() -> None:
-    drawn = classes_for(np.arange(80_000), 8, "random")
-    counts = np.bincount(drawn, minlength=8)
+    classes = classes_for(np.arange(80_000), 8, "random")
+    counts = np.bincount(classes, minlength=8)
     assert (
         np.sum((counts - 10_000.0) ** 2 / 10_000) < 24
     )  # chi squared, 7 degrees: one in a thousand
-    pairs = np.bincount(drawn[:-1] * 8 + drawn[1:], minlength=64)
+    pairs = np.bincount(classes[:-1] * 8 + classes[1:], minlength=64)
     assert np.sum((pairs - 1250.0) ** 2 / 1250) < 104  # 63 degrees
 
 
@@ -194,3 +196,52 @@ def test_known_rules_are_written_in_one_way() -> None:
     assert [parse_class_rule(text, 8) for text in (*CLASS_RULES, "007")] == [*CLASS_RULES, "7"]
     with pytest.raises(ValueError, match="unknown class rule"):
         classes_for([1], 8, "8")
+
+
+NAMES = ("cat", "Dog", "10", "2", "mod", "catfish")
+
+
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        ("cat", "0"),
+        ("dog", "1"),  # whatever its capitals
+        ("name:cat", "0"),
+        ("2", "2"),  # a number is a number
+        ("name:2", "3"),
+        ("mod", "mod"),  # and a rule a rule
+        ("name:mod", "4"),
+    ],
+)
+def test_a_class_may_be_called_by_its_name(text: str, rule: str) -> None:
+    assert parse_class_rule(text, 6, NAMES) == rule
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("catfsh", "nor the name of a class, such as catfish, cat"),
+        ("name:7", "nor the name of a class, such as cat, Dog, 10"),
+        ("9" * 9999, "unknown class 99999999999999999999; there are 0 to 5"),
+        ("\u0663", "neither"),  # decimal to Python, no number to us
+    ],
+)
+def test_an_unknown_name_is_one_line_with_similar_ones(text: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_class_rule(text, 6, NAMES)
+    assert says in str(error.value) and len(str(error.value)) < 400
+
+
+def test_without_names_a_name_says_that_they_are_not_known() -> None:
+    with pytest.raises(UserError, match="the names of the classes are not kept"):
+        parse_class_rule("cat", 6)
+
+
+def test_many_ranges_and_long_numbers_are_refused_at_once() -> None:
+    """A damaged samples.json must not take minutes, and no line without end."""
+    for text in (",".join(["0-9999999"] * 1000), "9" * 10_000, "0-" + "9" * 10_000):
+        begun = time.monotonic()
+        with pytest.raises(UserError) as error:
+            parse_seeds(text)
+        assert len(str(error.value)) < 300 and time.monotonic() - begun < 10
+    assert parse_seeds("0" * 5000 + "7") == [7]

@@ -12,14 +12,14 @@ import pytest
 from jax.sharding import Mesh
 
 from benchmarks.loop import waiting_step
-from relay_jax.config import Settings, build, settings_of
+from relay_jax.config import Settings, build, network_from, settings_of
 from relay_jax.data.source import Source
 from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.errors import Stopped, UserError
-from relay_jax.models.network import from_description
 from relay_jax.runtime import distributed
 from relay_jax.runtime.checkpoint import Checkpoints, read_meta
 from relay_jax.runtime.files import read_jsonl
+from relay_jax.runtime.lease import Lease
 from relay_jax.stage import Stage
 from relay_jax.training import loop
 from tests.conftest import mesh_of, tiny_relay
@@ -125,7 +125,12 @@ def test_a_finished_stage_with_a_damaged_last_checkpoint_is_finished_again(
     folder, stage = tmp_path / "copy", stage_of(96)
     shutil.copytree(six_steps, folder)
     assert loop.is_finished(stage, folder)
-    (folder / "checkpoints" / "6" / "ema" / "manifest.ocdbt").unlink()
+    # A changed byte of the optimiser's state, which sampling does not read.
+    files = (folder / "checkpoints" / "6" / "train").rglob("d/*")
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
     assert not loop.is_finished(stage, folder)
     train(folder, stage)
     assert loop.is_finished(stage, folder)
@@ -160,7 +165,7 @@ def test_grids_and_checkpoints_appear_when_they_are_due(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_describes_its_network(six_steps: Path) -> None:
-    assert from_description(read_meta(six_steps)["network"]) == stage_of(96).network
+    assert network_from(read_meta(six_steps)["network"]) == stage_of(96).network
 
 
 def test_a_checkpoint_of_an_earlier_version_without_a_network_continues(
@@ -196,3 +201,95 @@ def test_a_checkpoint_stays_for_each_multiple_of_images(tmp_path: Path) -> None:
     # 16 images per step: 40, 80, 120 and 160 images are reached in steps 3, 5, 8 and 10; 10 is
     # the newest as well
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 5, 8, 10]
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_jsonl(path)]
+
+
+@pytest.mark.parametrize("killed_at", [48, 96])
+def test_what_was_lost_between_a_checkpoint_and_its_picture_is_made_at_the_next_start(
+    tmp_path: Path, killed_at: int
+) -> None:
+    """Killed as soon as the checkpoint of so many images was complete."""
+
+    def scores(ema: dict) -> dict[str, float]:
+        return {"fid": round(float(jax.tree.leaves(ema)[0].sum()), 4)}
+
+    def kill(*_: object) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    def run(folder: Path, images: int, preview: object) -> None:
+        loop.train_stage(
+            stage_of(images, "base"),
+            SyntheticShapes(8, 64, 0),
+            mesh_of(1),
+            folder,
+            settings_with(log__grid_every_images=48, evaluate__every=48),
+            loop.Observers(preview=preview, evaluation=scores),
+        )
+
+    def picture(ema: dict) -> np.ndarray:
+        return np.full((4, 4, 3), abs(float(jax.tree.leaves(ema)[0].sum())) * 1e3 % 256, np.uint8)
+
+    run(tmp_path / "straight", 96, picture)
+    if killed_at == 96:
+        run(tmp_path / "killed", 48, picture)
+        (tmp_path / "killed" / "training.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", 96, kill)
+    with Checkpoints(tmp_path / "killed" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps()[0] == killed_at // 16
+    run(tmp_path / "killed", 96, picture)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    names = ["000000000048.png", "000000000096.png"]
+    for folder in (straight, killed):
+        assert sorted(path.name for path in (folder / "grids").iterdir()) == names
+        assert (folder / "training.json").is_file()
+    for name in names:
+        assert (straight / "grids" / name).read_bytes() == (killed / "grids" / name).read_bytes()
+    curves = [[x for x in lines_of(f / "metrics.jsonl") if "fid" in x] for f in (straight, killed)]
+    assert curves[0] == curves[1] and len(curves[0]) == 2
+
+
+def test_a_stage_that_another_process_trains_is_refused_and_left_alone(
+    tmp_path: Path, six_steps: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(six_steps, folder)
+    unfinished = folder / "checkpoints" / "7.orbax-checkpoint-tmp-1"
+    unfinished.mkdir()
+    with Lease(folder, "stage relay"), pytest.raises(UserError, match="another process trains"):
+        train(folder, stage_of(112))
+    assert unfinished.exists(), "the other's unfinished checkpoint was removed"
+    train(folder, stage_of(96))  # a finished stage needs no owner
+
+
+def test_a_training_that_was_taken_over_ends_before_it_writes(
+    tmp_path: Path, six_steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(six_steps, folder)
+
+    def begin(self: Lease) -> Lease:
+        self._lost = "taken over"
+        return self
+
+    monkeypatch.setattr(Lease, "__enter__", begin)
+    with pytest.raises(UserError, match="taken over"):
+        train(folder, stage_of(112))
+    assert final_state(folder)["step"] == 6
+
+
+def test_damaged_logs_do_not_stop_a_training(tmp_path: Path, six_steps: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(six_steps, folder)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\x00\n")
+    (folder / "starts.jsonl").unlink()
+    (folder / "starts.jsonl").mkdir()
+    train(folder, stage_of(112))
+    images = [line["images"] for line in read_jsonl(folder / "metrics.jsonl")]
+    assert images == [16 * n for n in range(1, 8)]
+    kept = sorted(path.name for path in folder.glob("*.damaged-1"))
+    assert kept == ["metrics.jsonl.damaged-1", "starts.jsonl.damaged-1"]

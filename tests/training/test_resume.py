@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervised import end, start, supervise
+from tests.supervised import end, start, supervise, wait_until
 
-STEPS, EVERY, BATCH, KILLS = 800, 2, 4, 24
+STEPS, EVERY, BATCH, KILLS = 800, 2, 4, 21
 RARE = f"--config.checkpoint.every_images={STEPS * BATCH}"  # only at the end
 CONFIG = f"""
 from relay_jax.configs import demo
@@ -79,17 +79,6 @@ def train(folder: Path, name: str, *arguments: str) -> int:
     return start(folder, name, f"--workdir={folder / name}", "--stage=base", *arguments)
 
 
-def wait_until(pid: int, condition: Callable[[], bool], seconds: float = 300) -> bool:
-    """False if the process ended before."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            return False
-        assert time.monotonic() < deadline, "nothing happens"
-        time.sleep(0.002)
-    return True
-
-
 def complete(checkpoints: Path) -> list[int]:
     return sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal())
 
@@ -116,13 +105,13 @@ def kill_often(folder: Path, rng: random.Random) -> dict:
             return reached
 
         if kill % 3 == 0:  # whenever, mostly while it starts
-            alive = wait_until(pid, moment(lambda: True, 0.1, 3))
+            status = wait_until(pid, moment(lambda: True, 0.1, 3))
         elif kill % 3 == 1:  # as soon as a save has begun, and somewhat later
             saving = partial(is_saving, checkpoints, left_over)
-            alive = wait_until(pid, moment(saving, 0, rng.choice([0, 0.02, 0.1])))
+            status = wait_until(pid, moment(saving, 0, rng.choice([0, 0.02, 0.1])))
         else:  # after a save
-            alive = wait_until(pid, moment(partial(is_newer, checkpoints, before), 0, 0.2))
-        assert alive, "ended by itself: more steps are needed for so many kills"
+            status = wait_until(pid, moment(partial(is_newer, checkpoints, before), 0, 0.2))
+        assert status is None, "ended by itself: more steps are needed for so many kills"
         os.kill(pid, signal.SIGKILL)
         end(pid)
         during_save += is_saving(checkpoints, left_over)

@@ -1,11 +1,11 @@
 """Operations of the U-Net as CPUs compute them fastest; models/ops.py chooses where.
 
-XLA for CPU multiplies matrices at a higher rate than it convolves, so
-each 3 x 3 convolution becomes matrix products that need fewer
+XLA for CPU multiplies matrices at a higher rate than it convolves,
+so each 3 x 3 convolution becomes matrix products that need fewer
 multiplications. Each function equals the one of plain.py in its
 docstring but for rounding (tests/kernels/test_cpu.py);
-docs/benchmarks.md says what it gains. x: [b, h, w, c]; kernel: [height,
-width, c, features], stride 1.
+docs/lab/cpu.md says what it gains. x: [b, h, w, c]; kernel:
+[height, width, c, features], stride 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from relay_jax.models.kernels.plain import (
     up_conv_gradients,
 )
 
-# Winograd's F(4, 3): four outputs of three taps from six inputs with six
-# products instead of twelve (arXiv 1509.09308).
+# Winograd's F(4, 3): four outputs of three taps from six inputs with
+# six products instead of twelve (arXiv 1509.09308).
 _INPUT = np.array(
     [
         [4, 0, -5, 0, 1, 0],
@@ -38,24 +38,29 @@ _INPUT = np.array(
 )
 _TAPS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _OUTPUT = np.array(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+    [
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, -1, 2, -2, 0],
+        [0, 1, 1, 4, 4, 0],
+        [0, 1, -1, 8, -8, 1],
+    ]
 )
-# The same idea where every row stands twice: with s = k0 + k1 + k2, two
-# rows of outputs are k0 (x[i-1] - x[i]) + s x[i] and s x[i] + k2 (x[i+1]
-# - x[i]), three products instead of six.
+# The same idea where every row stands twice: with s = k0 + k1 + k2,
+# two rows of outputs are k0 (x[i-1] - x[i]) + s x[i] and s x[i] + k2
+# (x[i+1] - x[i]), three products instead of six.
 _TWICE_INPUT = np.array([[1, -1, 0], [0, 1, 0], [0, -1, 1]])
 _TWICE_TAPS = np.array([[1, 0, 0], [1, 1, 1], [0, 0, 1]])
 _TWICE_OUTPUT = np.array([[1, 1, 0], [0, 1, 1]])
-# Of fewer channels, all nine pixels are gathered into one product
-# instead.
+# Of fewer channels, all nine pixels are
+# gathered into one product instead.
 _FEW = 16
-# An image of fewer rows gains too little for what its program costs to
-# compile.
+# An image of fewer rows gains too little
+# for what its program costs to compile.
 _SMALL = 16
 
 
-# The functions under jax.jit are traced once per shape instead of once
-# per layer.
+# The functions under jax.jit are traced once per shape instead of
+# once per layer.
 
 
 @jax.jit
@@ -64,8 +69,8 @@ def narrow_product_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """plain.product_gradients, of inputs in the order in which they lie."""
     by_x = cotangent @ kernel.T
-    # With the fewer channels as rows, no input has to be transposed in
-    # memory.
+    # With the fewer channels as rows, no
+    # input has to be transposed in memory.
     if x.shape[-1] <= cotangent.shape[-1]:
         return by_x, _apart(_narrow_by_wide, x, cotangent)
     return by_x, _apart(_narrow_by_wide, cotangent, x).T
@@ -101,10 +106,10 @@ def winograd_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Four rows at a time as six products; h must be a multiple of 4."""
     b, h, w, c = x.shape
-    # The three taps along a row are columns of one product, added where
-    # they belong afterwards. Winograd along both axes multiplies less,
-    # but is slower for few features and takes twice the time to compile
-    # with twice the error.
+    # The three taps along a row are columns of one product, added
+    # where they belong afterwards. Winograd along both axes
+    # multiplies less, but is slower for few features and takes twice
+    # the time to compile with twice the error.
     taps = jnp.stack(_combine(_TAPS, kernel.swapaxes(1, 2))).reshape(6, c, -1)
     products = jnp.einsum("tnc,tcf->tnf", jnp.stack(_six(x)).reshape(6, -1, c), taps).reshape(
         6, b, h // 4, w, 3, -1
@@ -126,8 +131,8 @@ def winograd_gradients(
     """plain.conv_gradients of a 3 x 3 kernel, by the transposed products."""
     if x.dtype != jnp.float32:
         return conv_gradients(x, kernel, cotangent)
-    # By x it is a convolution too, with the kernel turned by half a
-    # circle.
+    # By x it is a convolution too, with
+    # the kernel turned by half a circle.
     by_x = winograd_conv(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
     if x.shape[-1] < _FEW:
         (by_kernel,) = jax.linear_transpose(partial(_gathered_conv, x), kernel)(cotangent)
@@ -167,9 +172,9 @@ def three_rows_up_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _three_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Two rows of outputs as three products, [b, 2h, 2w, features]."""
     b, h, w, c = x.shape
-    # The taps along a row, k0, s and k2, are columns of one product, so
-    # that each input is read once; their differences are taken of the
-    # results.
+    # The taps along a row, k0, s and k2, are columns of one
+    # product, so that each input is read once; their differences
+    # are taken of the results.
     products = jnp.einsum("tnc,tcf->tnf", _three(x).reshape(3, -1, c), _three_taps(kernel))
     two = []
     for row in _combine(_TWICE_OUTPUT, products.reshape(3, b, h, w, 3, -1)):
@@ -201,7 +206,11 @@ def _three_rows_by_products(cotangent: jax.Array) -> jax.Array:
         left, right = cotangent[:, i::2, ::2], cotangent[:, i::2, 1::2]
         columns.append(
             jnp.stack(
-                [_moved(left, 1, 2) - left, left + right, _moved(right, -1, 2) - right],
+                [
+                    _moved(left, 1, 2) - left,
+                    left + right,
+                    _moved(right, -1, 2) - right,
+                ],
                 axis=3,
             )
         )
@@ -220,7 +229,9 @@ def _three_rows_by_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
     """The gradient of `_three_rows` by its kernel: [3, 3, c, features]."""
     c = x.shape[-1]
     by_taps = jnp.einsum(
-        "tnc,tnf->tcf", _three(x).reshape(3, -1, c), _three_rows_by_products(cotangent)
+        "tnc,tnf->tcf",
+        _three(x).reshape(3, -1, c),
+        _three_rows_by_products(cotangent),
     )
     taps = by_taps.reshape(3, c, 3, -1)
     columns = jnp.moveaxis(jnp.stack(_combine(_TWICE_TAPS.T, taps)), 2, 0)
@@ -284,11 +295,11 @@ def _apart(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
 
     The condition fails for NaN alone, and gives NaN.
     """
-    # Merged, the inputs would be computed again in each of the six parts,
-    # and the parts in each use of the result; XLA for CPU drops
-    # optimization_barrier too early to prevent it. Not with several
-    # processes: an exchange between them that stands in a condition may
-    # meet another one, and ends the run.
+    # Merged, the inputs would be computed again in each of the six
+    # parts, and the parts in each use of the result; XLA for CPU
+    # drops optimization_barrier too early to prevent it. Not with
+    # several processes: an exchange between them that stands in a
+    # condition may meet another one, and ends the run.
     if jax.distributed.is_initialized():
         return function(*inputs)
     function = jax.jit(function)  # traced once for both uses

@@ -1,7 +1,8 @@
 """The operations of the U-Net by their definitions, as every platform can compute them.
 
-x: [b, h, w, c]; kernel: [height, width, c, features], stride 1.
-tests/kernels hold the formulations of cpu.py and tpu.py against these.
+x: [b, h, w, c]; kernel: [height, width, c, features],
+stride 1. tests/kernels hold the formulations of cpu.py and
+tpu.py against these.
 """
 
 import jax
@@ -20,8 +21,8 @@ def conv_gradients(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of `conv` by x and by kernel."""
-    # By transposition, as it is linear in both: jax.vjp would compute the
-    # convolution once more.
+    # By transposition, as it is linear in both: jax.vjp would
+    # compute the convolution once more.
     return (
         *jax.linear_transpose(lambda of_x: conv(of_x, kernel), x)(cotangent),
         *jax.linear_transpose(lambda of_kernel: conv(x, of_kernel), kernel)(cotangent),
@@ -45,8 +46,8 @@ def product_gradients(
 
 def sum_fours(x: jax.Array) -> jax.Array:
     """Sum over 2 x 2 pixels in float32: [b, h, w, c] -> [b, h/2, w/2, c]."""
-    # Of slices: a reduction of the reshaped image is several times slower
-    # on TPU.
+    # Of slices: a reduction of the reshaped image is several times
+    # slower on TPU.
     x = x.astype(jnp.float32)
     rows = x[:, ::2] + x[:, 1::2]
     return rows[:, :, ::2] + rows[:, :, 1::2]
@@ -66,8 +67,8 @@ def upsample(x: jax.Array) -> jax.Array:
     )
 
 
-# The gradient that JAX would find sums over axes of length 2, see
-# `sum_fours`.
+# The gradient that JAX would find sums
+# over axes of length 2, see `sum_fours`.
 upsample.defvjp(
     lambda x: (upsample(x), None),
     lambda _, cotangent: (sum_fours(cotangent).astype(cotangent.dtype),),

@@ -1,8 +1,8 @@
 """Operations of the U-Net as TPUs compute them fastest; models/ops.py chooses where.
 
-Each function equals the one of plain.py in its docstring but for
-rounding (tests/kernels/test_tpu.py); docs/benchmarks.md says what it
-gains.
+Each function equals the one of plain.py in its docstring but
+for rounding (tests/kernels/test_tpu.py); docs/lab/tpu.md
+says what it gains.
 """
 
 from functools import partial
@@ -21,8 +21,9 @@ Saved = tuple[jax.Array, jax.Array, jax.Array]  # qkv, out, logarithmic sums of 
 
 def sum_by_product(x: jax.Array) -> jax.Array:
     """plain.sum_pixels as a product with ones: [..., c] -> [c], float32."""
-    # The matrix unit adds up 16-bit numbers faster than the vector unit
-    # converts them. float32 stays a sum: a product would round it.
+    # The matrix unit adds up 16-bit numbers faster than the
+    # vector unit converts them. float32 stays a sum: a
+    # product would round it.
     if x.dtype == jnp.float32:
         return sum_pixels(x)
     ones = jnp.ones((*x.shape[:-1], 8), x.dtype)  # 8: the fewest rows of the matrix unit
@@ -39,16 +40,16 @@ def attend_by_head(qkv: jax.Array, heads: int) -> jax.Array:
     """plain.attend, one head after the other: [b, n, 3c] -> [b, n, c].
 
     The scores of one head never leave the fast memory of a core. The
-    backward pass makes the weights again from the logarithmic sums of
-    the scores (arXiv 2205.14135, appendix B).
+    backward pass makes the weights again from the logarithmic sums
+    of the scores (arXiv 2205.14135, appendix B).
     """
     return _forward(qkv, heads)[0]
 
 
 def _forward(qkv: jax.Array, heads: int) -> tuple[jax.Array, Saved]:
     channels = qkv.shape[-1] // 3
-    # Where the loop starts is of no importance, as every head overwrites
-    # its part.
+    # Where the loop starts is of no importance, as every head
+    # overwrites its part.
     start = qkv[..., :channels]
     out, log_sums = lax.scan(partial(_attend_one, qkv, heads), start, jnp.arange(heads))
     return out, (qkv, out, log_sums)
@@ -61,10 +62,11 @@ def _attend_one(
     width = out.shape[-1] // heads
     q, k, v = (_part(qkv, part * heads + head, width) for part in range(3))
     scores = _scores(q, k)
-    # Without their largest, as exponentials of large scores overflow.
+    # Without their largest, as exponentials
+    # of large scores overflow.
     largest = jnp.max(scores, axis=-1, keepdims=True)
-    # The ones beside v make the sum of the weights part of the product,
-    # in columns of the matrix unit that would idle.
+    # The ones beside v make the sum of the weights part of the
+    # product, in columns of the matrix unit that would idle.
     summed = jnp.einsum(
         "bqk,bkd->bqd",
         jnp.exp(scores - largest).astype(v.dtype),
@@ -80,7 +82,8 @@ def _attend_one(
 def _backward(heads: int, saved: Saved, cotangent: jax.Array) -> tuple[jax.Array]:
     qkv, out, log_sums = saved
     one = partial(_differentiate_one, cotangent, out, heads)
-    # The gradient overwrites qkv, whose head is read once and then free.
+    # The gradient overwrites qkv, whose
+    # head is read once and then free.
     return lax.scan(one, qkv, (jnp.arange(heads), log_sums))[:1]
 
 
@@ -93,8 +96,8 @@ def _differentiate_one(
 ) -> tuple[jax.Array, None]:
     """Replaces q, k and v of one head in x [b, n, 3c] by their gradients.
 
-    With weights w = softmax(s): ds = w (dw - sum w dw), and sum w dw =
-    sum out dout.
+    With weights w = softmax(s): ds = w (dw - sum w dw), and
+    sum w dw = sum out dout.
     """
     head, log_sum = inputs
     width = out.shape[-1] // heads
@@ -102,7 +105,11 @@ def _differentiate_one(
     by_mean, mean = _part(cotangent, head, width), _part(out, head, width)
     weights = jnp.exp(_scores(q, k) - log_sum)
     by_weights = jnp.einsum("bqd,bkd->bqk", by_mean, v, preferred_element_type=jnp.float32)
-    inner = jnp.sum(by_mean.astype(jnp.float32) * mean.astype(jnp.float32), axis=-1, keepdims=True)
+    inner = jnp.sum(
+        by_mean.astype(jnp.float32) * mean.astype(jnp.float32),
+        axis=-1,
+        keepdims=True,
+    )
     by_scores = (weights * (by_weights - inner) / width**0.5).astype(x.dtype)
     gradients = (
         jnp.einsum("bqk,bkd->bqd", by_scores, k),

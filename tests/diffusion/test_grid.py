@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from relay_jax.diffusion.sampler import edm_sigmas, relay_sigmas
+from relay_jax.diffusion.grid import edm_sigmas, relay_sigmas, stopped_sigmas
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,17 @@ def test_the_grid_is_even_in_the_root_of_sigma_falls_and_ends_at_zero(
         rtol=1e-12,
     )
     np.testing.assert_allclose(sigmas[[0, -2]], [high, low], rtol=1e-10)
+
+
+def test_a_grid_that_stops_ends_exactly_at_its_level_and_is_even_as_well() -> None:
+    sigmas = stopped_sigmas(7, 0.217281, 80.0, 7.0)
+    assert sigmas.dtype == np.float64 and sigmas.shape == (8,) and sigmas[-1] == 0.217281
+    root = sigmas ** (1 / 7)
+    np.testing.assert_allclose(root, np.linspace(root[0], root[-1], 8), rtol=1e-12)
+    assert sigmas[0] == pytest.approx(80)
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=f"num_steps must be at least 1, not {bad}"):
+            stopped_sigmas(bad, 0.2, 80, 7)
 
 
 def test_a_grid_of_one_step_goes_from_the_top_to_zero() -> None:

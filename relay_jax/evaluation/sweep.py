@@ -1,0 +1,337 @@
+"""--mode=sweep: ways to sample one relay, scored on one set of seeds, with their costs.
+
+    OUT/sweep.json, sweep.md    the table
+    OUT/SAMPLER/                the images of each (sweep_images.py): a
+                                finished sampler is not run again
+
+Scores are those of --mode=evaluate. Standard errors are those of a
+jackknife over the samples: the images are divided at random into G = 10
+groups, and with s_g the score without group g
+(1)  error^2 = (G - 1)/G sum_g (s_g - mean s)^2
+(2)  of a difference between two samplers: (1) with s_g the difference.
+     It is smaller than the errors of both: they share seeds and groups.
+A bootstrap would repeat images, and so put the radii of precision and
+recall to zero. The reference counts as it is.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from relay_jax.config import Settings
+from relay_jax.data.decoding import Decoding
+from relay_jax.data.images import to_float
+from relay_jax.data.source import Source
+from relay_jax.errors import UserError
+from relay_jax.evaluation.classifier import class_accuracies
+from relay_jax.evaluation.dataset import open_data_set
+from relay_jax.evaluation.evaluate import Comparison, Scorer, evaluate
+from relay_jax.evaluation.features import make_extractor
+from relay_jax.evaluation.images import (
+    ArrayImages,
+    ImageSet,
+    open_images,
+    other_images,
+)
+from relay_jax.evaluation.metrics import NEIGHBOURS, score
+from relay_jax.evaluation.references import open_reference
+from relay_jax.evaluation.report import make_report
+from relay_jax.evaluation.statistics import FeatureSet, feature_stats
+from relay_jax.evaluation.sweep_images import Contender, KeptImages
+from relay_jax.evaluation.sweep_report import as_markdown
+from relay_jax.runtime.distributed import agree, is_first
+from relay_jax.runtime.files import write_json, write_text
+from relay_jax.runtime.sharding import describe, make_mesh
+from relay_jax.sampling.chain import Chain
+from relay_jax.sampling.seeds import seeds_text
+
+GROUPS = 10
+# Beyond so many samples precision and recall take minutes for each
+# of the ten groups: they are then without errors.
+MOST_NEIGHBOURS = 10_000
+
+Groups = dict[str, np.ndarray]  # a score without each of the groups: [GROUPS]
+
+
+def sweep(
+    settings: Settings,
+    contenders: Sequence[Contender],
+    baseline: str,
+    weights: Mapping[str, Path],
+    comparison: Comparison,
+    out: Path,
+) -> dict[str, Any]:
+    """Generates and scores the images of all contenders; writes and returns the report.
+
+    baseline: the name of the contender that the others are compared
+    with. weights: folders by stage name. All processes must call it.
+    Raises UserError and DataError for what cannot be done, Stopped
+    after SIGTERM; the same command continues.
+    """
+    begun, stages = time.monotonic(), contenders[0].request.stages
+    kept = {c.name: KeptImages(c, out) for c in contenders}
+    with agree():
+        _check(contenders, kept, comparison)
+        mesh = make_mesh(settings.fsdp)
+        extractor = make_extractor(comparison.features, weights=comparison.inception, mesh=mesh)
+        data = _DataSet(settings, weights)
+        reference = open_reference(
+            comparison.reference,
+            stages[-1].resolution,
+            data_set=data.described,
+            threads=settings.dataset.threads,
+            limit=comparison.reference_images,
+            decoding=Decoding.from_config(settings.dataset.keys),
+        )
+        source = contenders[0].request.open_source(settings)
+    scorer = Scorer(reference=reference, extractor=extractor, cache=comparison.cache)
+    logging.info("%s; features %s", describe(mesh), extractor.name)
+    # Once for all samplers: they differ
+    # in what they do with the weights.
+    loaded = Chain.load(stages, weights, mesh, settings.sample.batch)
+    for number, contender in enumerate(contenders):
+        logging.info("sampler %d of %d: %s", number + 1, len(contenders), contender.name)
+        chain = Chain(contender.request.stages, loaded.params, mesh, settings.sample.batch)
+        # Again, with the hash of the weights: images of another
+        # training must not be scored as those of this one.
+        record = contender.request.record(loaded.weights)
+        with agree():
+            if is_first():
+                kept[contender.name].claim(record, weights=True)
+        kept[contender.name].generate(chain, source)
+    table = _Table(settings, contenders, kept, kept[baseline])
+    table.score(scorer, data if comparison.reference == "dataset" else None, comparison)
+    with agree():
+        if settings.evaluate.class_check and stages[-1].num_classes:
+            table.classify(data.source)
+        about = {
+            "samples": _about_samples(contenders[0], loaded, baseline),
+            "samplers": {c.name: _samplers(c) for c in contenders},
+            "reference": reference.identity,
+            "features": extractor.identity,
+        }
+        # The scores stand in the rows; one
+        # list of them would be nobody's.
+        report = make_report({}, table.notes, about, {"total": time.monotonic() - begun})
+        del report["scores"]
+        report = {"rows": table.rows, "real": table.real, **report}
+        if is_first():
+            write_text(out / "sweep.md", as_markdown(report))
+            write_json(out / "sweep.json", report)
+    return report
+
+
+class _DataSet:
+    """The data set of a configuration, opened once it is needed."""
+
+    def __init__(self, settings: Settings, weights: Mapping[str, Path]) -> None:
+        self._settings, self._weights = settings, weights
+
+    @cached_property
+    def _opened(self) -> tuple[Source, dict[str, Any]]:
+        return open_data_set(self._settings, self._weights)
+
+    @property
+    def source(self) -> Source:
+        """Raises DataError."""
+        return self._opened[0]
+
+    def described(self) -> tuple[Source, dict[str, Any]]:
+        """What open_reference asks for."""
+        return self._opened
+
+
+def _check(
+    contenders: Sequence[Contender],
+    kept: Mapping[str, KeptImages],
+    comparison: Comparison,
+) -> None:
+    """Raises UserError for what can be refused before weights are loaded."""
+    if comparison.reference_images < 0:
+        raise UserError("--reference_images must not be negative")
+    count = len(set(contenders[0].request.seeds))
+    # Each of the groups leaves enough for the neighbours.
+    if count < 2 * GROUPS:
+        raise UserError(f"{count} images: a sweep needs at least {2 * GROUPS} (--seeds)")
+    if len({c.folder for c in contenders}) < len(contenders):
+        raise UserError("two samplers have one name as a folder; write one in another way")
+    if is_first():
+        for contender in contenders:
+            kept[contender.name].claim(contender.request.record({}), weights=False)
+
+
+def _samplers(contender: Contender) -> dict[str, Any]:
+    """The sampling settings of each stage, as samples.json has them."""
+    stages = contender.request.record({})["stages"]
+    parts = ("sampler", "guidance", "handoff")
+    return {name: {k: s[k] for k in parts if k in s} for name, s in stages.items()}
+
+
+def _about_samples(contender: Contender, chain: Chain, baseline: str) -> dict[str, Any]:
+    record = contender.request.record(chain.weights)
+    return {
+        "seeds": seeds_text(contender.request.seeds),
+        "images": len(set(contender.request.seeds)),
+        "resolution": contender.request.stages[-1].resolution,
+        "class_rule": contender.request.class_rule,
+        "baseline": baseline,
+        "batch": chain.batch,
+        "weights": {name: stage["checkpoint"] for name, stage in record["stages"].items()},
+    }
+
+
+class _Table:
+    """The rows of a sweep as they come. On process 0 alone with scores."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        contenders: Sequence[Contender],
+        kept: Mapping[str, KeptImages],
+        baseline: KeptImages,
+    ) -> None:
+        self._settings, self._kept, self._baseline = settings, kept, baseline
+        self.real: dict[str, Any] | None = None
+        self.notes = [
+            f"Errors are standard errors by a jackknife over the samples ({GROUPS} groups); "
+            "of differences, pairwise on the same seeds. The reference counts as it is.",
+            "Seconds per image: of full batches on this machine, without compilation.",
+        ]
+        self.rows: list[dict[str, Any]] = []
+        for contender in contenders:
+            self.rows.append({"sampler": contender.name, **contender.cost, "scores": {}})
+
+    def score(self, scorer: Scorer, data: _DataSet | None, comparison: Comparison) -> None:
+        """Scores, times and distances of all rows, and of real images in their place."""
+        without = {}
+        for row in self.rows:
+            kept = self._kept[row["sampler"]]
+            images = open_images(kept.folder, self._settings.dataset.threads)
+            row["scores"], without[row["sampler"]] = _scored(images, scorer, row["sampler"])
+            if is_first():
+                row["seconds"] = kept.seconds_per_image
+                row["distance"] = self._distance(kept)
+        groups = without[self._baseline.contender.name]
+        values = {row["sampler"]: row["scores"] for row in self.rows}
+        base = values[self._baseline.contender.name]
+        for row in self.rows:
+            row["difference"] = {
+                name: {
+                    "value": score["value"] - base[name]["value"],
+                    "error": _error(without[row["sampler"]][name] - groups[name])
+                    if name in groups
+                    else None,
+                }
+                for name, score in row["scores"].items()
+            }
+        if data is not None:
+            self._score_real(scorer, data.source, comparison.reference_images)
+
+    def _score_real(self, scorer: Scorer, source: Source, limit: int) -> None:
+        """As many real images, none of them in the reference."""
+        # What a perfect sampler would get: no Frechet distance of so
+        # few images is near zero.
+        count = len(set(self._baseline.contender.request.seeds))
+        resolution = self._baseline.contender.request.stages[-1].resolution
+        if len(source) <= NEIGHBOURS:
+            return
+        pixels = other_images(source, count, limit, resolution)
+        if not len(pixels):
+            self.notes.append("Too few real images are left beside the reference.")
+            return
+        self.real = {"scores": _scored(ArrayImages(pixels, {}), scorer, "real images")[0]}
+
+    def _distance(self, kept: KeptImages) -> dict[str, float] | None:
+        """To the baseline's images, in units of their standard deviation; None without meaning."""
+        # Two samplers that draw noise, or start elsewhere, make
+        # different images of a seed, however exact both are.
+        both = kept.contender, self._baseline.contender
+        if any(c.draws_noise for c in both) or both[0].start != both[1].start:
+            return None
+        distances = kept.distances(self._baseline) / self._baseline.spread()
+        quantiles = np.quantile(distances, (0.5, 0.9))
+        return {"median": float(quantiles[0]), "ninth_decile": float(quantiles[1])}
+
+    def classify(self, source: Source) -> None:
+        """Class accuracies, with binomial errors."""
+        images: dict[str, np.ndarray] = {}
+        for row in self.rows:
+            pixels, classes = self._kept[row["sampler"]].pixels()
+            images[row["sampler"]] = to_float(pixels)
+        resolution = self._baseline.contender.request.stages[-1].resolution
+        values = class_accuracies(source, images, classes, resolution)
+        base = _share(values[self._baseline.contender.name], len(classes))
+        for row in self.rows:
+            share = _share(values[row["sampler"]], len(classes))
+            row["scores"]["class_accuracy"] = share
+            # As if the seeds were others: an
+            # upper limit for common ones.
+            row["difference"]["class_accuracy"] = {
+                "value": share["value"] - base["value"],
+                "error": float(np.hypot(share["error"], base["error"])),
+            }
+        if self.real is not None:
+            self.real["scores"]["class_accuracy"] = _share(values["_real"], len(classes))
+        self.notes.append(
+            "class_accuracy: share of the samples that a small classifier, trained on real images, "
+            "gives the class that was asked for; its errors are binomial, and those of "
+            "differences as if the seeds were not the same."
+        )
+
+
+def _share(value: float, count: int) -> dict[str, float]:
+    return {"value": value, "error": float(np.sqrt(value * (1 - value) / count))}
+
+
+def _scored(
+    images: ImageSet, scorer: Scorer, what: str
+) -> tuple[dict[str, dict[str, float | None]], Groups]:
+    """Scores with errors, and without each of the groups; empty but on process 0."""
+    scores = evaluate(images, scorer, what=what)
+    with agree():
+        reference = scorer.features
+        if reference is None or scores.features is None or not is_first():
+            return {}, {}
+        name = scorer.extractor.name
+        without = jackknife(scores.features, lambda part: score(reference, part, name))
+    errors = {key: _error(values) for key, values in without.items()}
+    both = {k: {"value": v, "error": errors.get(k)} for k, v in scores.values.items()}
+    logging.info("%s: %s", what, scores)
+    return both, without
+
+
+def jackknife(
+    features: FeatureSet, scores_of: Callable[[FeatureSet], Mapping[str, float]]
+) -> Groups:
+    """Scores of the samples without each of the groups, [GROUPS] by name.
+
+    features: with rows of all samples; what has no rows, such as
+    spatial statistics, has no groups.
+    """
+    rows, probabilities = features.rows, features.probabilities
+    assert rows is not None
+    # At random, but always alike: classes follow the seeds, and
+    # groups are shared by all samplers.
+    group = np.random.default_rng(0).permutation(len(rows)) % GROUPS
+    values: dict[str, list[float]] = {}
+    for number in range(GROUPS):
+        rest = group != number
+        part = FeatureSet(
+            count=int(rest.sum()),
+            statistics={"pool": feature_stats(rows[rest])},
+            rows=rows[rest] if len(rows) <= MOST_NEIGHBOURS else None,
+            probabilities=None if probabilities is None else probabilities[rest],
+        )
+        for name, value in scores_of(part).items():
+            values.setdefault(name, []).append(value)
+    return {name: np.asarray(each) for name, each in values.items()}
+
+
+def _error(without: np.ndarray) -> float:
+    """Equation (1)."""
+    return float(np.sqrt((GROUPS - 1) * np.mean((without - without.mean()) ** 2)))

@@ -1,0 +1,84 @@
+"""How a command ends: one line and an exit status, also where other processes wait for this one.
+
+0 done; 75 stopped by SIGTERM and saved; 2 the user has to
+change something; 1 the same command may succeed later, or the
+program has failed.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+import jax
+from absl import logging
+
+from relay_jax.errors import Stopped, UserError, one_line
+from relay_jax.runtime import distributed
+from relay_jax.runtime.files import storage_error
+from relay_jax.runtime.logs import fail, quieten
+from relay_jax.runtime.start import STOPPED
+
+
+def to_the_end(action: Callable[[], None]) -> None:
+    """Connects the processes and runs what a command does; every way to end has its status."""
+    quieten()
+    try:
+        distributed.initialize()
+        with distributed.sigterm_asks():
+            action()
+        distributed.leave()
+    except Stopped as stop:
+        logging.info("%s; the same command continues", stop)
+        distributed.leave()
+        sys.exit(STOPPED)
+    except UserError as error:
+        give_up(error)
+    # Of a place that nobody has thought
+    # of; what was written is whole.
+    except (OSError, UnicodeError) as error:
+        give_up(storage_error(f"{one_line(error)}; what is finished stays", error))
+    except KeyboardInterrupt:
+        logging.info("interrupted; the same command continues from the last checkpoint")
+        if distributed.joined():
+            os._exit(130)
+        sys.exit(130)
+    except Exception as error:
+        if not distributed.joined():
+            raise
+        _end_alone(error)
+
+
+def give_up(error: UserError) -> NoReturn:
+    """Ends with one line, also where other processes are waiting in a collective."""
+    if not distributed.joined():
+        fail(error, error.status)
+    try:
+        if not error.agreed or jax.process_index() == 0:
+            fail(error, error.status)
+    finally:
+        if error.agreed:
+            distributed.leave()
+        else:
+            # Leaving in order would wait for the others; the
+            # launcher, or JAX's heartbeat, ends them.
+            os._exit(error.status)
+    sys.exit(error.status)
+
+
+def _end_alone(error: Exception) -> NoReturn:
+    """Ends one process of several with a failure that it does not share with the others."""
+    # The interpreter's own way out would wait for processes that
+    # wait for this one.
+    try:
+        missing = distributed.not_answering(error)
+        if missing:
+            fail(
+                f"{missing}; its own log says why. Start all again: the same command",
+                1,
+            )
+        traceback.print_exception(error)
+    finally:
+        sys.stderr.flush()
+        os._exit(1)
