@@ -224,7 +224,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.checkpoint.every_images = 128
     config.log.update(every_steps=4, grid_every_images=128, grid_images=4)
     config.sample.batch = 8
-    config.evaluate.update(samples=16, every_samples=16)
+    config.evaluate.update(samples=16, every_samples=16, preset="")
     config.mesh.fsdp = 1
     return config
 

@@ -315,8 +315,12 @@ def build(config: str | ConfigDict, seed: int = 0) -> Relay:
     settings = settings_of(config_of(config))
     set_up_devices(settings)
     mesh = make_mesh()
+    # One program a stage: operation by operation takes a minute.
     params = {
-        stage.name: place(stage.init(jax.random.fold_in(jax.random.key(seed), stage.index)), mesh)
+        stage.name: place(
+            jax.jit(stage.init)(jax.random.fold_in(jax.random.key(seed), stage.index)),
+            mesh,
+        )
         for stage in settings.stages
     }
     return Relay(

@@ -29,21 +29,20 @@ def _points(
     for row, (value, error) in zip(rows, values, strict=True):
         color = colors[_kind(row["sampler"])]
         axes.errorbar(row["calls"], value, yerr=error, color=color, marker="o", capsize=3)
-        place, offset = (row["calls"], value), (6, 5)
+        # The number in the legend: whole names would cover the points.
         axes.annotate(
-            row["sampler"],
-            place,
-            offset,
+            row["number"],
+            (row["calls"], value),
+            (5, 4),
             textcoords="offset points",
-            fontsize=7,
+            fontsize=9,
             color=color,
         )
 
 
 def _calls_axis(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     calls = [row["calls"] for row in rows]
-    # Names stand to the right of their points.
-    low, high = min(calls) / 1.3, max(calls) * 2
+    low, high = min(calls) / 1.3, max(calls) * 1.3
     axes.set(xscale="log", xlabel="calls of the denoiser per image", xlim=(low, high))
     ticks = [digit * 10**power for power in range(5) for digit in (1, 2, 5)]
     style.plain_ticks(axes.xaxis, [tick for tick in ticks if low <= tick <= high])
@@ -52,7 +51,8 @@ def _calls_axis(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
 
 def sweep_figure(report: Mapping[str, Any]) -> "Figure":
     """A panel for each score, and one for distances. report: sweep.json."""
-    rows = report["rows"]
+    numbered = enumerate(report["rows"], start=1)
+    rows = [{**row, "number": str(number)} for number, row in numbered]
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     kinds = dict.fromkeys(_kind(row["sampler"]) for row in rows)
     colors = {kind: f"C{number % 10}" for number, kind in enumerate(kinds)}
@@ -85,12 +85,25 @@ def sweep_figure(report: Mapping[str, Any]) -> "Figure":
         _points(axes, far, [(row["distance"]["median"], None) for row in far], colors)
         style.power_axis(axes)
         baseline = report["samples"]["baseline"]
+        number = next(r["number"] for r in rows if r["sampler"] == baseline)
         axes.set(
-            title=f"RMS distance from {baseline}",
+            title=f"RMS distance from {number}",
             ylabel="over the standard deviation",
         )
         _calls_axis(axes, rows)
+    _legend(figure, rows, colors)
     return figure
+
+
+def _legend(figure: "Figure", rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
+    """The names behind the numbers, below the panels."""
+    from matplotlib.lines import Line2D
+
+    points = [
+        Line2D([], [], color=colors[_kind(row["sampler"])], marker="o", ls="") for row in rows
+    ]
+    names = [f"{row['number']}: {row['sampler']}" for row in rows]
+    figure.legend(points, names, loc="outside lower center", ncols=2, fontsize="small")
 
 
 def plot_sweep(report: Mapping[str, Any], path: Path) -> None:

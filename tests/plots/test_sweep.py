@@ -16,13 +16,13 @@ def test_panels_and_points() -> None:
     report = {"rows": rows, "real": {"scores": {"FD": {"value": 0.9, "error": None}}}}
     report |= {"samples": {"images": 64, "baseline": "exact"}}
     titles = [axes.get_title() for axes in sweep_figure(report).axes]
-    assert titles == ["FD", "recall", "RMS distance from exact"]
+    assert titles == ["FD", "recall", "RMS distance from 1"]
     first, _, distances = sweep_figure(report).axes
     points = sorted(
         line.get_xydata()[0].tolist() for line in first.lines if len(line.get_xdata()) == 1
     )
     assert [31, 1.1] in points and [200, 1.0] in points
     # The baseline itself, at distance 0, has no place on a logarithmic axis.
-    assert [text.get_text() for text in distances.texts] == ["fast"]
+    assert [text.get_text() for text in distances.texts] == ["2"]
     none = report | {"real": None, "rows": [row("a", 9, None, FD=1.0)]}
     assert len(sweep_figure(none).axes) == 1
