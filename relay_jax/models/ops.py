@@ -1,10 +1,10 @@
 """Operations of the U-Net on images [b, h, w, c], or [b, n, c] for attention.
 
 What each computes is in kernels/plain.py, in a few lines of JAX.
-Some have another formulation for CPUs or TPUs, equal but for
-rounding (kernels/cpu.py, kernels/tpu.py; docs/lab says what each
-gains). lax.platform_dependent chooses where the program is
-compiled, so that one traced function serves every platform.
+Some have another formulation for CPUs, GPUs or TPUs, equal but for
+rounding (kernels/{cpu,gpu,tpu}.py; docs/lab says what each gains).
+lax.platform_dependent chooses where the program is compiled, so that
+one traced function serves every platform.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import chex
 import jax
 from jax import lax
 
-from relay_jax.models.kernels import cpu, plain, tpu
+from relay_jax.models.kernels import cpu, gpu, plain, tpu
 from relay_jax.models.kernels.plain import conv, downsample, upsample
 
 __all__ = [
@@ -128,4 +128,5 @@ def attend(qkv: jax.Array, heads: int) -> jax.Array:
     chex.assert_shape(qkv, (None, None, None), custom_message="qkv must be [b, n, 3c]")
     all_heads = partial(plain.attend, heads=heads)
     by_head = partial(tpu.attend_by_head if tpu.pays_by_head(qkv) else plain.attend, heads=heads)
-    return lax.platform_dependent(qkv, tpu=by_head, default=all_heads)
+    fused = partial(gpu.fused_attend if gpu.pays_fused(qkv, heads) else plain.attend, heads=heads)
+    return lax.platform_dependent(qkv, cuda=fused, tpu=by_head, default=all_heads)

@@ -1,0 +1,340 @@
+"""Experiments: arms that are trained with the same FLOPs, sampled and scored; a table and curves.
+
+    python -m benchmarks.experiment equal_compute --data=cifar10-train-32x32.zip --out=runs/equal
+    python -m benchmarks.experiment equal_compute --data=FILE --out=DIR --arm=relay   (array job)
+    python -m benchmarks.experiment equal_compute --out=DIR --collect                 (table alone)
+
+An experiment is a module of benchmarks/experiments: arms, budget, seeds, ways to sample, scores.
+Every arm is trained by `relay_jax.main` and sampled by its --mode=sweep, each in a process of its
+own; what is finished is not done again, so the same command continues after any stop.
+
+    OUT/ARM/seed0/                 the run: checkpoints, curves, config.json
+    OUT/ARM/seed0/sweep-0.25/      samples and scores with a quarter of the budget
+    OUT/NAME.json, NAME.md         all rows: arm, seed, training FLOPs, sampler, calls, scores
+    OUT/NAME.png                   scores against training FLOPs, and against calls
+    OUT/grid-ARM.png               images of the same seeds
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relay_jax.config import build, load_config
+from relay_jax.errors import UserError
+from relay_jax.planning.cost import train_flops
+from relay_jax.runtime.files import read_json, write_json, write_png, write_text
+from relay_jax.runtime.flops import si
+from relay_jax.runtime.logs import fail
+from relay_jax.stage import Stage
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared. shares: of the training FLOPs, by stage. overrides: by key of the
+    configuration. config, sweep: instead of the experiment's."""
+
+    name: str
+    shares: Mapping[str, float]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    config: str = ""
+    sweep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """flops: of the training of one arm, all stages. budgets: shares of it after which an arm is
+    scored, rising to 1. sweep: ways to sample, as --sweep takes them; the first one is scored at
+    every budget, all of them at the last. seeds: of the trainings."""
+
+    name: str
+    config: str
+    arms: tuple[Arm, ...]
+    flops: float
+    samples: int
+    features: str
+    sweep: tuple[str, ...]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of an arm, in a folder of its own, with what the command line adds."""
+
+    experiment: Experiment
+    arm: Arm
+    seed: int
+    out: Path
+    added: Mapping[str, Any]
+
+    @property
+    def workdir(self) -> Path:
+        return self.out / self.arm.name.replace(" ", "-") / f"seed{self.seed}"
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Of the configuration, by key, but for the images of the stages."""
+        own = {**self.experiment.overrides, **self.arm.overrides}
+        return {**own, **self.added, "seed": self.seed}
+
+    @property
+    def config(self) -> str:
+        return self.arm.config or self.experiment.config
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Raises UserError for a configuration that cannot be."""
+        config = load_config(self.config)
+        config.update_from_flattened_dict(self.overrides)
+        return build(config)
+
+    def images(self, budget: float) -> dict[str, int]:
+        """Of each stage, in whole batches, for this share of the FLOPs."""
+        images = {}
+        for stage in self.stages:
+            flops = self.experiment.flops * budget * self.arm.shares[stage.name]
+            batch = stage.train.batch
+            images[stage.name] = max(round(flops / train_flops(stage) / batch), 1) * batch
+        return images
+
+    def folder(self, budget: float) -> Path:
+        return self.workdir / f"sweep-{budget:g}"
+
+    def run(self, budget: float) -> None:
+        """Trains to a budget and scores it. Raises SystemExit with the status of what failed."""
+        if (self.folder(budget) / "sweep.json").exists():
+            return
+        images = {f"stages.{s}.train.images": n for s, n in self.images(budget).items()}
+        keys = {**self.overrides, **images, "evaluate.samples": 64}
+        # A report is made once for a run; here it would be of the first budget.
+        main(
+            f"--config={self.config}",
+            f"--workdir={self.workdir}",
+            *(f"--config.{key}={value}" for key, value in keys.items()),
+        )
+        samplers = self.arm.sweep or self.experiment.sweep
+        if budget < 1:
+            samplers = samplers[:1]
+        main(
+            f"--workdir={self.workdir}",
+            "--mode=sweep",
+            f"--out={self.folder(budget)}",
+            f"--sweep={','.join(samplers)}",
+            f"--seeds=0-{self.experiment.samples - 1}",
+            f"--features={self.experiment.features}",
+            "--reference_images=0",
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is scored so far: a row for each budget and sampler."""
+        rows = []
+        for path in sorted(self.workdir.glob("sweep-*/sweep.json")):
+            report = read_json(path)
+            trained = {
+                name: about["checkpoint"]["images"]
+                for name, about in report["samples"]["stages"].items()
+            }
+            flops = sum(
+                trained[stage.name] * train_flops(stage)
+                for stage in self.stages
+                if stage.name in trained
+            )
+            for row in report["rows"]:
+                kept = {key: row[key] for key in ("sampler", "calls", "evaluations", "scores")}
+                about = {"arm": self.arm.name, "seed": self.seed, "images": trained}
+                rows.append({**about, "training_flops": flops, "flops": row["flops"], **kept})
+                rows[-1]["real"] = (report["real"] or {}).get("scores", {})
+        return rows
+
+
+def main(*arguments: str) -> None:
+    """relay_jax.main in a process of its own. Raises SystemExit with its status."""
+    print("+ relay_jax.main", *arguments, flush=True)
+    status = subprocess.call([sys.executable, "-m", "relay_jax.main", *arguments])
+    if status:
+        raise SystemExit(status)
+
+
+# What comes out
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each arm, budget and sampler: means over the training seeds, and their spread.
+
+    error: the larger one of the standard deviation over seeds and the mean sampling error.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = (row["arm"], f"{row['training_flops']:.2g}", row["sampler"])
+        groups.setdefault(key, []).append(row)
+    means = []
+    for group in groups.values():
+        scores = {}
+        for name in group[0]["scores"]:
+            values = [row["scores"][name]["value"] for row in group if name in row["scores"]]
+            errors = [row["scores"][name]["error"] or 0.0 for row in group if name in row["scores"]]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            error = max(spread, float(np.mean(errors)))
+            scores[name] = {"value": float(np.mean(values)), "error": error}
+        means.append({**group[0], "scores": scores, "seeds": len(group)})
+    return means
+
+
+def as_markdown(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table: a line for each row of the summary, real images last."""
+    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    head = ["arm", "seeds", "training FLOP", "sampler", "calls", "FLOP per image", *names]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        cells = [row["arm"], row["seeds"], si(row["training_flops"]), row["sampler"], row["calls"]]
+        cells += [si(row["flops"]), *(score(row["scores"].get(name)) for name in names)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    real = next((row["real"] for row in rows if row["real"]), {})
+    cells = ["as many real images", *[""] * 5, *(score(real.get(name)) for name in names)]
+    lines.append("| " + " | ".join(cells) + " |")
+    about = import_module(f"benchmarks.experiments.{experiment.name}").__doc__ or ""
+    return "\n".join([about.strip(), "", *lines, ""])
+
+
+def score(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    error = f" ± {value['error']:.2g}" if value["error"] else ""
+    return f"{value['value']:.4g}{error}"
+
+
+def figure(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Every score against training FLOPs (first sampler) and against calls (last budget)."""
+    from relay_jax.plots import style
+
+    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    picture = style.make_figure(4.2 * len(names), 7.5)
+    for number, name in enumerate(names):
+        by_flops = picture.add_subplot(2, len(names), number + 1)
+        by_calls = picture.add_subplot(2, len(names), len(names) + number + 1)
+        for index, arm in enumerate(arms):
+            own = [row for row in rows if row["arm"] == arm and name in row["scores"]]
+            most = max(row["training_flops"] for row in own)
+            first = [row for row in own if row["sampler"] == own[0]["sampler"]]
+            last = [row for row in own if row["training_flops"] > 0.9 * most]
+            for axes, key, chosen in (
+                (by_flops, "training_flops", first),
+                (by_calls, "calls", last),
+            ):
+                ordered = sorted(chosen, key=lambda row: row[key])
+                values = [row["scores"][name] for row in ordered]
+                axes.errorbar(
+                    [row[key] for row in ordered],
+                    [value["value"] for value in values],
+                    yerr=[value["error"] for value in values],
+                    color=f"C{index}",
+                    marker="o",
+                    capsize=3,
+                    label=arm,
+                )
+        for axes, label in ((by_flops, "training FLOP"), (by_calls, "calls per image")):
+            axes.set(xscale="log", xlabel=label, title=name)
+            axes.grid(alpha=0.3)
+            real = rows[0]["real"].get(name)
+            if real:
+                axes.axhline(real["value"], color="grey", ls=":", label="real images")
+    picture.axes[0].legend(fontsize="small")
+    style.save(picture, out)
+
+
+def grids(trials: Sequence[Trial], out: Path) -> None:
+    """The samples of the first training of each arm, with its whole budget: the same seeds."""
+    from relay_jax.plots.grids import grid
+
+    for trial in trials:
+        report = trial.folder(1.0) / "sweep.json"
+        if trial.seed != trial.experiment.seeds[0] or not report.exists():
+            continue
+        files = sorted(report.parent.glob("*/*.npz"))
+        if files:
+            with np.load(files[0]) as kept:
+                pixels = next(kept[name] for name in kept.files if kept[name].ndim == 4)
+            write_png(out / f"grid-{trial.workdir.parent.name}.png", grid(pixels[:100], columns=10))
+
+
+def collect(experiment: Experiment, trials: Sequence[Trial], out: Path) -> None:
+    """Writes table, rows, curves and grids of what is there."""
+    rows = [row for trial in trials for row in trial.rows()]
+    if not rows:
+        fail(f"nothing is scored in {out}")
+    means = summary(rows)
+    write_json(out / f"{experiment.name}.json", {"rows": rows})
+    text = as_markdown(experiment, means)
+    write_text(out / f"{experiment.name}.md", text)
+    figure(means, out / f"{experiment.name}.png")
+    grids(trials, out)
+    print(f"\n{text}\nwritten to {out}")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    folder = Path(__file__).parent / "experiments"
+    names = sorted(path.stem for path in folder.glob("[a-z]*.py"))
+    parser.add_argument("name", choices=names)
+    parser.add_argument("--out", type=Path, required=True, help="folder for all runs")
+    parser.add_argument("--data", default="", help="the data set's file: dataset.path")
+    parser.add_argument("--arm", default="", help="this arm alone")
+    parser.add_argument("--collect", action="store_true", help="the table of what is there, alone")
+    parser.add_argument("--flops", type=float, help="training FLOPs of an arm")
+    parser.add_argument("--samples", type=int, help="images of each sampler")
+    parser.add_argument("--features", help="of the scores")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of every configuration"
+    )
+    return parser.parse_args(argv)
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line."""
+    from dataclasses import replace
+
+    options = parse(argv)
+    experiment = import_module(f"benchmarks.experiments.{options.name}").EXPERIMENT
+    asked = {key: getattr(options, key) for key in ("flops", "samples", "features")}
+    experiment = replace(experiment, **{k: v for k, v in asked.items() if v is not None})
+    arms = [arm for arm in experiment.arms if options.arm in ("", arm.name)]
+    if not arms:
+        fail(f"--arm knows {', '.join(arm.name for arm in experiment.arms)}, not {options.arm}")
+    added: dict[str, Any] = {"dataset.path": options.data} if options.data else {}
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            fail(f"--set takes KEY=VALUE, not {text!r}")
+        try:
+            added[key] = json.loads(value)
+        except ValueError:
+            added[key] = value
+    out = options.out.expanduser().absolute()
+    trials = [Trial(experiment, arm, seed, out, added) for arm in arms for seed in experiment.seeds]
+    try:
+        for trial in trials:
+            trial.images(1.0)  # an impossible configuration ends here, before anything is trained
+        if not options.collect:
+            for trial in trials:
+                for budget in experiment.budgets:
+                    trial.run(budget)
+    except (UserError, ValueError, AttributeError) as error:
+        fail(error)
+    collect(experiment, trials, out)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Experiments for benchmarks/experiment.py: modules whose EXPERIMENT says what is compared."""
