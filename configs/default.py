@@ -83,13 +83,19 @@ def edm_stage(resolution: int) -> ConfigDict:
 
 
 def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
-    """A relay stage; its input is the result of the stage before, resolution / patch wide."""
+    """A relay stage; its input is the result of the stage before, resolution / patch wide.
+
+    process.kind names another process over the same keys: each takes those that it has.
+    """
     return ConfigDict(
         dict(
             resolution=resolution,
             model=model(),
             process=dict(
-                kind="relay",  # relay | package.module:Class (diffusion/process.py)
+                # relay (DCT blur, RDM) | relay_linear (CogView3's blur) | cascade (no relay: the
+                # super-resolution stage that it replaces) | package.module:Class
+                # (diffusion/processes.py)
+                kind="relay",
                 P_mean=-1.2,
                 P_std=1.2,
                 sigma_data=0.5,
@@ -99,6 +105,11 @@ def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
                 blur_sigma_max=3.0,  # largest blur, pixels of this stage
                 min_scale=0.001,  # floor of the attenuation
                 sigma_floor=0.0075,  # training draws are clamped here
+                sigma_full=0.6,  # of relay_linear: the blur is complete from here on; <= handoff
+                # Of cascade: least and largest noise on the image that the network is given in
+                # training (Ho et al. 2021, 2106.15282), drawn evenly in its logarithm.
+                condition_sigma_min=0.01,
+                condition_sigma_max=0.5,
             ),
             train=train(),
             sample=dict(
@@ -109,6 +120,7 @@ def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
                 rho=100.0,
                 handoff_sigma=0.9,  # of the grid, only levels below this are used
                 cdf_max=0.93,  # as in process, but for sampling
+                condition_sigma=0.1,  # of cascade: noise on the image that the network is given
                 fresh_noise=0.2,  # share of fresh noise per step
                 correction="official",
                 fresh_noise_rate=0.0,

@@ -59,7 +59,7 @@ class Euler:
     def check(self, process: EdmProcess) -> None:
         """Raises ValueError for a hand-off that the process has not."""
         # Asked before anything is compiled, so that a mistake costs no time.
-        if process.starts_from_images:
+        if process.has_handoff:
             process.check_start(self.handoff_sigma)
         elif math.isfinite(self.handoff_sigma):
             raise ValueError("handoff_sigma is for a stage that continues images; leave it out")

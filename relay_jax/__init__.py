@@ -19,7 +19,8 @@ _HOMES = {
     "relay_jax.relay": ("Relay", "build", "load", "loss", "sample"),
     "relay_jax.stage": ("Stage", "TrainSettings"),
     "relay_jax.diffusion.guidance": ("Guidance",),
-    "relay_jax.diffusion.process": ("PROCESSES", "EdmProcess", "RelayProcess"),
+    "relay_jax.diffusion.process": ("EdmProcess", "RelayProcess"),
+    "relay_jax.diffusion.processes": ("PROCESSES", "Cascade", "LinearRelay"),
     "relay_jax.diffusion.sampler": ("SAMPLERS", "Heun"),
     "relay_jax.diffusion.multistep": ("Multistep",),
     "relay_jax.models.network": ("NETWORKS", "Network", "UNet"),
@@ -33,10 +34,12 @@ __all__ = [
     "PROCESSES",
     "SAMPLERS",
     "SOURCES",
+    "Cascade",
     "DataError",
     "EdmProcess",
     "Guidance",
     "Heun",
+    "LinearRelay",
     "Multistep",
     "Network",
     "Relay",
@@ -57,7 +60,8 @@ if TYPE_CHECKING:
     from relay_jax.data.source import SOURCES, Source
     from relay_jax.diffusion.guidance import Guidance
     from relay_jax.diffusion.multistep import Multistep
-    from relay_jax.diffusion.process import PROCESSES, EdmProcess, RelayProcess
+    from relay_jax.diffusion.process import EdmProcess, RelayProcess
+    from relay_jax.diffusion.processes import PROCESSES, Cascade, LinearRelay
     from relay_jax.diffusion.sampler import SAMPLERS, Heun
     from relay_jax.errors import DataError, StorageError, UserError
     from relay_jax.models.network import NETWORKS, Network, UNet

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from relay_jax.diffusion.augment import NUM_LABELS
 from relay_jax.diffusion.guidance import Guidance
-from relay_jax.diffusion.process import PROCESSES, EdmProcess
+from relay_jax.diffusion.process import EdmProcess
+from relay_jax.diffusion.processes import PROCESSES
 from relay_jax.diffusion.sampler import SAMPLERS, Sampler
 from relay_jax.errors import UserError, one_line
 from relay_jax.models.network import NETWORKS, Network, shapes_of
@@ -33,6 +34,7 @@ MAX_GRID = 2**14  # images of a preview
 MAX_SAMPLES = 10_000_000  # images of a report
 DTYPES = ("float32", "bfloat16")
 PIXEL_EDITS = ("none", "imagenet", "celebahq")
+HANDOFF_KEYS = ("handoff_sigma", "direct", "exact_first_blur")  # of `sample`, where there is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,15 +282,16 @@ def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
     # riddle of an error.
     if process_class.starts_from_images == (index == 0):
         raise ValueError(
-            "the first stage has process.kind 'edm', every later one 'relay' (or another process "
-            "that starts from images)"
+            "the first stage has process.kind 'edm', every later one 'relay', 'relay_linear', "
+            "'cascade' (or another process that starts from images)"
         )
-    process: EdmProcess = made(
-        process_class, "process", keys_of(process_class, PROCESSES, process_keys)
-    )
-    # Sampling may change some keys of the process, such as
-    # cdf_max: a key of `sample` with the name of one of the
-    # process's belongs to it.
+    process_keys = keys_of(process_class, PROCESSES, process_keys)
+    process: EdmProcess = made(process_class, "process", process_keys)
+    sample = keys_of(process_class, PROCESSES, sample)
+    if index and not process.has_handoff:
+        sample = {key: value for key, value in sample.items() if key not in HANDOFF_KEYS}
+    # Sampling may change some keys of the process, such as cdf_max:
+    # a key of `sample` with its name belongs to it.
     changes = {f.name: sample.pop(f.name) for f in fields(process_class) if f.name in sample}
     check_values("sample", process_class, changes)
     weight, interval = sample.pop("guidance"), sample.pop("guidance_interval")
@@ -301,7 +304,8 @@ def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
     train: TrainSettings = made(TrainSettings, "train", node.train)
     check_value("resolution", int, node.resolution)
     check_value("dataset.num_classes", int, config.dataset.num_classes)
-    network = _build_network(dict(node.model.items()), node.resolution, config.dataset.num_classes)
+    model = ({"condition_channels": 3} if process.has_condition else {}) | dict(node.model.items())
+    network = _build_network(model, node.resolution, config.dataset.num_classes)
     if train.augment > 0 and network.num_augment != NUM_LABELS:
         raise ValueError(
             f"train.augment needs model.num_augment={NUM_LABELS}, not {network.num_augment}"
@@ -375,7 +379,7 @@ def named_class(classes: Mapping[str, type], name: str, key: str) -> Any:
     module_name, colon, class_name = name.partition(":")
     if not colon:
         names = " or ".join(repr(short) for short in classes)
-        raise UserError(f"{key} must be {names} or package.module:Class, not {name!r}")
+        raise UserError(f"{key} must be {names} or package.module:Class, not {name[:99]!r}")
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # the module is the user's: it may fail in any way

@@ -71,7 +71,7 @@ def with_preset(settings: Settings, name: str, keep: Container[str] = ()) -> Set
     for stage in settings.stages:
         # By what the stage does and not by the name of its process:
         # a process of the user's own is sampled alike.
-        keys = PRESETS[name].get("relay" if stage.starts_from_images else "edm", {})
+        keys = PRESETS[name].get("relay" if stage.process.has_handoff else "edm", {})
         changes[stage.name] = {
             key: value
             for key, value in keys.items()

@@ -30,7 +30,7 @@ from relay_jax.config import (
     parse_stage,
     settings_of,
 )
-from relay_jax.diffusion.precondition import Denoiser
+from relay_jax.diffusion.precondition import Condition, Denoiser
 from relay_jax.errors import UserError
 from relay_jax.models.network import describe, parameter_count
 from relay_jax.presets import check_preset, with_preset
@@ -123,15 +123,21 @@ class Relay:
     def _class_rule(self, text: str) -> str:
         return parse_class_rule(text, self.stages[-1].num_classes, self.class_names)
 
-    def denoiser(self, stage: str, classes: jax.Array | Sequence[int] | None = None) -> Denoiser:
+    def denoiser(
+        self,
+        stage: str,
+        classes: jax.Array | Sequence[int] | None = None,
+        condition: Condition | None = None,
+    ) -> Denoiser:
         """(x [b, h, w, 3], scalar sigma) -> denoised images x0, guided as the stage is sampled.
 
-        stage: its name; classes: int [b], or None for no labels.
+        stage: its name; classes: int [b], or None for no labels;
+        condition: of a stage that has one, such as a cascade's.
         Jittable. Source: docs/math.md section 5. Raises UserError
         for an unknown stage.
         """
         labels = None if classes is None else jnp.asarray(classes, jnp.int32)
-        return self.stage(stage).denoiser(self.params[stage], labels)
+        return self.stage(stage).denoiser(self.params[stage], labels, condition)
 
     def loss(
         self,

@@ -19,8 +19,9 @@ from relay_jax.data.images import to_float
 from relay_jax.diffusion.augment import Augmentation, augment
 from relay_jax.diffusion.guidance import Guidance, classifier_free
 from relay_jax.diffusion.loss import loss
-from relay_jax.diffusion.precondition import Denoiser, precondition
-from relay_jax.diffusion.process import PROCESSES, EdmProcess
+from relay_jax.diffusion.precondition import Condition, Denoiser, precondition, with_condition
+from relay_jax.diffusion.process import EdmProcess
+from relay_jax.diffusion.processes import PROCESSES
 from relay_jax.diffusion.sampler import SAMPLERS, Sampler
 from relay_jax.errors import UserError
 from relay_jax.models.network import Network, describe, init_params, shapes_of
@@ -141,6 +142,7 @@ class Stage:
         self.network.check()
         self.process.check_training()
         self.process.check_resolution(self.resolution)
+        self._check_condition()
         self.sampler.check(self.sample_process)
         self._check_handoff()
         weight = self.guidance.weight
@@ -150,6 +152,21 @@ class Stage:
             raise ValueError(
                 "sample.guidance above 1 needs a network trained with train.label_dropout above 0 "
                 "(0.1 is usual)"
+            )
+
+    def _check_condition(self) -> None:
+        channels = getattr(self.network, "condition_channels", 0)
+        kind = kind_of(self.process, PROCESSES)
+        if channels and not self.process.has_condition:
+            raise ValueError(
+                f"model.condition_channels {channels} is for a process with a condition, and "
+                f"{kind} has none; leave it out"
+            )
+        if channels != self.network.image_channels and self.process.has_condition:
+            raise ValueError(
+                f"process.kind {kind} gives its network an image beside the state, which needs "
+                f"condition_channels {self.network.image_channels}, and its network, "
+                f"{type(self.network).__name__}, has {channels}; use model.kind 'unet'"
             )
 
     def _check_handoff(self) -> None:
@@ -175,10 +192,13 @@ class Stage:
         return shapes_of(self.network)
 
     def preconditioned(self, params: dict) -> Denoiser:
-        """(x [b, h, w, c], sigma scalar or [b], class_labels, augment_labels) -> x0, not guided."""
+        """(x [b, h, w, c], sigma scalar or [b], class_labels, augment_labels) -> x0, not guided.
 
-        def apply(*inputs: Any) -> jax.Array:
-            return self.network.apply({"params": params}, *inputs)
+        And `condition`, by name, where the process has one.
+        """
+
+        def apply(*inputs: Any, **given: Any) -> jax.Array:
+            return self.network.apply({"params": params}, *inputs, **given)
 
         return precondition(apply, self.process.sigma_data)
 
@@ -188,14 +208,21 @@ class Stage:
             return None
         return jax.nn.one_hot(classes, self.num_classes)
 
-    def denoiser(self, params: dict, classes: jax.Array | None = None) -> Denoiser:
+    def denoiser(
+        self,
+        params: dict,
+        classes: jax.Array | None = None,
+        condition: Condition | None = None,
+    ) -> Denoiser:
         """(x [b, h, w, c], scalar sigma) -> denoised images, guided as the stage is sampled.
 
         classes: int [b]; None or an unconditional network: no
-        labels. Source: docs/math.md section 5. Raises ValueError for
-        guidance above 1 without classes.
+        labels. condition: of b images, where the process has one
+        (sampling.chain.condition_of). Source: docs/math.md section 5.
+        Raises ValueError for guidance above 1 without classes.
         """
-        return classifier_free(self.preconditioned(params), self.one_hot(classes), self.guidance)
+        denoise = with_condition(self.preconditioned(params), condition)
+        return classifier_free(denoise, self.one_hot(classes), self.guidance)
 
     def loss(
         self,
@@ -236,7 +263,9 @@ class Stage:
         # computed at once, by its first place.
         rngs = {"dropout": jax.random.fold_in(dropout_key, index[0])} if train else {}
 
-        def apply(x: jax.Array, c_noise: jax.Array, *_: jax.Array | None) -> jax.Array:
+        def apply(
+            x: jax.Array, c_noise: jax.Array, *_: jax.Array | None, **given: Any
+        ) -> jax.Array:
             return self.network.apply(
                 {"params": params},
                 x,
@@ -245,6 +274,7 @@ class Stage:
                 augment_labels,
                 train,
                 rngs=rngs,
+                **given,
             )
 
         denoise = precondition(apply, self.process.sigma_data)

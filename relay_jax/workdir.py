@@ -65,6 +65,10 @@ IMPLIED_RELAY = {
     ("sample", "direct"): True,
     ("sample", "exact_first_blur"): False,
     ("sample", "handoff"): "image",
+    ("process", "sigma_full"): 0.6,
+    ("process", "condition_sigma_min"): 0.01,
+    ("process", "condition_sigma_max"): 0.5,
+    ("sample", "condition_sigma"): 0.1,
 }
 
 

@@ -76,3 +76,22 @@ def blur(
     if patch == 1:
         return x
     return min_scale * x + (1 - min_scale) * apply_per_patch(x, blur_matrix(blur_sigma, patch))
+
+
+def upsample(low_res: jax.Array, patch: int) -> jax.Array:
+    """Nearest neighbour: every pixel of [b, h, w, c] becomes patch x patch pixels."""
+    chex.assert_rank(low_res, 4, custom_message="low_res must be [b, h, w, c]")
+    return jnp.repeat(jnp.repeat(low_res, patch, axis=1), patch, axis=2)
+
+
+def mean_blur(x: jax.Array, patch: int) -> jax.Array:
+    """E x, the mean of every patch in all its pixels, [b, h, w, c]: up(down(x)), no blur beyond.
+
+    Raises ValueError where h or w is not divisible by patch.
+    """
+    if patch == 1:
+        return x
+    chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
+    b, h, w, c = x.shape
+    check_patch(h, w, patch)
+    return upsample(x.reshape(b, h // patch, patch, w // patch, patch, c).mean((2, 4)), patch)

@@ -94,12 +94,12 @@ def check_ends(process: EdmProcess, handoff_sigma: float, stop_sigma: float) -> 
     handoff_sigma: infinite for a stage that starts from noise;
     stop_sigma: 0 for one that makes images.
     """
-    if process.starts_from_images:
+    if process.has_handoff:
         process.check_start(handoff_sigma)
-        if stop_sigma:
-            raise ValueError("stop_sigma is for a stage that starts from noise; leave it out")
     elif math.isfinite(handoff_sigma):
         raise ValueError("handoff_sigma is for a stage that continues images; leave it out")
+    if process.starts_from_images and stop_sigma:
+        raise ValueError("stop_sigma is for a stage that starts from noise; leave it out")
 
 
 def fields(

@@ -19,6 +19,12 @@ def is_finite(value: float) -> bool:
         return bool(np.isfinite(np.float32(value)))
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 def check_finite(owner: object, names: Iterable[str]) -> None:
     """Raises ValueError for the first of the fields that is no finite number."""
     for name in names:

@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from relay_jax.diffusion.precondition import Denoiser, per_image
+from relay_jax.diffusion.precondition import Condition, Denoiser, per_image, with_condition
 from relay_jax.diffusion.process import EdmProcess
 
 
@@ -26,14 +26,23 @@ class Corrupted(NamedTuple):
     weight: jax.Array
     blur_sigma: jax.Array
     blurred: jax.Array
+    condition: Condition | None = None
 
 
 class Draws(NamedTuple):
-    """The randomness of one batch: `level` [b] as the process draws it, fields [b, h, w, c]."""
+    """The randomness of one batch: `level` [b] as the process draws it, fields [b, h, w, c].
+
+    condition: of its level, uniform [b], and the field of its noise, for a process that has one.
+    """
 
     level: jax.Array
     gaussian: jax.Array
     block_gaussian: jax.Array | None
+    condition: jax.Array | None = None
+    condition_gaussian: jax.Array | None = None
+
+
+FIELDS = ("gaussian", "block_gaussian", "condition_gaussian")
 
 
 def draw(
@@ -53,18 +62,26 @@ def draw(
     chex.assert_type(index, int, custom_message="index must be of whole numbers")
 
     def one(place: jax.Array) -> Draws:
-        level_key, gaussian_key, block_key = jax.random.split(jax.random.fold_in(key, place), 3)
+        place_key = jax.random.fold_in(key, place)
+        level_key, gaussian_key, block_key = jax.random.split(place_key, 3)
         # In rows of 3 colours CPUs take twice as long.
         gaussian = jax.random.normal(gaussian_key, (math.prod(shape[1:]),))
         block = jax.random.normal(block_key, gaussian.shape) if process.has_block_noise else None
-        return Draws(process.draw_level(level_key), gaussian, block)
+        drawn = Draws(process.draw_level(level_key), gaussian, block)
+        if not process.has_condition:
+            return drawn
+        level, field = jax.random.split(jax.random.fold_in(place_key, 3))
+        return drawn._replace(
+            condition=jax.random.uniform(level),
+            condition_gaussian=jax.random.normal(field, gaussian.shape),
+        )
 
     # Image by image, so that what one draws does not depend on the
     # size of the batch.
-    level, *fields = jax.vmap(one)(index)
-    return Draws(
-        level,
-        *(field if field is None else field.reshape(shape) for field in fields),
+    drawn = jax.vmap(one)(index)
+    fields = {name: getattr(drawn, name) for name in FIELDS}
+    return drawn._replace(
+        **{name: field.reshape(shape) for name, field in fields.items() if field is not None}
     )
 
 
@@ -77,7 +94,7 @@ def corrupt(process: EdmProcess, images: jax.Array, draws: Draws) -> Corrupted:
     """
     chex.assert_rank(images, 4, custom_message="images must be [b, h, w, c]")
     chex.assert_type(images, float, custom_message="images must be floating-point, in [-1, 1]")
-    for name in ("gaussian", "block_gaussian"):
+    for name in FIELDS:
         field, message = (
             getattr(draws, name),
             f"draws.{name} must have the shape of the images",
@@ -89,7 +106,8 @@ def corrupt(process: EdmProcess, images: jax.Array, draws: Draws) -> Corrupted:
     blurred = process.blur(images, blur_sigma)
     noise = process.noise(draws.gaussian, draws.block_gaussian)
     noisy = blurred + per_image(sigma, images) * noise
-    return Corrupted(noisy, sigma, process.weight(sigma), blur_sigma, blurred)
+    condition = process.condition(images, draws.condition, draws.condition_gaussian)
+    return Corrupted(noisy, sigma, process.weight(sigma), blur_sigma, blurred, condition)
 
 
 def loss_map(denoise: Denoiser, images: jax.Array, corrupted: Corrupted) -> jax.Array:
@@ -98,6 +116,7 @@ def loss_map(denoise: Denoiser, images: jax.Array, corrupted: Corrupted) -> jax.
     chex.assert_equal_shape([images, corrupted.noisy], custom_message=message)
     # Against the sharp images, not the blurred ones: the denoiser
     # undoes the blur as well.
+    denoise = with_condition(denoise, corrupted.condition)
     error = denoise(corrupted.noisy, corrupted.sigma) - images
     return per_image(corrupted.weight, images) * jnp.square(error)
 

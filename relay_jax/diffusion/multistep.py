@@ -128,7 +128,7 @@ class Multistep:
     def check(self, process: EdmProcess) -> None:
         """Raises ValueError for a hand-off that the process has not, or a blur without factors."""
         check_ends(process, self.handoff_sigma, self.stop_sigma)
-        if self.exact_first_blur and not process.starts_from_images:
+        if self.exact_first_blur and not process.has_handoff:
             raise ValueError("exact_first_blur is for a stage that continues images; leave it out")
         if self.corrector and not process.has_factors:
             raise ValueError(
@@ -351,9 +351,13 @@ def exact_weights(
 def _integrals(process: EdmProcess, sigma: float, h: float, rate: float, count: int) -> np.ndarray:
     """INT t^q b(sigma e^(-h t)) e^(rate h (t - 1)) dt over [0, 1], q < count: [count, p, p]."""
     x, weight = np.polynomial.legendre.leggauss(POINTS)
-    # Pieces, as the blur of a long step is far from a polynomial.
-    t = ((np.arange(PIECES)[:, None] + (x + 1) / 2) / PIECES).ravel()
-    weight = np.tile(weight / (2 * PIECES), PIECES) * np.exp(rate * h * (t - 1))
+    # Pieces, as the blur of a long step is far from a polynomial, and
+    # not even smooth where it has a kink.
+    kinks = [place for kink in process.blur_kinks if 0 < (place := math.log(sigma / kink) / h) < 1]
+    edges = np.union1d(np.linspace(0, 1, PIECES + 1), kinks)
+    length = np.diff(edges)[:, None]
+    t = (edges[:-1, None] + length * (x + 1) / 2).ravel()
+    weight = (length * weight / 2).ravel() * np.exp(rate * h * (t - 1))
     factors = process.attenuation(process.blur_sigma_at(sigma * np.exp(-h * t)))
     moments = t ** np.arange(count)[:, None] * weight
     return np.tensordot(moments, factors, 1)

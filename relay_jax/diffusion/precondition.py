@@ -3,6 +3,8 @@
 (1)  D(x, sigma, labels) = c_skip x + c_out F(c_in x, c_noise, labels)
 (2)  c_skip = sd^2 / (sigma^2 + sd^2)          c_out = sigma sd / sqrt(sigma^2 + sd^2)
      c_in   = 1 / sqrt(sigma^2 + sd^2)         c_noise = ln(sigma) / 4              sd = sigma_data
+A condition, images with noise of a level of their own, enters as c_in image and c_noise at that
+level (docs/math.md section 9).
 """
 
 from collections.abc import Callable
@@ -16,6 +18,13 @@ import jax.numpy as jnp
 Network = Callable[..., jax.Array]
 # (x [b, h, w, c], sigma scalar or [b], ...) -> x0 [b, h, w, c]
 Denoiser = Callable[..., jax.Array]
+
+
+class Condition(NamedTuple):
+    """What a network is given beside the state: noisy images [b, h, w, c] and their sigma [b]."""
+
+    image: jax.Array
+    sigma: jax.Array
 
 
 class Coefficients(NamedTuple):
@@ -48,9 +57,10 @@ def per_image(value: jax.Array, x: jax.Array) -> jax.Array:
 def precondition(network: Network, sigma_data: float = 0.5) -> Denoiser:
     """Equation (1): wraps the raw network F into the denoiser D.
 
-    The result takes x [b, h, w, c], sigma (scalar or [b]) and the
-    network's labels, and returns the denoised images in float32
-    whatever the precision inside the network.
+    The result takes x [b, h, w, c], sigma (scalar or [b]), the
+    network's labels and, for a network that has one, its condition.
+    It returns the denoised images in float32 whatever the precision
+    inside the network.
     """
 
     def denoise(
@@ -58,6 +68,7 @@ def precondition(network: Network, sigma_data: float = 0.5) -> Denoiser:
         sigma: jax.Array,
         class_labels: jax.Array | None = None,
         augment_labels: jax.Array | None = None,
+        condition: Condition | None = None,
     ) -> jax.Array:
         chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
         chex.assert_rank(sigma, {0, 1}, custom_message="sigma must be a scalar or [b]")
@@ -66,7 +77,34 @@ def precondition(network: Network, sigma_data: float = 0.5) -> Denoiser:
         # state of a sampler.
         x = x.astype(jnp.float32)
         c = coefficients(per_image(sigma, x), sigma_data)
-        raw = network(c.c_in * x, c.c_noise.reshape(-1), class_labels, augment_labels)
+        labels = class_labels, augment_labels
+        given = {} if condition is None else {"condition": _scaled(condition, sigma_data)}
+        raw = network(c.c_in * x, c.c_noise.reshape(-1), *labels, **given)
         return c.c_skip * x + c.c_out * raw.astype(jnp.float32)
 
     return denoise
+
+
+def _scaled(condition: Condition, sigma_data: float) -> tuple[jax.Array, jax.Array]:
+    """A condition as the network takes it: c_in image [b, h, w, c], c_noise [b]."""
+    c = coefficients(per_image(condition.sigma, condition.image), sigma_data)
+    return c.c_in * condition.image, c.c_noise.reshape(-1)
+
+
+def with_condition(denoise: Denoiser, condition: Condition | None) -> Denoiser:
+    """The denoiser with its condition bound; the denoiser itself for None.
+
+    A batch that holds the images several times over, as guidance
+    asks for both branches at once, has the condition as often.
+    """
+    if condition is None:
+        return denoise
+
+    def conditioned(x: jax.Array, sigma: jax.Array, *labels: jax.Array | None) -> jax.Array:
+        times, rest = divmod(x.shape[0], condition.image.shape[0])
+        if rest:
+            raise ValueError("the condition must hold as many images as the batch")
+        repeated = Condition(*(jnp.concatenate([value] * times) for value in condition))
+        return denoise(x, sigma, *labels, condition=repeated)
+
+    return conditioned

@@ -15,21 +15,19 @@ Both:
 A process does what it is: loss, samplers and pictures ask it to blur,
 to make noise and to say where sampling starts, and never which process
 it is. A new one is one class with these methods, named in a
-configuration by PROCESSES or `package.module:Class`
-(examples/new_process.py).
+configuration by PROCESSES (processes.py) or `package.module:Class`
+(examples/new_process.py). linear.py has another blur, cascade.py a
+stage that is given images beside its state.
 
 Losses draw sigma on the device (float32); samplers compute u(sigma)
 on the host in float64.
 """
 
-import enum
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,52 +35,17 @@ from jax.scipy.special import ndtri as device_ndtri
 from scipy.special import ndtr, ndtri
 
 from relay_jax.diffusion.block_noise import block_noise_power, relay_noise
-from relay_jax.diffusion.blur import MIN_SCALE, attenuation_table, blur
+from relay_jax.diffusion.blur import MIN_SCALE, attenuation_table, blur, mean_blur, upsample
 from relay_jax.diffusion.dct import check_patch, patch_dct, patch_idct
-from relay_jax.diffusion.limits import check_finite, check_levels
-
-
-class Purpose(enum.IntEnum):
-    """What a field of noise is for."""
-
-    # The numbers are part of every seed's image: never change one.
-
-    LATENTS = 0
-    INITIAL_GAUSS = 1
-    INITIAL_BLOCK = 2
-    CHURN_GAUSS = 3
-    EULER_GAUSS = 4
-    EULER_BLOCK = 5
-    HEUN_GAUSS = 6
-    HEUN_BLOCK = 7
-
-
-# (step, purpose) -> white unit noise [b, h, w, c]; step may be traced.
-NoiseFn = Callable[[jax.Array | int, Purpose], jax.Array]
-
-
-class Level(NamedTuple):
-    """A level of the process: noise sigma, and blur sigma in pixels; of any equal shape."""
-
-    sigma: jax.Array
-    blur_sigma: jax.Array
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from relay_jax.diffusion.limits import check_finite, check_levels, require
+from relay_jax.diffusion.noise import Level, NoiseFn, Purpose
+from relay_jax.diffusion.precondition import Condition
 
 
 def _kept_with(process: type, method: str, base: str) -> bool:
     """Whether `method` was written for this `base`: no derived class has a new `base` alone."""
     order = [[name in vars(c) for c in process.__mro__].index(True) for name in (method, base)]
     return order[0] <= order[1]
-
-
-def upsample(low_res: jax.Array, patch: int) -> jax.Array:
-    """Nearest neighbour: every pixel of [b, h, w, c] becomes patch x patch pixels."""
-    chex.assert_rank(low_res, 4, custom_message="low_res must be [b, h, w, c]")
-    return jnp.repeat(jnp.repeat(low_res, patch, axis=1), patch, axis=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +60,8 @@ class EdmProcess:
 
     starts_from_images: ClassVar[bool] = False  # whether sampling continues a stage before
     patch: ClassVar[int] = 1  # pixels per side of one pixel of the stage before
+    blur_unit: ClassVar[str] = "px"  # of blur_sigma
+    has_condition: ClassVar[bool] = False  # whether the network is given images beside the state
 
     P_mean: float = -1.2
     P_std: float = 1.2
@@ -105,9 +70,14 @@ class EdmProcess:
 
     def __post_init__(self) -> None:
         check_finite(self, ("P_mean", "P_std", "sigma_data"))
-        _require(self.P_std > 0, f"P_std must be positive, not {self.P_std}")
-        _require(self.sigma_data > 0, f"sigma_data must be positive, not {self.sigma_data}")
-        _require(self.weight_max > 0, f"weight_max must be positive, not {self.weight_max}")
+        require(self.P_std > 0, f"P_std must be positive, not {self.P_std}")
+        require(self.sigma_data > 0, f"sigma_data must be positive, not {self.sigma_data}")
+        require(self.weight_max > 0, f"weight_max must be positive, not {self.weight_max}")
+
+    @property
+    def has_handoff(self) -> bool:
+        """Whether the first state of sampling holds an image: a level of its own, handoff_sigma."""
+        return self.starts_from_images
 
     # What the forward process does to images
 
@@ -117,12 +87,7 @@ class EdmProcess:
 
     def mean_blur(self, x: jax.Array) -> jax.Array:
         """E x, the mean of every patch in all its pixels, [b, h, w, c]: what a hand-off knows."""
-        if self.patch == 1:
-            return x
-        chex.assert_rank(x, 4, custom_message="x must be [b, h, w, c]")
-        b, h, w, c = x.shape
-        p = self.patch
-        return upsample(x.reshape(b, h // p, p, w // p, p, c).mean((2, 4)), p)
+        return mean_blur(x, self.patch)
 
     # The blur by its factors: B_s x = inverse(attenuation(s) * transform(x))
 
@@ -137,6 +102,11 @@ class EdmProcess:
     def inverse(self, coefficients: jax.Array) -> jax.Array:
         """Coefficients of `transform` back to pixels, [b, h, w, c]."""
         return coefficients
+
+    @property
+    def blur_kinks(self) -> tuple[float, ...]:
+        """Sigmas where `attenuation` has a kink; what integrates it goes piece by piece."""
+        return ()
 
     @property
     def has_factors(self) -> bool:
@@ -207,10 +177,22 @@ class EdmProcess:
     def continues_noise(self) -> bool:
         """Whether `initial_state_from_noise` gives the law of `initial_state`."""
         kept = partial(_kept_with, type(self), "initial_state_from_noise")
-        return self.starts_from_images and kept("initial_state") and kept("noise")
+        return self.has_handoff and kept("initial_state") and kept("noise")
 
     def check_start(self, sigma: float) -> None:
         """Raises ValueError for a level at which sampling cannot start."""
+
+    # What the network is given beside the state (cascade.py)
+
+    def condition(
+        self, images: jax.Array, draw: jax.Array | None, gaussian: jax.Array | None
+    ) -> Condition | None:
+        """In training, of sharp images [b, h, w, c]; draw: uniform [b]. Here nothing."""
+        return None
+
+    def sampling_condition(self, noise_fn: NoiseFn, low_res: jax.Array | None) -> Condition | None:
+        """In sampling, of images of the stage before [b, h/p, w/p, c]. Here nothing."""
+        return None
 
     # Checks that need more than the values
 
@@ -225,17 +207,16 @@ class EdmProcess:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelayProcess(EdmProcess):
-    """Relay stage: patch-wise blur plus white and block noise.
+class PatchProcess(EdmProcess):
+    """A stage that continues images: levels by u, white and block noise, hand-offs.
 
-    patch: pixels per side of one pixel of the stage before, at least
-    1. block_noise_scale: of block noise, per unit of white noise.
-    cdf_max: may exceed 1 in sampling (CelebA-HQ: 1.05), which only
-    slows the blur schedule; training needs at most 1.
-    blur_sigma_max: in pixels of the stage's own images. min_scale:
-    what the strongest blur leaves of a frequency. sigma_floor: the
-    least sigma of training, before cdf_max. Others: EdmProcess.
-    Raises ValueError for values that are no process.
+    A derived class adds its blur within patches and the schedule of
+    it: `blur`, `attenuation`, `blur_sigma`. patch: pixels per side of
+    one pixel of the stage before, at least 1. block_noise_scale: of
+    block noise, per unit of white noise. cdf_max: may exceed 1 in
+    sampling; training needs at most 1. sigma_floor: the least sigma
+    of training, before cdf_max. Others: EdmProcess. Raises
+    ValueError for values that are no process.
     """
 
     starts_from_images: ClassVar[bool] = True
@@ -244,24 +225,16 @@ class RelayProcess(EdmProcess):
     patch: int = 4  # type: ignore[misc]
     block_noise_scale: float = 0.15
     cdf_max: float = 0.93
-    blur_sigma_max: float = 3.0
-    min_scale: float = MIN_SCALE
     sigma_floor: float = 0.0075
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_finite(self, ("block_noise_scale", "cdf_max", "blur_sigma_max", "sigma_floor"))
-        _require(self.patch >= 1, f"patch must be at least 1, not {self.patch}")
-        _require(self.cdf_max > 0, f"cdf_max must be positive, not {self.cdf_max}")
-        _require(0 <= self.min_scale <= 1, f"min_scale must lie in [0, 1], not {self.min_scale}")
-        _require(self.sigma_floor > 0, f"sigma_floor must be positive, not {self.sigma_floor}")
-        for name in ("block_noise_scale", "blur_sigma_max"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} must not be negative ({value})")
-
-    def blur(self, x: jax.Array, blur_sigma: jax.Array) -> jax.Array:
-        """B_s x, the patch-wise DCT blur (blur.py). Raises ValueError for a broken patch."""
-        return blur(x, blur_sigma, self.patch, self.min_scale)
+        check_finite(self, ("block_noise_scale", "cdf_max", "sigma_floor"))
+        require(self.patch >= 1, f"patch must be at least 1, not {self.patch}")
+        require(self.cdf_max > 0, f"cdf_max must be positive, not {self.cdf_max}")
+        require(self.sigma_floor > 0, f"sigma_floor must be positive, not {self.sigma_floor}")
+        scale = self.block_noise_scale
+        require(scale >= 0, f"block_noise_scale must not be negative ({scale})")
 
     @property
     def has_block_noise(self) -> bool:
@@ -270,9 +243,6 @@ class RelayProcess(EdmProcess):
     def noise(self, white: jax.Array, block: jax.Array | None = None) -> jax.Array:
         """White plus block noise, variance 1 + block_noise_scale^2 (block_noise.py)."""
         return relay_noise(white, block, self.patch, self.block_noise_scale)
-
-    def attenuation(self, blur_sigma: np.ndarray) -> np.ndarray:
-        return attenuation_table(blur_sigma, self.patch, self.min_scale)
 
     def transform(self, x: jax.Array) -> jax.Array:
         return x if self.patch == 1 else patch_dct(x, self.patch)
@@ -314,7 +284,7 @@ class RelayProcess(EdmProcess):
         low_res [b, h/p, w/p, c] is up-sampled, neither clipped nor
         quantised, and noise added. Raises ValueError without low_res.
         """
-        _require(low_res is not None, "a relay stage starts from the images of the stage before")
+        require(low_res is not None, "a relay stage starts from the images of the stage before")
         start = upsample(low_res, self.patch)
         block = noise_fn(0, Purpose.INITIAL_BLOCK) if self.has_block_noise else None
         noise = self.noise(noise_fn(0, Purpose.INITIAL_GAUSS), block)
@@ -335,20 +305,20 @@ class RelayProcess(EdmProcess):
 
     def check_start(self, sigma: float) -> None:
         """Raises ValueError where the blur of the schedule weakens again."""
-        _require(0 < sigma < math.inf, f"handoff_sigma must be positive and finite, not {sigma}")
-        _require(
+        require(0 < sigma < math.inf, f"handoff_sigma must be positive and finite, not {sigma}")
+        require(
             sigma <= self.sigma_full_blur,
             f"handoff_sigma {sigma} lies above {self.sigma_full_blur:.4g}, the sigma where the "
             f"blur of cdf_max {self.cdf_max} is complete; lower it",
         )
 
     def check_training(self) -> None:
-        _require(
+        require(
             self.cdf_max <= 1,
             f"process.cdf_max must be at most 1, not {self.cdf_max}: only sampling may exceed it",
         )
         inside = 0 < float(np.float32(self.u_min)) < 1 and self.sigma_floor < self.sigma_full_blur
-        _require(inside, f"sigma_floor {self.sigma_floor} lies outside of the levels of training")
+        require(inside, f"sigma_floor {self.sigma_floor} lies outside of the levels of training")
         # The largest uniform draw of float32 is 1 - 2^-24.
         shares = self.cdf_max * np.array([self.u_min, 1 - 2.0**-24])
         low, high = self.P_mean + self.P_std * ndtri(shares)
@@ -391,10 +361,38 @@ class RelayProcess(EdmProcess):
         return ndtr((log_sigma - self.P_mean) / self.P_std) / self.cdf_max
 
     def blur_sigma(self, u: jax.Array) -> jax.Array:
+        """What `blur` takes at u: same shape and same array library as u, 0 at 0."""
+        raise NotImplementedError(f"{type(self).__name__} has no schedule of its blur")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayProcess(PatchProcess):
+    """Relay stage: the patch-wise DCT blur of RDM, equation (5).
+
+    blur_sigma_max: in pixels of the stage's own images. min_scale:
+    what the strongest blur leaves of a frequency. A cdf_max above 1
+    (CelebA-HQ's sampling: 1.05) only slows the blur. Others:
+    PatchProcess. Raises ValueError for values that are no process.
+    """
+
+    blur_sigma_max: float = 3.0
+    min_scale: float = MIN_SCALE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_finite(self, ("blur_sigma_max",))
+        require(0 <= self.min_scale <= 1, f"min_scale must lie in [0, 1], not {self.min_scale}")
+        largest = self.blur_sigma_max
+        require(largest >= 0, f"blur_sigma_max must not be negative ({largest})")
+
+    def blur(self, x: jax.Array, blur_sigma: jax.Array) -> jax.Array:
+        """B_s x, the patch-wise DCT blur (blur.py). Raises ValueError for a broken patch."""
+        return blur(x, blur_sigma, self.patch, self.min_scale)
+
+    def attenuation(self, blur_sigma: np.ndarray) -> np.ndarray:
+        return attenuation_table(blur_sigma, self.patch, self.min_scale)
+
+    def blur_sigma(self, u: jax.Array) -> jax.Array:
         """Equation (5): blur sigma in pixels, same shape and same array library as u."""
         xp = np if isinstance(u, np.ndarray | float) else jnp
         return self.blur_sigma_max * xp.square(xp.sin(0.5 * np.pi * u))
-
-
-# stages.STAGE.process.kind -> class
-PROCESSES: dict[str, type[EdmProcess]] = {"edm": EdmProcess, "relay": RelayProcess}

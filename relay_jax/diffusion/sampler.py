@@ -172,7 +172,7 @@ class Heun:
     def check(self, process: EdmProcess) -> None:
         """Raises ValueError for a hand-off that the process has not, or churn after one."""
         check_ends(process, self.handoff_sigma, self.stop_sigma)
-        if process.starts_from_images and self.s_churn > 0:
+        if process.has_handoff and self.s_churn > 0:
             raise ValueError("a stage that continues images has no churn; use s_churn 0")
         check_tables(self.steps(process)._asdict())
 

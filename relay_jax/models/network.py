@@ -30,6 +30,9 @@ class Network(Protocol):
     Optional: `travels_in_dtype(leaf) -> bool`, the parameters that
     the network uses in `dtype` alone and that may therefore be cast
     before devices exchange them; by default none.
+    `condition_channels`: of images that the network is given beside x
+    by the keyword `condition`, with the c_noise of their own noise:
+    ([b, r, r, condition_channels], [b]). A cascade needs it.
     """
 
     resolution: int
@@ -85,7 +88,15 @@ def describe(network: Network) -> dict[str, Any]:
 def init_params(network: Network, key: jax.Array) -> dict:
     """Fresh parameters, a nested dictionary of float32 arrays."""
     image = jnp.zeros((1, network.resolution, network.resolution, network.image_channels))
-    return network.init(key, image, jnp.zeros((1,)))["params"]
+    return network.init(key, image, jnp.zeros((1,)), **blank_condition(network, image))["params"]
+
+
+def blank_condition(network: Network, image: Any) -> dict[str, Any]:
+    """The keyword of a condition of zeros for images of a shape; {} for a network without one."""
+    channels = getattr(network, "condition_channels", 0)
+    if not channels:
+        return {}
+    return {"condition": (jnp.zeros((*image.shape[:3], channels)), jnp.zeros(image.shape[:1]))}
 
 
 def shapes_of(network: Network) -> Any:

@@ -1,6 +1,8 @@
 """The ADM U-Net of both stages (arXiv 2105.05233, appendix; docs/math.md section 5).
 
 embedding = silu(L1(silu(L0(frequencies(c_noise) + A augment_labels))) + M class_labels)
+            with a condition, whose images are channels beside x, L0 also takes
+            C frequencies(c_noise of the condition)
 encoder   : 3x3 conv, then per level [down] and `blocks` residual blocks;
             every output is kept as a skip
 decoder   : per level in0 (with attention) and in1, or [up],
@@ -41,9 +43,10 @@ class UNet(nn.Module):
     (pixels per side) with attention; heads = width //
     head_width, none where that is 0. embedding_multiplier: width
     of the embedding in units of `channels`. num_classes,
-    num_augment: sizes of the label vectors, 0 = none. dtype:
-    precision of activations. remat: recompute each block in the
-    backward pass to save memory.
+    num_augment: sizes of the label vectors, 0 = none.
+    condition_channels: of images that are given beside x, 0 = none.
+    dtype: precision of activations. remat: recompute each block in
+    the backward pass to save memory.
     """
 
     resolution: int
@@ -59,6 +62,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    condition_channels: int = 0
 
     def check(self) -> None:
         """Raises ValueError for fields that make no U-Net, naming the key of `model` to change."""
@@ -81,6 +85,8 @@ class UNet(nn.Module):
                     )
         if self.num_classes < 0 or self.num_augment < 0:
             raise ValueError("numbers of classes and augmentation labels must not be negative")
+        if self.condition_channels < 0:
+            raise ValueError("model.condition_channels must not be negative")
         # Each block is compiled by itself: thousands of them never
         # end, however small they are.
         if self.blocks > MAX_BLOCKS:
@@ -147,15 +153,23 @@ class UNet(nn.Module):
         class_labels: jax.Array | None = None,
         augment_labels: jax.Array | None = None,
         train: bool = False,
+        condition: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """x: [b, resolution, resolution, image_channels]; c_noise: [b]. Returns float32 like x.
 
         class_labels: [b, num_classes]; augment_labels:
         [b, num_augment]; None stands for zeros. train: dropout acts,
-        with the rng "dropout".
+        with the rng "dropout". condition: images
+        [b, resolution, resolution, condition_channels] and the c_noise
+        of their noise [b]. Raises ValueError where it is missing, or
+        not asked for.
         """
         self._check_inputs(x, c_noise, class_labels, augment_labels)
-        embedding = self._embed(c_noise, class_labels, augment_labels)
+        if (condition is not None) != bool(self.condition_channels):
+            raise ValueError(f"the network has {self.condition_channels} channels of a condition")
+        embedding = self._embed(c_noise, class_labels, augment_labels, condition)
+        if condition is not None:
+            x = jnp.concatenate([x, condition[0]], axis=-1)
         x = x.astype(self.dtype)
 
         skips = []
@@ -222,6 +236,7 @@ class UNet(nn.Module):
         c_noise: jax.Array,
         class_labels: jax.Array | None,
         augment_labels: jax.Array | None,
+        condition: tuple[jax.Array, jax.Array] | None,
     ) -> jax.Array:
         """silu(...) of the module's docstring: float32 [b, channels * embedding_multiplier]."""
         embedding = noise_embedding(c_noise, self.channels)
@@ -231,6 +246,9 @@ class UNet(nn.Module):
             embedding += Linear(self.channels, use_bias=False, zero_init=True, name="map_augment")(
                 augment_labels
             )
+        if condition is not None:
+            level = noise_embedding(condition[1], self.channels)
+            embedding += Linear(self.channels, use_bias=False, name="map_condition")(level)
         width = self.channels * self.embedding_multiplier
         embedding = Linear(width, name="map_layer0")(embedding)
         embedding = Linear(width, name="map_layer1")(nn.silu(embedding))

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractMesh
 
+from relay_jax.models.network import blank_condition
 from relay_jax.runtime.flops import matmul_flops
 from relay_jax.runtime.sharding import state_shardings
 from relay_jax.stage import Stage
@@ -75,7 +76,8 @@ def forward_flops(stage: Stage) -> int:
     labels = shape((1, network.num_classes), jnp.float32) if network.num_classes else None
     variables = {"params": abstract_state(stage).params}
     inputs = (variables, image, shape((1,), jnp.float32), labels)
-    return matmul_flops(jax.make_jaxpr(network.apply)(*inputs).jaxpr)
+    apply = partial(network.apply, **blank_condition(network, image))
+    return matmul_flops(jax.make_jaxpr(apply)(*inputs).jaxpr)
 
 
 def train_flops(stage: Stage) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
-from relay_jax.sampling.chain import sample_stage
+from relay_jax.sampling.chain import condition_of, sample_stage
 from relay_jax.stage import Stage, joined
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Frames:
     [k, n, h, w, c], before each of these steps; final:
     [n, h, w, c]. A stage that hands over a state has it last, at
     step total_steps, and what it denoises to as `final`. handed:
-    what the next stage continues.
+    what the next stage continues. from_handoff: whether the first
+    state is that of a hand-off.
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Frames:
     denoised: np.ndarray
     final: np.ndarray
     handed: np.ndarray
+    from_handoff: bool
 
     def describe(self) -> dict[str, Any]:
         """The numbers of the picture: how far each frame is from the sample."""
@@ -94,7 +96,7 @@ def _frames(
     sigmas = jnp.asarray(stage.sampler.levels()[steps], jnp.float32)
     # One step after the other: the network stands once in the
     # program, and takes the memory of one image.
-    denoise = stage.denoiser(params, label)
+    denoise = stage.denoiser(params, label, condition_of(stage, seed, low_res))
     denoised = jax.lax.map(lambda frame: denoise(*frame), (states, sigmas))
     return states[:, 0], denoised[:, 0], samples.final[0]
 
@@ -147,6 +149,7 @@ def filmstrip(
                 denoised=np.stack(denoised, axis=1),
                 final=np.stack(denoised, axis=1)[-1] if stops else handed,
                 handed=handed,
+                from_handoff=stage.process.has_handoff,
             )
         )
     return strip
@@ -180,7 +183,7 @@ def filmstrip_figure(
                 style.show(above, frames.states[k, n] * scale)
                 style.show(below, frames.denoised[k, n])
                 if n == 0:
-                    head = _head(frames, k, handoff=number > 0)
+                    head = _head(frames, k)
                     above.set_title(head, fontsize="small", loc="left")
                 if number == k == 0:
                     above.set_ylabel(f"{name}\nstate", fontsize="small")
@@ -192,9 +195,11 @@ def filmstrip_figure(
     return figure
 
 
-def _head(frames: Frames, k: int, handoff: bool) -> str:
+def _head(frames: Frames, k: int) -> str:
     """Three lines above a column; the first names the stage at its first step alone."""
-    name = f"{frames.stage}, {frames.final.shape[1]} px" + (" (hand-off)" if handoff else "")
+    name = f"{frames.stage}, {frames.final.shape[1]} px" + (
+        " (hand-off)" if frames.from_handoff else ""
+    )
     handed = frames.steps[k] == frames.total_steps
     step = "handed over" if handed else f"step {frames.steps[k] + 1}/{frames.total_steps}"
     return f"{name if k == 0 else ''}\n{step}\nsigma {frames.sigmas[k]:.3g}"

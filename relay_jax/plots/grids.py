@@ -13,7 +13,7 @@ from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
 from relay_jax.runtime.files import write_png
 from relay_jax.runtime.logs import read_curve
-from relay_jax.sampling.chain import initial_state
+from relay_jax.sampling.chain import condition_of, initial_state
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.stage import Stage
 
@@ -91,8 +91,12 @@ def relay_picture(
             # Where a noisy state is handed over, its picture
             # stands for it: the noise here is drawn anew, of
             # the same strength.
-            start = initial_state(stage.alone, seeds[rows], images[before.name][rows])
-            caption = f"hand-off to {stage.name}"
+            given = seeds[rows], images[before.name][rows]
+            condition = condition_of(stage, *given)
+            if condition is None:
+                start, caption = initial_state(stage.alone, *given), f"hand-off to {stage.name}"
+            else:
+                start, caption = condition.image, f"condition of {stage.name}"
             if stage.handoff == "noise":
                 caption += ", noise redrawn"
             pictures.append((caption, grid(np.asarray(start), GRID_COLUMNS, side)))

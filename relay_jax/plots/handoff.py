@@ -62,6 +62,7 @@ class Comparison:
 
     sigma: float
     blur_sigma: float
+    blur_unit: str
     frequency: np.ndarray
     start: np.ndarray
     forward: np.ndarray
@@ -168,6 +169,7 @@ def compare(
             Comparison(
                 sigma=float(sigma),
                 blur_sigma=blur_sigma,
+                blur_unit=process.blur_unit,
                 frequency=rings.mean(frequencies(resolution)),
                 start=rings.mean(start),
                 forward=rings.mean(forward),
@@ -218,7 +220,7 @@ def _difference_panel(axes: "Axes", comparisons: Sequence[Comparison], at: Compa
     shown = sorted({c.sigma: c for c in [at, *spread]}.values(), key=lambda c: c.sigma)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(shown)))
     for c, colour in zip(shown, colours, strict=True):
-        label = f"sigma {c.sigma:.2f}, blur {c.blur_sigma:.2f} px"
+        label = f"sigma {c.sigma:.2f}, blur {c.blur_sigma:.2f} {c.blur_unit}"
         label += " (hand-off)" if c is at else ""
         width = 3 if c is at else 1.5
         axes.plot(c.frequency, c.decibels, color=colour, lw=width, label=label)
@@ -292,7 +294,7 @@ def handoff_figure(
 def plot_handoff(inputs: Inputs) -> None:
     """handoff.png and .json, or handoff_STAGE for each stage of a longer relay."""
     for before, stage in zip(inputs.stages, inputs.stages[1:], strict=False):
-        if stage.starts_from_images:
+        if stage.process.has_handoff:
             name = "handoff" if len(inputs.stages) == 2 else f"handoff_{stage.name}"
             _plot_stage(inputs, before, stage, name)
 
@@ -332,4 +334,4 @@ def _plot_stage(inputs: Inputs, before: Stage, stage: Stage, name: str) -> None:
     inputs.write(name, inputs.describe() | numbers)
 
 
-PICTURE = Picture(plot_handoff, ("a relay", "real images"))
+PICTURE = Picture(plot_handoff, ("a relay", "a hand-off", "real images"))

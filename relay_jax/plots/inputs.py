@@ -165,6 +165,12 @@ def _without_relay(inputs: Inputs) -> str:
     return "" if len(inputs.stages) > 1 else "the configuration has no relay stage"
 
 
+def _without_handoff(inputs: Inputs) -> str:
+    if any(stage.process.has_handoff for stage in inputs.stages):
+        return ""
+    return "no stage starts from a noisy image of the stage before; a cascade starts from noise"
+
+
 def _without_data(inputs: Inputs) -> str:
     try:
         return "" if len(inputs.source) > 1 else "one real image is not enough"
@@ -196,6 +202,7 @@ def _without_any_weights(inputs: Inputs) -> str:
 # why it is not there, '' if it is.
 NEEDS: dict[str, Callable[[Inputs], str]] = {
     "a relay": _without_relay,
+    "a hand-off": _without_handoff,
     "real images": _without_data,
     "a log": _without_log,
     "a checkpoint": _without_any_weights,

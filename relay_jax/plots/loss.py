@@ -117,9 +117,9 @@ def losses_at(
 
 
 def _with_labels(
-    denoise: Any, labels: jax.Array | None, x: jax.Array, sigma: jax.Array
+    denoise: Any, labels: jax.Array | None, x: jax.Array, sigma: jax.Array, **given: Any
 ) -> jax.Array:
-    return denoise(x, sigma, labels)
+    return denoise(x, sigma, labels, **given)
 
 
 def loss_by_sigma(

@@ -99,6 +99,8 @@ def plot_snr(inputs: Inputs) -> None:
     """snr.png and snr.json, at the level where each relay stage starts."""
     pairs, numbers = [], []
     for before, stage in zip(inputs.stages, inputs.stages[1:], strict=False):
+        if not stage.process.has_handoff:
+            continue
         sigma = float(stage.sampler.levels()[0])
         low, high = (to_float(inputs.real(s.resolution)[0]) for s in (before, stage))
         stage_noise = stage.sample_process.noise_power(stage.resolution)
@@ -122,4 +124,4 @@ def plot_snr(inputs: Inputs) -> None:
     inputs.write("snr", inputs.describe() | {"images": count, "pairs": numbers})
 
 
-PICTURE = Picture(plot_snr, ("a relay", "real images"))
+PICTURE = Picture(plot_snr, ("a relay", "a hand-off", "real images"))

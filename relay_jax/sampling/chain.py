@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from relay_jax.diffusion.precondition import Condition
 from relay_jax.diffusion.process import NoiseFn
 from relay_jax.diffusion.sampler import Samples, seeded_noise
 from relay_jax.errors import UserError
@@ -103,6 +104,15 @@ def initial_state(stage: Stage, seeds: jax.Array, low_res: jax.Array | None = No
     return process.initial_state(sigma, noise_fn, before)
 
 
+def condition_of(
+    stage: Stage, seeds: jax.Array, low_res: jax.Array | None = None
+) -> Condition | None:
+    """What the network of a stage is given beside the state, None for most; as `initial_state`."""
+    before = None if low_res is None else jnp.asarray(low_res)
+    noise_fn = stage_noise(stage, jnp.asarray(seeds, jnp.uint32))
+    return stage.sample_process.sampling_condition(noise_fn, before)
+
+
 def sample_stage(
     stage: Stage,
     params: dict,
@@ -125,9 +135,10 @@ def sample_stage(
         classes = jnp.asarray(classes)
         message = "classes must be [b], one for each seed"
         chex.assert_shape(classes, np.shape(seeds), custom_message=message)
+    start = initial_state(stage, seeds, low_res)
     return stage.sampler(
-        stage.denoiser(params, classes),
-        initial_state(stage, seeds, low_res),
+        stage.denoiser(params, classes, condition_of(stage, seeds, low_res)),
+        start,
         stage.sample_process,
         stage_noise(stage, seeds),
         return_states,

@@ -45,6 +45,7 @@ _IMPLIED = {
     "sampler.correction": "official",
     "sampler.stop_sigma": 0.0,
     "handoff": "image",
+    "network.condition_channels": 0,
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from relay_jax.errors import UserError
-from relay_jax.models.network import parameter_count
+from relay_jax.models.network import blank_condition, parameter_count
 from relay_jax.runtime.distributed import is_first
 from relay_jax.runtime.files import replacing
 from relay_jax.runtime.sharding import replicated, to_host
@@ -67,7 +67,9 @@ def parts_table(stage: Stage, shapes: Any) -> str:
     with watched(partial(_note_part, outputs)):
         level = jax.ShapeDtypeStruct((batch,), jnp.float32)
         jax.eval_shape(
-            lambda params, *x: network.apply({"params": params}, *x),
+            lambda params, x, c_noise: network.apply(
+                {"params": params}, x, c_noise, **blank_condition(network, x)
+            ),
             shapes,
             image,
             level,

@@ -356,16 +356,20 @@ def noise_covariance() -> np.ndarray:
     return np.eye(PIXELS) + 0.4**2 * field.T @ field
 
 
-def wrong_laws(sampler: Multistep) -> tuple[float, float]:
+def wrong_laws(
+    sampler: Multistep | Heun, process: EdmProcess = SMALL, low_res: bool = False
+) -> tuple[float, float]:
     """Share of the covariance of the last state that is wrong, and the share that fresh noise
     has in it, for gaussian data.
 
     Without sampling error: the sampler is linear, so impulses give the exact covariance.
+    process: with the noise of SMALL. low_res: from the hand-off of the patch means of the data, and
+    not from the law of the process at the first level.
     """
     sigmas, data, unit = sampler.levels()[:-1], gaussian_data(), noise_covariance()
     laws, denoisers = [], []
     for sigma in sigmas:
-        blur = as_matrix(scaled(pixels(), factors_at(SMALL, sigma)))
+        blur = as_matrix(scaled(pixels(), factors_at(process, sigma)))
         laws.append(blur @ data @ blur.T + sigma**2 * unit)
         denoisers.append(data @ blur.T @ np.linalg.inv(laws[-1]))
     table = jnp.asarray(np.stack(denoisers), jnp.float32)
@@ -381,8 +385,12 @@ def wrong_laws(sampler: Multistep) -> tuple[float, float]:
         return (jnp.arange(rows)[:, None] == place).astype(jnp.float32).reshape(rows, 4, 4, 1)
 
     start = np.zeros((rows, PIXELS), np.float32)
-    start[:PIXELS] = np.linalg.cholesky(laws[0]).T
-    states = jax.jit(lambda x: sampler(denoise, x, SMALL, noise_fn, True).states)(
+    first = laws[0]
+    if low_res:
+        means = as_matrix(scaled(pixels(), mean_only(process.patch)))
+        first = means @ data @ means.T + sigmas[0] ** 2 * unit
+    start[:PIXELS] = np.linalg.cholesky(first).T
+    states = jax.jit(lambda x: sampler(denoise, x, process, noise_fn, True).states)(
         start.reshape(rows, 4, 4, 1)
     )
     last = as_matrix(states[-1])
