@@ -189,7 +189,7 @@ def get_config() -> ConfigDict:
             evaluate=dict(
                 samples=64,  # images of a report: --mode=evaluate, and when all stages are trained
                 class_check=False,  # score the samples with a small classifier of real images
-                # random-conv | inception | package.module:function
+                # random-conv | efficientnet-lite0 | inception | package.module:function
                 features="random-conv",
                 inception="",  # file of the Inception weights, for features="inception"
                 reference_images=10_000,  # real images that samples are compared with, 0 = all

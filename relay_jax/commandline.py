@@ -95,7 +95,8 @@ for _define, _name, _default, _verbs, _text in (
     (_TEXT, "images", "", "evaluate",
      "Folder of images, or npz, to score (default: samples of the run, with --seeds)."),
     (_TEXT, "features", "", "evaluate sweep",
-     "inception, random-conv or package.module:function (default: evaluate.features)."),
+     "inception, efficientnet-lite0, random-conv or package.module:function (default: "
+     "evaluate.features)."),
     (_TEXT, "inception", "", "evaluate sweep",
      "File of the Inception weights (default: evaluate.inception)."),
     (_TEXT, "cache", "", "evaluate sweep",

@@ -36,10 +36,10 @@ BELOW["commandline"] = EVERYTHING
 BELOW["main"] = EVERYTHING | {"commandline"}
 BELOW["tools"] = {"official"}  # the old name of a command
 
-# The exceptions: published Inception weights and statistics are read by the reader of official
-# files.
+# The exceptions: published weights of feature networks and statistics are read by the reader of
+# official files.
 EXCEPTIONS = {
-    "evaluation/inception.py": {"official.pickle", "official.torch_files"},
+    "evaluation/network.py": {"official.pickle", "official.torch_files"},
     "evaluation/published.py": {"official.pickle"},
 }
 

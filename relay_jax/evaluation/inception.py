@@ -41,9 +41,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relay_jax.errors import UserError, one_line
-from relay_jax.official.torch_files import Tensor, load
-from relay_jax.runtime.files import file_sha256
+from relay_jax.errors import UserError
+from relay_jax.evaluation.network import FeatureNetwork, State, read_state
 
 NETWORK = "Inception-v3 of 2015-12-05, 1008 classes"
 RESIZE = "TensorFlow 1 bilinear (no antialiasing, corners not aligned) to 299 x 299"
@@ -251,90 +250,55 @@ def shapes() -> dict:
     return jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 75, 75, 3)))["params"]
 
 
-def convert(state: Mapping[str, np.ndarray]) -> dict:
+def convert(arrays: Mapping[str, np.ndarray]) -> dict:
     """The state dict of the PyTorch port -> parameters: OIHW kernels become HWIO.
 
     Batch normalisation goes into the kernels. fc.bias and the
     counters of batch normalisation are not used. Raises UserError
     for other names and shapes than those of this network.
     """
-    # What is taken is removed: whatever remains at the end belongs
-    # to another network.
-    remaining = {
-        name: array
-        for name, array in state.items()
-        if not name.endswith("num_batches_tracked") and name != "fc.bias"
-    }
-    params = _converted(shapes(), "", remaining)
-    if remaining:
-        raise UserError(
-            f"{min(remaining)} has no place in this network: these are not the weights of "
-            "2015-12-05"
-        )
+    state = State(arrays, "Inception-v3 of 2015-12-05")
+    state.skip("fc.bias")
+    params = _converted(shapes(), "", state)
+    state.finish()
     return params
 
 
-def _converted(tree: Mapping, path: str, remaining: dict[str, np.ndarray]) -> dict:
+def _converted(tree: Mapping, path: str, state: State) -> dict:
     """The parameters of a module and of those in it. path: the port's name of it."""
     if path == "fc":
-        kernel = _take(remaining, "fc.weight", tree["kernel"].shape[::-1])
+        kernel = state.take("fc.weight", *tree["kernel"].shape[::-1])
         return {"kernel": kernel.T.astype(np.float32)}
     if "conv" not in tree:
         return {
-            name: _converted(inner, f"{path}.{name}" if path else name, remaining)
+            name: _converted(inner, f"{path}.{name}" if path else name, state)
             for name, inner in tree.items()
         }
     h, w, width_in, width = tree["conv"]["kernel"].shape
-    kernel = _take(remaining, f"{path}.conv.weight", (width, width_in, h, w)).transpose(2, 3, 1, 0)
-    gain, offset, mean, var = (
-        _take(remaining, f"{path}.bn.{name}", (width,))
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
+    kernel = state.take(f"{path}.conv.weight", width, width_in, h, w).transpose(2, 3, 1, 0)
     # In float64: the folded kernel is rounded once.
-    gain = gain / np.sqrt(var + EPSILON)
-    folded = {"kernel": kernel * gain, "bias": offset - mean * gain}
+    gain, offset = state.batch_norm(f"{path}.bn", width, EPSILON)
+    folded = {"kernel": kernel * gain, "bias": offset}
     return {"conv": {name: value.astype(np.float32) for name, value in folded.items()}}
 
 
-def _take(remaining: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Removes an array, and returns it in float64. Raises UserError for another shape."""
-    if name not in remaining:
-        raise UserError(f"{name} is missing: these are not the weights of Inception-v3")
-    array = remaining.pop(name)
-    if array.shape != shape:
-        raise UserError(
-            f"{name} has shape {list(array.shape)}, not {list(shape)}: these are not the weights "
-            "of the network of 2015-12-05"
-        )
-    return np.asarray(array, np.float64)
-
-
-def read_weights(path: Path) -> tuple[dict, str]:
+def read_weights(path: Path | None) -> tuple[dict, str]:
     """Parameters, and the sha256 of the file, which must be SHA256. Raises UserError.
 
     Nothing in the file is executed.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; {WHERE}")
-    # The hash first: a file that is not
-    # the published one is not even parsed.
-    try:
-        sha256 = file_sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
-    if sha256 != SHA256:
-        raise UserError(f"{path} is not {FILE} (its sha256 begins with {sha256[:8]}); {WHERE}")
-    try:
-        state, _ = load(path)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no state dict")
-    arrays = {
-        name: value.array()
-        for name, value in state.items()
-        if isinstance(name, str)
-        and isinstance(value, Tensor)
-        and not name.endswith("num_batches_tracked")
-    }
+    if path is None:
+        raise UserError(WHERE)
+    arrays, sha256 = read_state(path, WHERE, SHA256)
     return convert(arrays), sha256
+
+
+INCEPTION = FeatureNetwork(
+    name="inception",
+    network=NETWORK,
+    resize=RESIZE,
+    outputs=("pool", "spatial", "probabilities"),
+    inputs=resize,
+    apply=outputs,
+    read=read_weights,
+)
