@@ -98,6 +98,10 @@ class Trial:
         config.update_from_flattened_dict(self.overrides)
         return build(config)
 
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return self.arm.sweep or self.experiment.sweep
+
     def images(self, budget: float) -> dict[str, int]:
         """Of each stage, in whole batches, for this share of the FLOPs."""
         images = {}
@@ -115,16 +119,14 @@ class Trial:
         if (self.folder(budget) / "sweep.json").exists():
             return
         images = {f"stages.{s}.train.images": n for s, n in self.images(budget).items()}
+        # Few: a report is made once for a run, here with the first budget.
         keys = {**self.overrides, **images, "evaluate.samples": 64}
-        # A report is made once for a run; here it would be of the first budget.
         main(
             f"--config={self.config}",
             f"--workdir={self.workdir}",
             *(f"--config.{key}={value}" for key, value in keys.items()),
         )
-        samplers = self.arm.sweep or self.experiment.sweep
-        if budget < 1:
-            samplers = samplers[:1]
+        samplers = self.samplers if budget == 1 else self.samplers[:1]
         main(
             f"--workdir={self.workdir}",
             "--mode=sweep",
@@ -140,10 +142,8 @@ class Trial:
         rows = []
         for path in sorted(self.workdir.glob("sweep-*/sweep.json")):
             report = read_json(path)
-            trained = {
-                name: about["checkpoint"]["images"]
-                for name, about in report["samples"]["stages"].items()
-            }
+            weights = report["samples"]["weights"]
+            trained = {name: about["images"] for name, about in weights.items()}
             flops = sum(
                 trained[stage.name] * train_flops(stage)
                 for stage in self.stages
@@ -258,14 +258,12 @@ def grids(trials: Sequence[Trial], out: Path) -> None:
     from relay_jax.plots.grids import grid
 
     for trial in trials:
-        report = trial.folder(1.0) / "sweep.json"
-        if trial.seed != trial.experiment.seeds[0] or not report.exists():
-            continue
-        files = sorted(report.parent.glob("*/*.npz"))
-        if files:
+        first = trial.samplers[0].replace(":", "-")
+        files = sorted(trial.folder(1.0).glob(f"{first}/*.npz"))
+        if trial.seed == trial.experiment.seeds[0] and files:
             with np.load(files[0]) as kept:
-                pixels = next(kept[name] for name in kept.files if kept[name].ndim == 4)
-            write_png(out / f"grid-{trial.workdir.parent.name}.png", grid(pixels[:100], columns=10))
+                images = kept["exact"][:100].astype(np.float32)
+            write_png(out / f"grid-{trial.workdir.parent.name}.png", grid(images, columns=10))
 
 
 def collect(experiment: Experiment, trials: Sequence[Trial], out: Path) -> None:

@@ -4,6 +4,9 @@ Command:   python -m relay_jax.main --config=configs/cifar10.py --workdir=runs/c
                --config.dataset.path=data/cifar10-train-32x32.zip
 Hardware:  one GPU, or overnight on a laptop; not yet measured.
 Score:     not yet measured.
+Variants:  :gpu for one GPU, half an hour; :single is one stage at 32 px, without a relay, and
+           --config.stages.relay.process.kind=cascade an ordinary super-resolution stage
+           (baselines, docs/running.md).
 """
 
 from ml_collections import ConfigDict
@@ -19,17 +22,34 @@ def get_config(variant: str = "") -> ConfigDict:
         num_classes=10,
         hint="make it with EDM's dataset_tool.py, or name yours with --config.dataset.path",
     )
-
+    # 2.0M and 4.0M parameters: 12 MB in bfloat16.
     base = default.edm_stage(8)
-    base.model.update(channels=64, multipliers=(1, 2), blocks=2, attention=(8, 4))
-    base.train.update(images=20_000_000, batch=512, learning_rate=5e-4, warmup_images=500_000)
+    base.model.update(
+        channels=64, multipliers=(1, 1), blocks=2, attention=(8, 4), head_width=32, dropout=0.0
+    )
+    base.train.update(images=1_000_000, batch=256, learning_rate=1e-3, warmup_images=50_000)
+    base.sample.update(num_steps=18)
 
     relay = default.relay_stage(32, patch=4)
-    relay.model.update(channels=64, multipliers=(1, 2, 2), blocks=2, attention=(16, 8))
-    relay.train.update(images=40_000_000, batch=512, learning_rate=5e-4, warmup_images=500_000)
+    relay.model.update(
+        channels=64, multipliers=(1, 1, 2), blocks=1, attention=(16, 8), head_width=32, dropout=0.0
+    )
+    relay.train.update(images=1_000_000, batch=256, learning_rate=1e-3, warmup_images=50_000)
     relay.sample.update(num_steps=80, rho=7.0)
 
     config.stages.base, config.stages.relay = base, relay
-    config.checkpoint.every_images = 500_000
-    config.log.grid_every_images = 500_000
+    config.checkpoint.every_images = 100_000
+    config.log.grid_every_images = 200_000
+    config.evaluate.update(samples=1_000, preset="fast")
+    config.sample.batch = 500
+    if variant == "gpu":
+        base.model.dtype = relay.model.dtype = "bfloat16"
+        base.train.images, relay.train.images = 6_000_000, 4_000_000
+        config.dataset.workers = 8
+        return config
+    if variant == "single":
+        single = default.edm_stage(32)
+        single.model, single.train = relay.model, relay.train
+        config.stages = ConfigDict(dict(base=single))
+        return config
     return default.variant(config, variant)

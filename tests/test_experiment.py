@@ -1,0 +1,79 @@
+"""benchmarks/experiment.py: arms with the same training FLOPs, continued budgets, one table."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import experiment
+from benchmarks.experiment import Arm, Experiment, Trial
+from benchmarks.experiments import ablations, calls, equal_compute
+from relay_jax.planning.cost import train_flops
+from relay_jax.runtime.files import read_json
+from tests.conftest import command_line, run_main
+
+
+@pytest.mark.parametrize("module", [ablations, calls, equal_compute])
+def test_every_arm_can_be_built_and_trains_with_the_same_flops(module, tmp_path):
+    whole = module.EXPERIMENT
+    for arm in whole.arms:
+        trial = Trial(whole, arm, 0, tmp_path, {})
+        images = trial.images(1.0)
+        flops = sum(images[stage.name] * train_flops(stage) for stage in trial.stages)
+        assert flops == pytest.approx(whole.flops, rel=0.01)
+        assert list(images) == list(arm.shares)
+
+
+def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch):
+    config = tmp_path / "config.py"
+    made = "from tests.conftest import tiny_relay\n\n\n"
+    config.write_text(made + "def get_config(_=''):\n    return tiny_relay()\n")
+    commands = []
+
+    def run(*arguments):
+        commands.append(arguments)
+        with command_line(*arguments):
+            run_main()
+
+    monkeypatch.setattr(experiment, "main", run)
+    whole = Experiment(
+        name="calls",
+        config=str(config),
+        flops=0.0,
+        budgets=(0.5, 1.0),
+        samples=24,
+        features="random-conv",
+        sweep=("draft", "fast"),
+        arms=(Arm("relay", shares={"base": 0.5, "relay": 0.5}),),
+    )
+    trial = Trial(whole, whole.arms[0], 0, tmp_path, {})
+    each = {stage.name: train_flops(stage) for stage in trial.stages}
+    # 32 and 64 images of the relay, more of the cheaper base.
+    whole = replace(whole, flops=2 * 64 * each["relay"])
+    trial = Trial(whole, whole.arms[0], 0, tmp_path, {})
+    for budget in whole.budgets:
+        trial.run(budget)
+    assert len(commands) == 4
+    trial.run(1.0)  # is there, and not made again
+    assert len(commands) == 4
+
+    experiment.collect(whole, [trial], tmp_path)
+    rows = read_json(tmp_path / "calls.json")["rows"]
+    assert [row["sampler"] for row in rows] == ["draft", "draft", "fast"]
+    assert [row["images"]["relay"] for row in rows] == [32, 64, 64]
+    assert rows[-1]["training_flops"] == sum(
+        each[name] * images for name, images in rows[-1]["images"].items()
+    )
+    table = (tmp_path / "calls.md").read_text()
+    assert table.count("| relay |") == 3 and "as many real images" in table
+    assert (tmp_path / "calls.png").exists() and (tmp_path / "grid-relay.png").exists()
+
+
+def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():
+    def row(value, error):
+        score = {"FD": {"value": value, "error": error}}
+        return {"arm": "a", "training_flops": 1e9, "sampler": "fast", "scores": score}
+
+    (wide,) = experiment.summary([row(1.0, 0.1), row(3.0, 0.1)])
+    assert wide["scores"]["FD"] == {"value": 2.0, "error": pytest.approx(2**0.5)}
+    (narrow,) = experiment.summary([row(2.0, 0.5), row(2.0, 0.3)])
+    assert narrow["scores"]["FD"] == {"value": 2.0, "error": 0.4}
