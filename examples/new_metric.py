@@ -1,4 +1,4 @@
-"""A metric of your own: the energy distance (Szekely and Rizzo 2013), and features to measure it on.
+"""A metric of your own, the energy distance (Szekely and Rizzo 2013), and features for it.
 
 One line in METRICS of relay_jax/evaluation/metrics.py adds it to every evaluation: --mode=evaluate,
 the scores during a training, and its report.

@@ -109,6 +109,7 @@ class EvaluateSettings:
     class_check: bool = False
     features: str = "random-conv"
     inception: str = ""
+    dinov2: str = ""
     reference_images: int = 10_000
     every: int = 0
     every_samples: int = 1_000
@@ -117,6 +118,11 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         at_least("evaluate", self, samples=4, reference_images=0, every=0, every_samples=4)
         at_most("evaluate", self, samples=MAX_SAMPLES, every_samples=MAX_SAMPLES)
+
+    def weights_file(self, option: str) -> Path | None:
+        """The file that `inception` or `dinov2` names. Raises UserError for ~NAME of nobody."""
+        text = getattr(self, option)
+        return expanded(text) if text else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,14 +61,14 @@ class Comparison:
 
     reference: 'dataset', a folder or an npz (references.py);
     reference_images: of it at most, 0 = all; features: name of an
-    extractor, inception: its weights (features.py); cache: folder for
-    the features of references.
+    extractor, weights: the file of its weights, where it takes one
+    (features.py); cache: folder for the features of references.
     """
 
     reference: str
     reference_images: int
     features: str
-    inception: Path | None
+    weights: Path | None
     cache: Path
 
 
@@ -94,7 +94,7 @@ def evaluate_run(
                 f"--reference_images must not be negative, not {comparison.reference_images}"
             )
         mesh = make_mesh(settings.fsdp)
-        extractor = make_extractor(comparison.features, weights=comparison.inception, mesh=mesh)
+        extractor = make_extractor(comparison.features, weights=comparison.weights, mesh=mesh)
         decoding = Decoding.from_config(settings.dataset.keys)
         if isinstance(samples, Path):
             scored = open_images(samples, settings.dataset.threads, decoding)

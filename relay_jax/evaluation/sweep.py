@@ -74,7 +74,7 @@ def sweep(
     with agree():
         _check(contenders, kept, comparison)
         mesh = make_mesh(settings.fsdp)
-        extractor = make_extractor(comparison.features, weights=comparison.inception, mesh=mesh)
+        extractor = make_extractor(comparison.features, weights=comparison.weights, mesh=mesh)
         data = _DataSet(settings, weights)
         reference = open_reference(
             comparison.reference,

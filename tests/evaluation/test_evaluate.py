@@ -88,7 +88,7 @@ def chain(settings: Settings, weights: dict[str, Path]) -> Chain:
 
 
 def compared(cache: Path, **changes: Any) -> Comparison:
-    keys: dict[str, Any] = {"reference": "dataset", "features": "random-conv", "inception": None}
+    keys: dict[str, Any] = {"reference": "dataset", "features": "random-conv", "weights": None}
     return Comparison(**keys | {"reference_images": 40, "cache": cache} | changes)
 
 
@@ -277,7 +277,7 @@ def nothing(images: np.ndarray) -> np.ndarray:
         ("good", {"reference_images": -1}, "--reference_images"),
         ("good", {"features": "clever"}, "no features 'clever'"),
         ("good", {"features": "inception"}, "download"),
-        ("good", {"inception": Path("x.pth")}, "features 'random-conv' do not read one"),
+        ("good", {"weights": Path("x.pth")}, "features 'random-conv' do not read one"),
         ("good", {"features": f"{__name__}:nothing"}, "features that are not finite"),
     ],
 )
