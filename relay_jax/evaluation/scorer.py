@@ -105,14 +105,11 @@ class Scores:
         return ", ".join(f"{name} {value:.5g}" for name, value in self.values.items())
 
 
-def evaluate(
-    samples: ImageSet, scorer: Scorer, *, what: str = "samples", probabilities: bool = True
-) -> Scores:
+def evaluate(samples: ImageSet, scorer: Scorer, *, what: str = "samples") -> Scores:
     """Scores of images against the reference. All processes must call it.
 
-    what: names the images in progress and errors. probabilities: of
-    classes too, for the inception score. Raises DataError for
-    images that have no scores, Stopped after SIGTERM. Source:
+    what: names the images in progress and errors. Raises DataError
+    for images that have no scores, Stopped after SIGTERM. Source:
     docs/math.md section 9.
     """
     extractor, clock = scorer.extractor, Clock()
@@ -125,7 +122,7 @@ def evaluate(
         extractor,
         what=what,
         rows=len(samples),
-        probabilities=probabilities,
+        probabilities=True,
         stop=scorer.stop,
     )
     clock.lap("samples")
