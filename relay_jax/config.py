@@ -119,11 +119,6 @@ class EvaluateSettings:
         at_least("evaluate", self, samples=4, reference_images=0, every=0, every_samples=4)
         at_most("evaluate", self, samples=MAX_SAMPLES, every_samples=MAX_SAMPLES)
 
-    def weights_file(self, option: str) -> Path | None:
-        """The file that `inception` or `dinov2` names. Raises UserError for ~NAME of nobody."""
-        text = getattr(self, option)
-        return expanded(text) if text else None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

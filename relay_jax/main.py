@@ -169,10 +169,6 @@ class Command:
         """What --reference, --features and their like name. out: of a command without a run."""
         settings = self.settings.evaluate
         limit, features = value_of("reference_images"), value_of("features") or settings.features
-
-        def named(option: str) -> Path | None:
-            return path_of(option) or settings.weights_file(option)
-
         # A run that may only be read keeps nothing.
         cache = (self.workdir or out) / "cache"
         if not distributed.of_first(is_writable(cache)):
@@ -181,7 +177,7 @@ class Command:
             reference=str(expanded(value_of("reference"))),
             reference_images=settings.reference_images if limit is None else limit,
             features=features,
-            weights=file_of(features, named),
+            weights=file_of(features, settings, path_of),
             cache=path_of("cache") or cache,
         )
 

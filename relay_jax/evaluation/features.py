@@ -31,13 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from relay_jax.config import EvaluateSettings
 from relay_jax.errors import UserError, one_line
 from relay_jax.evaluation.dinov2 import DINOV2
 from relay_jax.evaluation.efficientnet import LITE0
 from relay_jax.evaluation.inception import INCEPTION
 from relay_jax.evaluation.network import FeatureNetwork
 from relay_jax.runtime.devices import jit
-from relay_jax.runtime.files import file_sha256
+from relay_jax.runtime.files import expanded, file_sha256
 from relay_jax.runtime.sharding import batch_sharding, padded, replicated
 
 DEVICE_BATCH = 64
@@ -97,13 +98,24 @@ class FeatureExtractor:
             arrays.append(np.asarray(batch[output], np.float32)[:count])
 
 
-def file_of(name: str, named: Callable[[str], Path | None]) -> Path | None:
+def _no_flag(_: str) -> None:
+    return None
+
+
+def file_of(
+    name: str, settings: EvaluateSettings, flag: Callable[[str], Path | None] = _no_flag
+) -> Path | None:
     """The file of weights for these features, of all that flags or the configuration name.
 
-    named: the file by a network's option. For features that read none it is any that is named,
-    which `make_extractor` refuses: whoever names one means its network.
+    flag: the file that a flag names, by a network's option. For features that read none it is any
+    that is named, which `make_extractor` refuses: whoever names one means its network. Raises
+    UserError for ~NAME of nobody.
     """
-    files = {n.name: named(n.option) for n in NETWORKS.values() if n.option}
+    files: dict[str, Path | None] = {}
+    for network in NETWORKS.values():
+        if network.option:
+            text = getattr(settings, network.option)
+            files[network.name] = flag(network.option) or (expanded(text) if text else None)
     return files[name] if name in files else next((f for f in files.values() if f), None)
 
 

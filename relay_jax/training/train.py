@@ -183,7 +183,7 @@ def finish(
 def features_of(settings: Settings, mesh: Mesh) -> FeatureExtractor:
     """What `evaluate` names: features, and the file of their weights. Raises UserError."""
     features = settings.evaluate.features
-    weights = file_of(features, settings.evaluate.weights_file)
+    weights = file_of(features, settings.evaluate)
     return make_extractor(features, weights=weights, mesh=mesh)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy.special import erf, softmax
 
+from relay_jax.config import EvaluateSettings
 from relay_jax.errors import UserError
 from relay_jax.evaluation import dinov2, features
 from relay_jax.evaluation.dinov2 import DINOV2, VIT_L14, Size, convert, resized_positions
@@ -173,9 +174,11 @@ def test_the_file_is_named_by_its_own_flag(tmp_path: Path) -> None:
         make_extractor("dinov2-vitl14", weights=None, mesh=mesh_of(1))
     with pytest.raises(UserError, match=r"no such file.*--dinov2=FILE"):
         extractor(tmp_path / "nothing.pth")
-    files = {"inception": Path("i.pth"), "dinov2": Path("d.pth")}
-    assert file_of("dinov2-vitl14", files.get) == Path("d.pth")
-    assert file_of("inception", files.get) == Path("i.pth")
+    settings = EvaluateSettings(samples=4, inception="i.pth", dinov2="d.pth")
+    assert file_of("dinov2-vitl14", settings) == Path("d.pth")
+    assert file_of("inception", settings) == Path("i.pth")
+    named = {"dinov2": tmp_path}
+    assert file_of("dinov2-vitl14", settings, named.get) == tmp_path
     # A file that these features do not read is there to be refused.
-    assert file_of("random-conv", files.get) is not None
-    assert file_of("random-conv", {}.get) is None
+    assert file_of("random-conv", settings) is not None
+    assert file_of("random-conv", EvaluateSettings(samples=4)) is None
