@@ -22,7 +22,10 @@ from PIL import Image
 from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.evaluation.features import make_extractor
 from relay_jax.evaluation.images import open_images
+from relay_jax.evaluation.kernel_distance import kernel_distance
 from relay_jax.evaluation.metrics import score
+from relay_jax.evaluation.neighbours import neighbour_shares
+from relay_jax.evaluation.sliced_distance import sliced_distance
 from relay_jax.evaluation.statistics import FeatureSet, collect, feature_stats
 from relay_jax.runtime.sharding import make_mesh
 
@@ -72,14 +75,13 @@ def metrics(samples: int, reference: int, dims: int) -> None:
             FeatureSet(count=0), FeatureSet(count=samples, probabilities=guesses), "inception"
         ),
     )
-    timed(
-        "precision and recall",
-        lambda: score(
-            FeatureSet(count=reference, rows=reference_features),
-            FeatureSet(count=samples, rows=sample_features),
-            "inception",
-        ),
+    sets = (
+        FeatureSet(count=reference, rows=reference_features),
+        FeatureSet(count=samples, rows=sample_features),
     )
+    timed("MIND", lambda: sliced_distance(*sets))
+    timed("KID", lambda: kernel_distance(*sets))
+    timed("precision ... coverage", lambda: neighbour_shares(*sets))
     print(
         f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, of "
         "which the features are "

@@ -189,9 +189,11 @@ def get_config() -> ConfigDict:
             evaluate=dict(
                 samples=64,  # images of a report: --mode=evaluate, and when all stages are trained
                 class_check=False,  # score the samples with a small classifier of real images
-                # random-conv | efficientnet-lite0 | inception | package.module:function
+                # random-conv | efficientnet-lite0 | dinov2-vitl14 | inception |
+                # package.module:function
                 features="random-conv",
                 inception="",  # file of the Inception weights, for features="inception"
+                dinov2="",  # file of the DINOv2 weights, for features="dinov2-vitl14"
                 reference_images=10_000,  # real images that samples are compared with, 0 = all
                 every=0,  # images between small evaluations during training, 0 = none
                 every_samples=1_000,  # samples of each of them

@@ -95,10 +95,12 @@ for _define, _name, _default, _verbs, _text in (
     (_TEXT, "images", "", "evaluate",
      "Folder of images, or npz, to score (default: samples of the run, with --seeds)."),
     (_TEXT, "features", "", "evaluate sweep",
-     "inception, efficientnet-lite0, random-conv or package.module:function (default: "
-     "evaluate.features)."),
+     "inception, dinov2-vitl14, efficientnet-lite0, random-conv or package.module:function "
+     "(default: evaluate.features)."),
     (_TEXT, "inception", "", "evaluate sweep",
      "File of the Inception weights (default: evaluate.inception)."),
+    (_TEXT, "dinov2", "", "evaluate sweep",
+     "File of the DINOv2 weights (default: evaluate.dinov2)."),
     (_TEXT, "cache", "", "evaluate sweep",
      "Folder for the features of references (default: WORKDIR/cache)."),
     (_LIST, "plot", [], "plot",

@@ -109,6 +109,7 @@ class EvaluateSettings:
     class_check: bool = False
     features: str = "random-conv"
     inception: str = ""
+    dinov2: str = ""
     reference_images: int = 10_000
     every: int = 0
     every_samples: int = 1_000

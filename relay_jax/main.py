@@ -47,6 +47,7 @@ from relay_jax.data.prepare import prepare
 from relay_jax.data.source import open_source
 from relay_jax.errors import Stopped, UserError
 from relay_jax.evaluation.evaluate import Comparison, evaluate_run
+from relay_jax.evaluation.features import file_of
 from relay_jax.evaluation.sweep import Contender, sweep
 from relay_jax.planning.cost import forward_flops, sampling_cost
 from relay_jax.planning.plan import PlanSettings, plan
@@ -167,9 +168,7 @@ class Command:
     def comparison(self, out: Path) -> Comparison:
         """What --reference, --features and their like name. out: of a command without a run."""
         settings = self.settings.evaluate
-        limit, inception = value_of("reference_images"), path_of("inception")
-        if inception is None and settings.inception:
-            inception = expanded(settings.inception)
+        limit, features = value_of("reference_images"), value_of("features") or settings.features
         # A run that may only be read keeps nothing.
         cache = (self.workdir or out) / "cache"
         if not distributed.of_first(is_writable(cache)):
@@ -177,8 +176,8 @@ class Command:
         return Comparison(
             reference=str(expanded(value_of("reference"))),
             reference_images=settings.reference_images if limit is None else limit,
-            features=value_of("features") or settings.features,
-            inception=inception,
+            features=features,
+            weights=file_of(features, settings, path_of),
             cache=path_of("cache") or cache,
         )
 

@@ -113,7 +113,8 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
             stage.setdefault(section, {}).setdefault(key, value)
     # So that the key can be set on the
     # command line for an older run.
-    config.get("evaluate", {}).setdefault("preset", "")
+    for key in ("preset", "dinov2"):
+        config.get("evaluate", {}).setdefault(key, "")
     config.get("dataset", {}).setdefault("identity", "listing")
     return config
 

@@ -19,7 +19,7 @@ from relay_jax.diffusion.block_noise import block_noise as our_block_noise
 from relay_jax.diffusion.guidance import Guidance, classifier_free
 from relay_jax.diffusion.precondition import precondition
 from relay_jax.diffusion.process import EdmProcess, RelayProcess
-from relay_jax.evaluation import metrics
+from relay_jax.evaluation import metrics, neighbours
 from relay_jax.models.unet import UNet
 from relay_jax.official.files import read_official
 from relay_jax.official.parameters import from_official, to_official
@@ -288,7 +288,7 @@ def read_training_state(path):
 # Metrics
 
 feature_stats, fid = metrics.feature_stats, metrics.fid
-precision_recall, inception_score = metrics.precision_recall, metrics.inception_score
+precision_recall, inception_score = neighbours.precision_recall, metrics.inception_score
 
 
 # Augmentation

@@ -256,7 +256,7 @@ def test_paths_of_a_configuration_begin_at_home(
         comparison = command.comparison(tmp_path)
     assert command.settings.dataset.keys["path"] == str(tmp_path / "data")
     assert comparison.reference == str(tmp_path / "real")
-    assert comparison.inception == tmp_path / "weights"
+    assert comparison.weights == tmp_path / "weights"
 
 
 def test_the_command_line_can_be_used_twice_in_one_kernel(

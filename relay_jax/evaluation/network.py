@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from relay_jax.errors import UserError, one_line
@@ -22,7 +23,8 @@ class FeatureNetwork:
     name: as in --features; network, resize: what a report says of it; outputs: names of the arrays
     that `apply` gives; inputs: uint8 [b, h, w, 3] of any size -> the input of `apply`; apply:
     parameters and inputs -> float32 [b, d] by name; read: a file, None if none is named ->
-    parameters and the sha256 of the file, or UserError; takes_file: whether one can be named.
+    parameters and the sha256 of the file, or UserError; option: the flag, and the key of
+    `evaluate`, that names the file; "" if the network finds it.
     """
 
     name: str
@@ -32,7 +34,19 @@ class FeatureNetwork:
     inputs: Callable[[jax.Array], jax.Array]
     apply: Callable[[dict, jax.Array], dict[str, jax.Array]]
     read: Callable[[Path | None], tuple[dict, str]]
-    takes_file: bool = True
+    option: str = ""
+
+
+def cubic_resize(pixels: jax.Array, side: int) -> jax.Array:
+    """uint8 [b, h, w, c] -> float32 [b, side, side, c] in [0, 255].
+
+    Keys' cubic kernel with a = -1/2, widened where it shrinks (antialiasing): Pillow's BICUBIC and
+    torch's "bicubic" with antialias=True, but for Pillow's rounding to integers.
+    """
+    shape = (len(pixels), side, side, pixels.shape[-1])
+    x = jax.image.resize(pixels.astype(jnp.float32), shape, "cubic", antialias=True)
+    # The kernel overshoots at edges, where no image is.
+    return jnp.clip(x, 0, 255)
 
 
 class State:

@@ -33,7 +33,7 @@ from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError, StorageError, one_line
 from relay_jax.evaluation.features import FeatureExtractor
 from relay_jax.evaluation.images import ImageSet, SourceImages, kind_of, npz_source
-from relay_jax.evaluation.metrics import NEIGHBOURS
+from relay_jax.evaluation.neighbours import NEIGHBOURS
 from relay_jax.evaluation.published import Statistics, read_npz, read_pickle
 from relay_jax.evaluation.statistics import FeatureSet, collect
 from relay_jax.runtime import distributed
@@ -247,7 +247,7 @@ def reference_features(
                 "no images; use --features=inception, or another reference"
             )
         return FeatureSet(count=0, statistics=statistics)
-    features = _of_images(reference.images, extractor, cache, stop)
+    features = _of_images(reference.images, extractor, cache, NEIGHBOUR_IMAGES, stop)
     if features is None:
         return None
     return FeatureSet(
@@ -269,8 +269,28 @@ def _check_dimensions(reference: Reference, extractor: FeatureExtractor) -> None
             )
 
 
+def held_out(reference: Reference, count: int) -> SourceImages | None:
+    """So many real images beside those of the reference, None if there are not."""
+    # A file's statistics may be of all of its images.
+    if isinstance(reference.images, SourceImages) and not reference.statistics:
+        return reference.images.held_out(count)
+    return None
+
+
+def held_out_features(
+    images: SourceImages, extractor: FeatureExtractor, *, cache: Path, stop: bool = True
+) -> FeatureSet | None:
+    """Of images of `held_out`, with every row, as samples have; else as `reference_features`."""
+    return _of_images(images, extractor, cache, len(images), stop, "real images")
+
+
 def _of_images(
-    images: ImageSet, extractor: FeatureExtractor, cache: Path, stop: bool
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    cache: Path,
+    rows: int,
+    stop: bool,
+    what: str = "reference",
 ) -> FeatureSet | None:
     # Not the path: the same images elsewhere have the same features.
     key = digest(
@@ -279,17 +299,17 @@ def _of_images(
             "images": {name: value for name, value in images.identity.items() if name != "path"},
             "resolution": images.resolution,
             "features": extractor.identity,
-            "neighbour_images": NEIGHBOUR_IMAGES,
+            "neighbour_images": rows,
         }
     )
-    file = cache / f"reference-{key[:24]}.npz"
+    file = cache / f"{what.replace(' ', '-')}-{key[:24]}.npz"
     # Process 0 alone looks: the others may see another folder, and
     # all must go the same way.
     kept = _load(file, key) if is_first() else None
     if distributed.of_first(kept is not None):
-        logging.info("reference: features of %s images from %s", f"{len(images):,}", file)
+        logging.info("%s: features of %s images from %s", what, f"{len(images):,}", file)
         return kept
-    features = collect(images, extractor, what="reference", rows=NEIGHBOUR_IMAGES, stop=stop)
+    features = collect(images, extractor, what=what, rows=rows, stop=stop)
     if is_first():
         _save(file, key, features)
     return features

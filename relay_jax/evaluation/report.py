@@ -194,10 +194,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         "# Evaluation",
         "",
-        *_table(
-            ["score", ""],
-            [[name, _number(x)] for name, x in report["scores"].items()],
-        ),
+        *_scores(report["scores"]),
         "",
     ]
     lines += [f"- {note}" for note in report["notes"]]
@@ -214,6 +211,20 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         rows = [list(pair) for pair in flat(values).items()]
         lines += ["", f"## {section.capitalize()}", "", *_table(["", ""], rows)]
     return "\n".join(lines) + "\n"
+
+
+def _scores(scores: Mapping[str, float]) -> list[str]:
+    """A line for each score: of the samples, of real images in their place, and the ratio."""
+    beside = {"_real": "real images", "_ratio": "ratio"}
+    columns = [end for end in beside if any(f"{name}{end}" in scores for name in scores)]
+    ends = [f"{name}{end}" for name in scores for end in columns]
+    rows = [
+        [name, *(_number(scores[n]) if n in scores else "" for n in (name, *more))]
+        for name in scores
+        if name not in ends
+        for more in [[f"{name}{end}" for end in columns]]
+    ]
+    return _table(["score", "samples" if columns else "", *(beside[c] for c in columns)], rows)
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

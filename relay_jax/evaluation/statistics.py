@@ -59,6 +59,14 @@ def checked(features: np.ndarray, name: str = "features") -> np.ndarray:
     return features
 
 
+def comparable(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two tables of as many features, `checked`. Raises ValueError."""
+    a, b = checked(a), checked(b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{a.shape[1]} and {b.shape[1]} features per image cannot be compared")
+    return a, b
+
+
 def blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """The rows in float64, `size` at a time."""
     # A whole set in float64 would double the memory of 50,000 images

@@ -30,17 +30,13 @@ from relay_jax.data.source import Source
 from relay_jax.errors import UserError
 from relay_jax.evaluation.classifier import class_accuracies
 from relay_jax.evaluation.dataset import open_data_set
-from relay_jax.evaluation.evaluate import Comparison, Scorer, evaluate
+from relay_jax.evaluation.evaluate import Comparison
 from relay_jax.evaluation.features import make_extractor
-from relay_jax.evaluation.images import (
-    ArrayImages,
-    ImageSet,
-    open_images,
-    other_images,
-)
-from relay_jax.evaluation.metrics import NEIGHBOURS, score
+from relay_jax.evaluation.images import ImageSet, open_images
+from relay_jax.evaluation.metrics import ratios, score
 from relay_jax.evaluation.references import open_reference
 from relay_jax.evaluation.report import make_report
+from relay_jax.evaluation.scorer import Scorer, evaluate
 from relay_jax.evaluation.statistics import FeatureSet, feature_stats
 from relay_jax.evaluation.sweep_images import Contender, KeptImages
 from relay_jax.evaluation.sweep_report import as_markdown
@@ -78,7 +74,7 @@ def sweep(
     with agree():
         _check(contenders, kept, comparison)
         mesh = make_mesh(settings.fsdp)
-        extractor = make_extractor(comparison.features, weights=comparison.inception, mesh=mesh)
+        extractor = make_extractor(comparison.features, weights=comparison.weights, mesh=mesh)
         data = _DataSet(settings, weights)
         reference = open_reference(
             comparison.reference,
@@ -105,7 +101,7 @@ def sweep(
                 kept[contender.name].claim(record, weights=True)
         kept[contender.name].generate(chain, source)
     table = _Table(settings, contenders, kept, kept[baseline])
-    table.score(scorer, data if comparison.reference == "dataset" else None, comparison)
+    table.score(scorer)
     with agree():
         if settings.evaluate.class_check and stages[-1].num_classes:
             table.classify(data.source)
@@ -206,7 +202,7 @@ class _Table:
         for contender in contenders:
             self.rows.append({"sampler": contender.name, **contender.cost, "scores": {}})
 
-    def score(self, scorer: Scorer, data: _DataSet | None, comparison: Comparison) -> None:
+    def score(self, scorer: Scorer) -> None:
         """Scores, times and distances of all rows, and of real images in their place."""
         without = {}
         for row in self.rows:
@@ -229,22 +225,29 @@ class _Table:
                 }
                 for name, score in row["scores"].items()
             }
-        if data is not None:
-            self._score_real(scorer, data.source, comparison.reference_images)
+        self._score_real(scorer)
 
-    def _score_real(self, scorer: Scorer, source: Source, limit: int) -> None:
-        """As many real images, none of them in the reference."""
+    def _score_real(self, scorer: Scorer) -> None:
+        """As many real images, none of them in the reference, and ratios to their distances."""
         # What a perfect sampler would get: no Frechet distance of so
         # few images is near zero.
         count = len(set(self._baseline.contender.request.seeds))
-        resolution = self._baseline.contender.request.stages[-1].resolution
-        if len(source) <= NEIGHBOURS:
-            return
-        pixels = other_images(source, count, limit, resolution)
-        if not len(pixels):
-            self.notes.append("Too few real images are left beside the reference.")
-            return
-        self.real = {"scores": _scored(ArrayImages(pixels, {}), scorer, "real images")[0]}
+        features = scorer.real(count)
+        # Other processes than the first may have no features, and know no scores.
+        with agree():
+            if not is_first():
+                return
+            if features is None:
+                self.notes.append("Too few real images are left beside the reference.")
+                return
+            real = scorer.real_scores(count)
+            self.real = {"scores": _with_errors(real, _jackknifed(features, scorer))}
+            for row in self.rows:
+                values = {name: score["value"] for name, score in row["scores"].items()}
+                row["ratio"] = ratios(values, real, scorer.extractor.name)
+            self.notes.append(
+                "In brackets: a distance as a multiple of that of as many real images, 1 is ideal."
+            )
 
     def _distance(self, kept: KeptImages) -> dict[str, float] | None:
         """To the baseline's images, in units of their standard deviation; None without meaning."""
@@ -294,15 +297,26 @@ def _scored(
     """Scores with errors, and without each of the groups; empty but on process 0."""
     scores = evaluate(images, scorer, what=what)
     with agree():
-        reference = scorer.features
-        if reference is None or scores.features is None or not is_first():
+        if scores.features is None or not is_first():
             return {}, {}
-        name = scorer.extractor.name
-        without = jackknife(scores.features, lambda part: score(reference, part, name))
-    errors = {key: _error(values) for key, values in without.items()}
-    both = {k: {"value": v, "error": errors.get(k)} for k, v in scores.values.items()}
+        without = _jackknifed(scores.features, scorer)
     logging.info("%s: %s", what, scores)
-    return both, without
+    return _with_errors(scores.values, without), without
+
+
+def _jackknifed(features: FeatureSet, scorer: Scorer) -> Groups:
+    """Scores against the reference without each of the groups; none where it is not known."""
+    reference, name = scorer.features, scorer.extractor.name
+    if reference is None:
+        return {}
+    return jackknife(features, lambda part: score(reference, part, name))
+
+
+def _with_errors(
+    values: Mapping[str, float], without: Groups
+) -> dict[str, dict[str, float | None]]:
+    errors = {name: _error(each) for name, each in without.items()}
+    return {name: {"value": value, "error": errors.get(name)} for name, value in values.items()}
 
 
 def jackknife(

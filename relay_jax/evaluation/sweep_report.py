@@ -23,7 +23,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         cells = [row["sampler"], row["calls"], row["evaluations"], si(row["flops"])]
         cells += [
             f"{row['seconds']:.3g}",
-            *(_score(row["scores"].get(name)) for name in names),
+            *(_score(row["scores"].get(name), row.get("ratio", {}).get(name)) for name in names),
         ]
         lines.append(_line([*cells, _distance(row["distance"])] if far else cells))
     if report["real"]:
@@ -70,11 +70,12 @@ def _line(cells: list[Any]) -> str:
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 
 
-def _score(score: Mapping[str, Any] | None, sign: str = "") -> str:
+def _score(score: Mapping[str, Any] | None, ratio: float | None = None, sign: str = "") -> str:
     if score is None:
         return ""
     error = "" if score["error"] is None else f" ± {score['error']:.2g}"
-    return f"{score['value']:{sign}.4g}{error}"
+    multiple = "" if ratio is None else f" ({ratio:.3g} x)"
+    return f"{score['value']:{sign}.4g}{error}{multiple}"
 
 
 def _distance(distance: Mapping[str, float] | None) -> str:

@@ -20,12 +20,12 @@ from relay_jax.data.description import describe as describe_data
 from relay_jax.data.source import Source
 from relay_jax.errors import Stopped, UserError
 from relay_jax.evaluation.evaluate import StageEvaluation, generate_first, summarize
-from relay_jax.evaluation.features import FeatureExtractor, make_extractor
+from relay_jax.evaluation.features import FeatureExtractor, file_of, make_extractor
 from relay_jax.plots.grids import grid, loss_curves, relay_picture
 from relay_jax.presets import with_preset
 from relay_jax.runtime import distributed
 from relay_jax.runtime.devices import training_devices
-from relay_jax.runtime.files import expanded, is_writable, read_json, try_folder, write_png
+from relay_jax.runtime.files import is_writable, read_json, try_folder, write_png
 from relay_jax.runtime.sharding import describe, make_mesh, place
 from relay_jax.sampling.chain import Chain, Inputs
 from relay_jax.sampling.request import of_one_stage
@@ -181,9 +181,10 @@ def finish(
 
 
 def features_of(settings: Settings, mesh: Mesh) -> FeatureExtractor:
-    """What evaluate.features and evaluate.inception name. Raises UserError."""
-    weights = expanded(settings.evaluate.inception) if settings.evaluate.inception else None
-    return make_extractor(settings.evaluate.features, weights=weights, mesh=mesh)
+    """What `evaluate` names: features, and the file of their weights. Raises UserError."""
+    features = settings.evaluate.features
+    weights = file_of(features, settings.evaluate)
+    return make_extractor(features, weights=weights, mesh=mesh)
 
 
 def training_mesh(settings: Settings) -> Mesh:

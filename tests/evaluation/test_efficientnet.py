@@ -10,6 +10,7 @@ from PIL import Image
 from relay_jax.errors import UserError
 from relay_jax.evaluation import efficientnet
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
+from relay_jax.evaluation.network import cubic_resize
 from tests.conftest import mesh_of
 
 needs_weights = pytest.mark.skipif(
@@ -71,7 +72,7 @@ def test_the_resize_is_pillows(shape: tuple[int, int], side: int) -> None:
     # In floats, which Pillow does not round.
     channels = [Image.fromarray(pixels[..., c].astype(np.float32)) for c in range(3)]
     expected = [np.asarray(x.resize((side, side), Image.Resampling.BICUBIC)) for x in channels]
-    resized = np.asarray(efficientnet.cubic_resize(pixels[None], side)[0])
+    resized = np.asarray(cubic_resize(pixels[None], side)[0])
     np.testing.assert_allclose(resized, np.clip(np.stack(expected, -1), 0, 255), atol=1e-3)
 
 

@@ -25,7 +25,10 @@ from relay_jax.evaluation.evaluate import (
     summarize,
 )
 from relay_jax.evaluation.features import make_extractor
-from relay_jax.evaluation.metrics import fid, inception_score, precision_recall
+from relay_jax.evaluation.images import choice
+from relay_jax.evaluation.metrics import fid, inception_score
+from relay_jax.evaluation.neighbours import precision_recall
+from relay_jax.evaluation.sliced_distance import mind
 from relay_jax.evaluation.statistics import feature_stats
 from relay_jax.runtime.checkpoint import Checkpoints
 from relay_jax.runtime.files import append_jsonl
@@ -36,7 +39,9 @@ from relay_jax.sampling.request import Request, parse_request
 from tests.conftest import mesh_of, tiny_relay
 from tests.evaluation import fakes
 
-NAMES = ["FD-random-conv", "precision-random-conv", "recall-random-conv"]
+SCORES = ["MIND", "KID", "precision", "recall", "density", "coverage"]
+NAMES = [f"{name}-random-conv" for name in ("FD", *SCORES)]
+RATIOS = ["FD-random-conv_ratio", "MIND-random-conv_ratio"]
 
 
 def shapes(count: int, side: int = 16, start: int = 0) -> np.ndarray:
@@ -83,7 +88,7 @@ def chain(settings: Settings, weights: dict[str, Path]) -> Chain:
 
 
 def compared(cache: Path, **changes: Any) -> Comparison:
-    keys: dict[str, Any] = {"reference": "dataset", "features": "random-conv", "inception": None}
+    keys: dict[str, Any] = {"reference": "dataset", "features": "random-conv", "weights": None}
     return Comparison(**keys | {"reference_images": 40, "cache": cache} | changes)
 
 
@@ -109,8 +114,20 @@ def test_a_folder_against_a_folder_gives_the_scores_of_its_features(
     scores = report_in(out)["scores"]
     assert list(scores) == NAMES
     np.testing.assert_allclose(scores["FD-random-conv"], fid(a, b), rtol=1e-4)
-    assert [scores[name] for name in NAMES[1:]] == list(precision_recall(a, b))
+    assert [scores[name] for name in NAMES[3:5]] == list(precision_recall(a, b))
     assert "| FD-random-conv |" in (out / "report.md").read_text()
+    # Of a part of the folder as the reference, others stand in the place of the samples.
+    comparison = compared(tmp_path, reference=str(reference), reference_images=21)
+    report = evaluate_run(settings, tmp_path / "samples", {}, comparison, tmp_path / "part")
+    scores, rest = report["scores"], np.setdiff1d(np.arange(30), choice(30, 21))
+    a, c = extract(real[choice(30, 21)])["pool"], extract(real[rest])["pool"]
+    np.testing.assert_allclose(scores["FD-random-conv_real"], fid(a, c), rtol=1e-4)
+    np.testing.assert_allclose(scores["MIND-random-conv_ratio"], mind(a, b) / mind(a, c), rtol=1e-4)
+    line = next(x for x in (tmp_path / "part/report.md").read_text().splitlines() if "| FD" in x)
+    assert line.split(" | ")[1:] == [
+        f"{scores[f'FD-random-conv{end}']:.5g}{bar}"
+        for end, bar in (("", ""), ("_real", ""), ("_ratio", " |"))
+    ]
 
 
 def test_adms_files_give_the_scores_of_the_papers(
@@ -130,13 +147,14 @@ def test_adms_files_give_the_scores_of_the_papers(
         tmp_path / "out",
     )
     known = [fakes.known(images) for images in (real, samples)]
-    assert list(report["scores"]) == ["FID", "sFID", "IS", "precision", "recall"]
+    names = ["FID", "sFID", "IS", "precision", "recall"]
+    assert set(report["scores"]) == {*names, *SCORES}
     expected = [
         *(fid(*(features[name] for features in known)) for name in ("pool", "spatial")),
         inception_score(known[1]["probabilities"]),
         *precision_recall(*(features["pool"] for features in known)),
     ]
-    np.testing.assert_allclose(list(report["scores"].values()), expected, rtol=1e-9)
+    np.testing.assert_allclose([report["scores"][n] for n in names], expected, rtol=1e-9)
     sha256 = hashlib.sha256((tmp_path / "VIRTUAL.npz").read_bytes()).hexdigest()
     assert report["reference"]["sha256"] == sha256
     assert any("no samples.json" in note for note in report["notes"])
@@ -194,11 +212,13 @@ def test_a_stage_alone_is_evaluated_at_its_resolution_as_while_it_is_trained(
         settings=settings,
         cache=tmp_path,
     )
-    assert len(list(tmp_path.glob("*.npz"))) == 1
-    assert periodic(chain.params[stage]) == report["scores"]
-    assert len(list(tmp_path.glob("*.npz"))) == 1, "the reference of both is the same"
+    kept = sorted(tmp_path.glob("*.npz"))
+    assert len(kept) == 2
+    curve = {k: v for k, v in report["scores"].items() if not k.endswith("_real")}
+    assert set(curve) == {*NAMES, *RATIOS} and periodic(chain.params[stage]) == curve
+    assert sorted(tmp_path.glob("*.npz")) == kept, "the real images of both are the same"
     other = jax.tree.map(lambda leaf: 0 * leaf, chain.params[stage])
-    assert periodic(other) != report["scores"]
+    assert periodic(other) != curve
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +237,7 @@ def test_the_report_of_a_training_is_what_evaluate_says_of_the_same_samples(
         (tmp_path / stage.name / "metrics.jsonl").write_text(metrics)
     final = summarize(generated, chain, source, extractor, settings, tmp_path)
     assert report_in(tmp_path)["scores"] == final["scores"]
-    assert list(final["scores"]) == [*NAMES, *(f"{name}_real" for name in NAMES)]
+    assert list(final["scores"]) == [*NAMES, *RATIOS, *(f"{name}_real" for name in NAMES)]
     assert 0 < final["scores"]["FD-random-conv_real"] < final["scores"]["FD-random-conv"]
     assert final["reference"]["images"] == 40 and final["samples"]["images"] == 16
     assert final["training"]["relay"]["loss"] == 0.25
@@ -227,7 +247,7 @@ def test_the_report_of_a_training_is_what_evaluate_says_of_the_same_samples(
     folders = {stage.name: workdir / stage.name for stage in settings.stages}
     request = requested(settings, "0-15")
     report = evaluate_run(settings, request, folders, compared(tmp_path / "cache"), tmp_path / "b")
-    for name in NAMES:
+    for name in final["scores"]:
         np.testing.assert_allclose(report["scores"][name], final["scores"][name], rtol=1e-6)
     for section in ("samples", "reference", "features", "metrics"):
         assert report[section] == final[section]
@@ -257,7 +277,7 @@ def nothing(images: np.ndarray) -> np.ndarray:
         ("good", {"reference_images": -1}, "--reference_images"),
         ("good", {"features": "clever"}, "no features 'clever'"),
         ("good", {"features": "inception"}, "download"),
-        ("good", {"inception": Path("x.pth")}, "weights of the Inception network are given"),
+        ("good", {"weights": Path("x.pth")}, "features 'random-conv' do not read one"),
         ("good", {"features": f"{__name__}:nothing"}, "features that are not finite"),
     ],
 )

@@ -21,7 +21,6 @@ from relay_jax.evaluation.images import (
     SourceImages,
     choice,
     open_images,
-    other_images,
 )
 from relay_jax.evaluation.references import open_reference
 from relay_jax.sampling.chain import Chain, Inputs, Pixels
@@ -143,13 +142,15 @@ def test_generated_images_come_once_in_the_order_of_their_seeds(hosts: int) -> N
 
 def test_real_images_beside_the_reference_are_others() -> None:
     source = SyntheticShapes(4, 30, 0)
-    rest = set(range(30)) - set(choice(30, 20).tolist())
-    others = other_images(source, 6, 20, 4)
-    assert others.shape == (6, 4, 4, 3)
-    real = np.stack([source[i][0] for i in sorted(rest)])
-    np.testing.assert_array_equal(others, real[choice(10, 6)])
-    for count, limit in ((11, 20), (1, 0)):
-        assert other_images(source, count, limit, 4).shape == (0, 4, 4, 3)
+    rest = sorted(set(range(30)) - set(choice(30, 20).tolist()))
+    reference = SourceImages(source, 4, {"kind": "x"}, exact=True, threads=2, limit=20)
+    others = reference.held_out(6)
+    assert others is not None and others.identity != reference.identity
+    assert others.identity["images"] == 6 and len(reference) == 20
+    real = np.stack([source[i][0] for i in rest])
+    np.testing.assert_array_equal(everything(others, 1, 4), real[choice(10, 6)])
+    assert reference.held_out(11) is None
+    assert SourceImages(source, 4, {}, exact=True, threads=2).held_out(1) is None
 
 
 def test_a_hash_changes_with_the_images_alone(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from relay_jax.evaluation.metrics import (
     frechet_distance,
     inception_score,
     notes,
-    precision_recall,
+    ratios,
     score,
 )
+from relay_jax.evaluation.neighbours import precision_recall
 from relay_jax.evaluation.statistics import FeatureSet, Moments, collect, feature_stats
 from tests.conftest import error_of
 from tests.evaluation.fakes import extractor
@@ -267,9 +268,9 @@ def test_too_few_images_are_one_line() -> None:
 
 def test_scores_of_other_features_are_not_called_fid() -> None:
     a, b = feature_set(9, "other"), feature_set(12, "other")
-    names = ["FD-other", "sFD-other", "IS-other", "precision-other", "recall-other"]
-    assert list(score(a, b, "other")) == names
-    assert list(score(a, b, "inception")) == ["FID", "sFID", "IS", "precision", "recall"]
+    names = ["FD", "sFD", "MIND", "KID", "IS", "precision", "recall", "density", "coverage"]
+    assert list(score(a, b, "other")) == [f"{name}-other" for name in names]
+    assert list(score(a, b, "inception")) == ["FID", "sFID", *names[2:]]
     assert list(score(a, b, "other").values()) == list(score(a, b, "inception").values())
 
 
@@ -290,6 +291,14 @@ def test_a_new_metric_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(metrics.METRICS, "shift", shift)
     a, b = feature_set(9, "other"), feature_set(12, "other")
     assert score(a, b, "other")["shift-other"] == shift(a, b)["shift"] > 0
+
+
+def test_distances_have_ratios_to_those_of_real_images() -> None:
+    scores = {"FD-x": 6.0, "MIND-x": 9.0, "KID-x": 0.1, "recall-x": 0.5}
+    real = {"FD-x": 2.0, "MIND-x": 0.0, "KID-x": 0.01, "recall-x": 0.6}
+    assert ratios(scores, real, "x") == {"FD-x": 3.0}
+    assert ratios({"FID": 3.0, "sFID": 2.0}, {"FID": 2.0}, "inception") == {"FID": 1.5}
+    assert ratios({"FID": 3.0}, {}, "inception") == {}
 
 
 def test_notes_warn_of_few_images_and_other_features() -> None:

@@ -20,7 +20,8 @@ from relay_jax.errors import UserError
 from relay_jax.evaluation import references
 from relay_jax.evaluation.features import FeatureExtractor
 from relay_jax.evaluation.images import ArrayImages, choice, open_images
-from relay_jax.evaluation.metrics import inception_score, precision_recall, score
+from relay_jax.evaluation.metrics import inception_score, score
+from relay_jax.evaluation.neighbours import precision_recall
 from relay_jax.evaluation.references import (
     Reference,
     check_sizes,
@@ -108,7 +109,8 @@ def test_adms_reference_gives_statistics_and_images_for_neighbours(tmp_path: Pat
         probabilities=True,
     )
     scores = score(features, samples, "inception")
-    assert list(scores) == ["FID", "sFID", "IS", "precision", "recall"]
+    names = ["FID", "sFID", "MIND", "KID", "IS", "precision", "recall", "density", "coverage"]
+    assert list(scores) == names
     mean, cov = samples.statistics["spatial"]
     root = np.linalg.eigvalsh(cov)
     np.testing.assert_allclose(

@@ -61,6 +61,10 @@ def test_a_sweep_scores_all_samplers_and_draws_none_of_them_twice(
     assert report["real"]["scores"]["FD-random-conv"]["value"] > 0
     text = (tmp_path / "sweep.md").read_text()
     assert f"| {QUICK} | 7 | 7 |" in text and "as many real images" in text
+    real = report["real"]["scores"]["FD-random-conv"]
+    ratio = quick["scores"]["FD-random-conv"]["value"] / real["value"]
+    assert quick["ratio"]["FD-random-conv"] == ratio and f"({ratio:.3g} x)" in text
+    assert set(quick["ratio"]) == {"FD-random-conv", "MIND-random-conv"} and real["error"] > 0
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     # One of them was lost, as if the sweep had been stopped before: the others are not run again.
     files = content(tmp_path)

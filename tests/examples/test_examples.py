@@ -15,7 +15,7 @@ from PIL import Image
 
 import relay_jax as rx
 from examples import new_stage
-from examples.new_metric import colour_features, kernel_distance, kernel_mmd
+from examples.new_metric import colour_features, energy, energy_distance
 from examples.new_network import Transformer
 from examples.new_process import CauchyRelay, cauchy_matrix
 from examples.new_sampler import Euler
@@ -79,7 +79,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.write_text(CONFIG.format(path=str(npy_folder(top / "data"))))
     arguments = [f"--config={config}", f"--workdir={top / 'run'}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(metrics.METRICS, "KID", kernel_distance)  # the one line of a metric
+        patch.setitem(metrics.METRICS, "energy", energy_distance)  # the one line of a metric
         for name in ("base", "relay"):
             run(*arguments, f"--stage={name}", f"--config.stages.{name}.train.images=48")
         run(*arguments)
@@ -96,7 +96,7 @@ def test_a_run_of_examples_alone_trains_continues_and_reports(workdir: Path) -> 
         assert seen == [32, 48, 64, 96], name
     report = json.loads((workdir / "report.json").read_text())
     features = "examples.new_metric:colour_features"
-    assert {f"FD-{features}", f"KID-{features}"} <= set(report["scores"])
+    assert {f"FD-{features}", f"energy-{features}"} <= set(report["scores"])
     assert report["training"]["base"]["images"] == 96
 
 
@@ -318,18 +318,16 @@ def test_the_source_reads_arrays_and_refuses_others(tmp_path: Path) -> None:
 # The metric
 
 
-def test_the_kernel_distance_is_unbiased_and_sees_a_difference() -> None:
+def test_the_energy_distance_is_unbiased_and_sees_a_difference() -> None:
     rng = np.random.default_rng(0)
-    same = [kernel_mmd(*rng.normal(size=(2, 20, 3))) for _ in range(200)]
+    same = [energy(*rng.normal(size=(2, 20, 3))) for _ in range(200)]
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(len(same)) and min(same) < 0
     a, b = rng.normal(size=(2, 30, 3))
-    assert kernel_mmd(a, b + 1) > max(same)
-    pairs = [(a[i] @ a[j] / 3 + 1) ** 3 for i in range(30) for j in range(30) if i != j]
-    between = np.mean((a @ b.T / 3 + 1) ** 3)
-    others = [(b[i] @ b[j] / 3 + 1) ** 3 for i in range(30) for j in range(30) if i != j]
-    assert kernel_mmd(a, b) == pytest.approx(np.mean(pairs) + np.mean(others) - 2 * between)
+    assert energy(a, b + 1) > max(same)
+    # Between |0 - 3|, |0 - 1|, |1 - 3|, |1 - 1|; within 1 and 2.
+    assert energy(np.array([[0.0], [1.0]]), np.array([[3.0], [1.0]])) == 2 * 6 / 4 - 1 - 2
     with pytest.raises(ValueError, match="compared"):
-        kernel_mmd(a, a[:, :2])
+        energy(a, a[:, :2])
 
 
 def test_colour_features_do_not_depend_on_the_other_images() -> None:
