@@ -38,5 +38,4 @@ def get_config(variant: str = "") -> ConfigDict:
         single = default.edm_stage(32)
         single.model, single.train = relay.model, relay.train
         config.stages = ConfigDict(dict(base=single))
-        return config
-    return default.variant(config, variant)
+    return default.variant(config, variant, {"single": {}})
