@@ -42,14 +42,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log.grid_every_images = 200_000
     config.evaluate.update(samples=1_000, preset="fast")
     config.sample.batch = 500
-    if variant == "gpu":
-        base.model.dtype = relay.model.dtype = "bfloat16"
-        base.train.images, relay.train.images = 6_000_000, 4_000_000
-        config.dataset.workers = 8
-        return config
+    gpu = {
+        "stages.base.model.dtype": "bfloat16",
+        "stages.relay.model.dtype": "bfloat16",
+        "stages.base.train.images": 6_000_000,
+        "stages.relay.train.images": 4_000_000,
+        "dataset.workers": 8,
+    }
     if variant == "single":
         single = default.edm_stage(32)
         single.model, single.train = relay.model, relay.train
         config.stages = ConfigDict(dict(base=single))
-        return config
-    return default.variant(config, variant)
+    return default.variant(config, variant, {"gpu": gpu, "single": {}})

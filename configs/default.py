@@ -274,7 +274,7 @@ def variant(config: ConfigDict, name: str, slices: dict[str, dict] | None = None
 
 
 # Sampling by one word (--preset=NAME): the keys of `sample` that differ from the configuration's
-# own, for the stage that starts from noise (edm) and for those that continue images (relay).
+# own, for a stage that starts from noise (edm, a cascade too) and for one with a hand-off (relay).
 # Guidance weights stay. One denoiser call per level: 40 + 25, 18 + 13 and 12 + 9 of them. Levels
 # below 0.2 need no guidance (2404.07724), which only the shortest one makes use of: 4 of its 9
 # calls are guided. Where the relay begins stays as configured, but in the shortest one: with so

@@ -1,4 +1,4 @@
-"""The super-resolution stage that a relay replaces: a baseline (docs/math.md section 9).
+"""The super-resolution stage that a relay replaces: a baseline (docs/math.md section 4).
 
 Source: cascaded diffusion, Ho et al. 2021, arXiv 2106.15282, in the terms of EDM. The stage starts
 from pure noise, and its network is given the image of the stage before, up-sampled and with noise

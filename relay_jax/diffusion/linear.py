@@ -1,4 +1,4 @@
-"""A relay on a line from the image to its up-sampled patch means (docs/math.md section 9).
+"""A relay on a line from the image to its up-sampled patch means (docs/math.md section 4).
 
 Source: CogView3, arXiv 2403.05121, in which the line is one in time; here it is one in u, the
 share of the training below a noise level. With E the mean of a patch, up(down(x0)) = E x0:

@@ -4,7 +4,7 @@
 (2)  c_skip = sd^2 / (sigma^2 + sd^2)          c_out = sigma sd / sqrt(sigma^2 + sd^2)
      c_in   = 1 / sqrt(sigma^2 + sd^2)         c_noise = ln(sigma) / 4              sd = sigma_data
 A condition, images with noise of a level of their own, enters as c_in image and c_noise at that
-level (docs/math.md section 9).
+level (docs/math.md section 4).
 """
 
 from collections.abc import Callable
