@@ -44,6 +44,7 @@ def train() -> ConfigDict:
             label_dropout=0.0,  # share of images trained without label; needed for guidance
             augment=0.0,  # probability of each augmentation (EDM appendix F.2)
             max_nonfinite=50,  # skipped steps in a row before the run is given up
+            clip=0.0,  # longest gradient (norm over all parameters) before Adam; 0 = not clipped
         )
     )
 

@@ -49,6 +49,7 @@ class TrainSettings:
     label_dropout: float = 0.0
     augment: float = 0.0
     max_nonfinite: int = 50
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -56,7 +57,7 @@ class TrainSettings:
                 lambda value: 0 < value < math.inf,
                 "must be positive",
             ),
-            "warmup_images ema_halflife_images": (
+            "warmup_images ema_halflife_images clip": (
                 lambda value: 0 <= value < math.inf,
                 "must not be negative",
             ),

@@ -55,6 +55,7 @@ SINCE = {"dataset.exif": True, "dataset.background": [255, 255, 255]}
 # have, with the value that they meant.
 IMPLIED = {
     ("model", "kind"): "unet",
+    ("train", "clip"): 0.0,
     ("sample", "kind"): "heun",
     ("sample", "correction"): "official",
     ("sample", "fresh_noise_rate"): 0.0,

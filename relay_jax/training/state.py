@@ -53,9 +53,7 @@ def init_state(stage: Stage, key: jax.Array) -> TrainState:
 
 
 def make_optimizer(train: TrainSettings) -> optax.GradientTransformation:
-    """Adam with a linear warm-up, without weight decay or clipping (docs/math.md section 8)."""
-    # Not clipped: Adam's step does not grow with its gradient, and a
-    # single bad one is skipped.
+    """Adam with a linear warm-up, without weight decay (docs/math.md section 8)."""
     schedule = partial(
         warmup_rate,
         learning_rate=train.learning_rate,

@@ -1,6 +1,6 @@
 """One training step as a pure function (docs/math.md section 8).
 
-    batch -> loss of each image (Stage.loss) -> mean -> gradient -> Adam -> average of parameters
+    batch -> loss of each image (Stage.loss) -> mean -> gradient -> (clip) -> Adam -> average
 
 A loss or gradient that is not finite leaves parameters, optimiser
 and average as they were; the step is counted. So a training outlives
@@ -101,6 +101,17 @@ def update_ema(ema: dict, params: dict, decay: jax.Array) -> dict:
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
 
+def clip_gradient(gradient: dict, norm: jax.Array, longest: float) -> dict:
+    """The gradient, shortened to the norm `longest` where it is longer (Pascanu et al. 2013).
+
+    norm: [] of the gradient, over all of its leaves together.
+    """
+    # As a factor of at most 1, so that a gradient within the limit
+    # keeps its bits.
+    scale = jnp.minimum(1.0, longest / norm)
+    return jax.tree.map(lambda leaf: leaf * scale, gradient)
+
+
 def train_step(
     stage: Stage, mesh: Mesh | None, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
@@ -115,6 +126,10 @@ def train_step(
     )
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    # Off by default: Adam's step does not grow with its gradient, and
+    # one that is not finite is skipped.
+    if settings.clip:
+        gradient = clip_gradient(gradient, norm, settings.clip)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     images_seen = state.step.astype(jnp.float32) * settings.batch
@@ -144,11 +159,10 @@ def train_step(
     # Chosen element by element on the device: a branch on the host
     # would wait for every step.
     state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, skipped)
-    return state, {
-        "loss": value,
-        "gradient_norm": norm,
-        "finite": finite.astype(jnp.float32),
-    }
+    metrics = {"loss": value, "gradient_norm": norm, "finite": finite.astype(jnp.float32)}
+    if settings.clip:
+        metrics["clipped"] = (norm > settings.clip).astype(jnp.float32)
+    return state, metrics
 
 
 def make_train_step(
@@ -157,8 +171,9 @@ def make_train_step(
     """(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
     mesh: where the step runs, if it splits the state. key: of the
-    run, the same for every step. metrics: loss, gradient_norm,
-    finite (1 or 0), each a float32 scalar.
+    run, the same for every step. metrics: loss, gradient_norm
+    (before it is clipped), finite (1 or 0), and with train.clip
+    clipped (1 or 0), each a float32 scalar.
     """
     return partial(train_step, stage, mesh)
 
