@@ -214,7 +214,7 @@ def train_stage(
                         "network": describe_network(stage.network),
                         "dataset": dataset,
                     }
-                    snapshots.save(step, state.averages, notes, wait=save)
+                    snapshots.save(step, state.averages, notes, saved)
                 if save:
                     saved.save(step, **_items(state), meta=notes)
                 if stop:

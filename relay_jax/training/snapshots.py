@@ -71,21 +71,24 @@ class Snapshots:
         """Whether a snapshot is taken after a step."""
         return self._saved is not None and (self._every(step) or step == self._last)
 
-    def save(self, step: int, averages: dict[str, dict], notes: dict, wait: bool) -> None:
-        """Starts saving, if one is due.
+    def save(
+        self, step: int, averages: dict[str, dict], notes: dict, checkpoints: Checkpoints
+    ) -> None:
+        """Saves a snapshot, if one is due; it is complete when this returns.
 
-        wait: until all are complete, before the checkpoint that a
-        run would go on from: it never lacks an earlier snapshot.
-        Raises StorageError.
+        checkpoints: those that the training would go on from. Raises
+        StorageError.
         """
-        if self._saved is None:
+        if self._saved is None or not self.due(step):
             return
-        if self.due(step):
-            items = {item_of(name): averages[name] for name in self._names}
-            kept = {key: notes[key] for key in ("images", "network", "dataset")}
-            self._saved.save(step, None, None, kept, **items)
-        if wait:
-            self._saved.wait()
+        # Not in the background, for two reasons: Orbax confuses two
+        # saves at the same time, and a checkpoint must not be there
+        # before an earlier snapshot.
+        checkpoints.wait()
+        items = {item_of(name): averages[name] for name in self._names}
+        kept = {key: notes[key] for key in ("images", "network", "dataset")}
+        self._saved.save(step, None, None, kept, **items)
+        self._saved.wait()
 
 
 def with_averages(folder: Path) -> list[Path]:
@@ -146,7 +149,12 @@ def reconstruct(stage: Stage, folder: Path, text: str, only: int | None = None) 
     about = {"width": float(name), "error": distance, "snapshots": steps}
     notes = read_json(place / str(step) / "meta" / "metadata") | {"average": about}
     out = folder / AVERAGES / name
-    with Checkpoints(out / "checkpoints", keep_always=lambda step: True) as checkpoints:
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    # A save copies and compresses all arrays at once otherwise.
+    limit = max(*sizes, sum(sizes) // 4) / 1e9
+    with Checkpoints(
+        out / "checkpoints", keep_always=lambda step: True, gigabytes=limit
+    ) as checkpoints:
         # Orbax saves no step twice, and an earlier one may be
         # of fewer snapshots.
         checkpoints.remove(lambda saved: saved == step)
