@@ -8,7 +8,7 @@ pictures and a notebook use the same ones.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -17,7 +17,15 @@ import numpy as np
 
 from relay_jax.data.images import to_float
 from relay_jax.diffusion.augment import Augmentation, augment
-from relay_jax.diffusion.guidance import Guidance, Guide, autoguided, classifier_free
+from relay_jax.diffusion.guidance import (
+    Guidance,
+    Guide,
+    Guided,
+    autoguided,
+    classifier_free,
+    drop_labels,
+    own,
+)
 from relay_jax.diffusion.loss import loss
 from relay_jax.diffusion.precondition import Condition, Denoiser, precondition, with_condition
 from relay_jax.diffusion.process import EdmProcess
@@ -93,13 +101,6 @@ class TrainSettings:
     def steps(self) -> int:
         """Steps of the whole training; the last one may go beyond `images`."""
         return math.ceil(self.images / self.batch)
-
-
-class Guided(NamedTuple):
-    """The parameters of a stage that other weights guide: its own, and those of the guide."""
-
-    network: dict
-    guide: dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,11 +344,6 @@ class Stage:
         }
 
 
-def own(params: dict | Guided) -> dict:
-    """The parameters of a stage's own network."""
-    return params.network if isinstance(params, Guided) else params
-
-
 def joined(stages: Sequence[Stage]) -> list[Stage]:
     """The stages as a chain samples them.
 
@@ -401,16 +397,3 @@ def kind_of(part: object, classes: Mapping[str, type]) -> str:
     # be taken for it in a record.
     short = [name for name, candidate in classes.items() if type(part) is candidate]
     return short[0] if short else f"{type(part).__module__}:{type(part).__name__}"
-
-
-def drop_labels(
-    class_labels: jax.Array, probability: float, key: jax.Array, index: jax.Array
-) -> jax.Array:
-    """Sets whole rows of [b, classes] to zero ("no label") with the given probability.
-
-    index: int [b], places in the whole batch: what a row draws
-    depends on the key and its place.
-    """
-    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(index)
-    keep = jax.vmap(jax.random.uniform)(keys) >= probability
-    return jnp.where(keep[:, None], class_labels, 0.0)

@@ -13,6 +13,7 @@ task, shorter trained or smaller, which needs none.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import chex
 import jax
@@ -69,6 +70,18 @@ class Guide:
     def evaluations(self, sigmas: np.ndarray) -> int:
         """Images that the guide sees per image in calls at these sigmas."""
         return _inside(self.interval, sigmas)
+
+
+class Guided(NamedTuple):
+    """The parameters of a stage that other weights guide: its own, and those of the guide."""
+
+    network: dict
+    guide: dict
+
+
+def own(params: dict | Guided) -> dict:
+    """The parameters of a stage's own network."""
+    return params.network if isinstance(params, Guided) else params
 
 
 def _inside(interval: tuple[float, float], sigmas: np.ndarray) -> int:
@@ -144,3 +157,16 @@ def _limited(guided: Denoiser, plain: Denoiser, interval: tuple[float, float]) -
         return lax.cond(inside, guided, plain, x, sigma)
 
     return limited
+
+
+def drop_labels(
+    class_labels: jax.Array, probability: float, key: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Sets whole rows of [b, classes] to zero ("no label") with the given probability.
+
+    index: int [b], places in the whole batch: what a row draws
+    depends on the key and its place.
+    """
+    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(index)
+    keep = jax.vmap(jax.random.uniform)(keys) >= probability
+    return jnp.where(keep[:, None], class_labels, 0.0)

@@ -26,14 +26,7 @@ from jax.sharding import Mesh
 
 from relay_jax.errors import StorageError, UserError, one_line
 from relay_jax.runtime import distributed
-from relay_jax.runtime.checksums import (
-    FOLDER,
-    ChecksumHandler,
-    Checksums,
-    SaveChecksums,
-    damage,
-    describe,
-)
+from relay_jax.runtime.checksums import FOLDER, Checksums, SaveChecksums, damage, describe
 from relay_jax.runtime.files import storage_reason
 from relay_jax.runtime.sharding import state_shardings
 
@@ -94,7 +87,7 @@ class Checkpoints:
     """The checkpoints in one folder; to be used as a context, whose end waits for the last save.
 
     keep: how many of the newest stay. keep_always: whether that of a
-    step stays for ever. gigabytes: of `ema` that a save copies at a time.
+    step stays for ever.
     """
 
     def __init__(
@@ -103,7 +96,6 @@ class Checkpoints:
         keep: int = 2,
         read_only: bool = False,
         keep_always: Callable[[int], bool] = lambda step: False,
-        gigabytes: float = 0.0,
     ) -> None:
         self.folder = folder.absolute()
         policies = ocp.checkpoint_managers
@@ -122,12 +114,7 @@ class Checkpoints:
                 create=not read_only,
                 read_only=read_only,
             )
-            limited = ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes)
-            parts = {"meta": ocp.JsonCheckpointHandler(), FOLDER: ChecksumHandler()}
-            handlers = {"ema": limited, **parts} if gigabytes else None
-            self._manager = ocp.CheckpointManager(
-                self.folder, options=options, item_handlers=handlers
-            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -185,7 +172,7 @@ class Checkpoints:
         for leaf in jax.tree.leaves(items):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()  # all at once, before the first is waited for
-        items = jax.tree.map(lambda x: x if isinstance(x, np.ndarray) else np.array(x), items)
+        items = jax.tree.map(lambda x: np.array(x), items)
         self._handed_over = self._thread.submit(self._write, step, items, meta)
 
     def _write(self, step: int, items: dict[str, Any], meta: dict) -> None:

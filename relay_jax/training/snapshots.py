@@ -30,6 +30,7 @@ from relay_jax.runtime.checkpoint import Checkpoints, checkpoints_of
 from relay_jax.runtime.checksums import damage, open_array
 from relay_jax.runtime.checksums import name_of as array_name
 from relay_jax.runtime.files import read_json
+from relay_jax.runtime.single import write_checkpoint
 from relay_jax.stage import Stage, TrainSettings
 
 SNAPSHOTS, AVERAGES = "snapshots", "averages"
@@ -114,8 +115,8 @@ def reconstruct(stage: Stage, folder: Path, text: str, only: int | None = None) 
     folder: of the stage; it goes to folder/averages/WIDTH. text: the
     width, as people write it. only: the step at which it is wanted,
     by default that of the newest snapshot. Array after array, in
-    float64 on the host: the memory of the result, twice, and a
-    little. Raises UserError where it cannot be made.
+    float64 on the host: the memory of less than three copies of the
+    parameters, most of it for writing them. Raises UserError where it cannot be made.
     """
     try:
         name = parse_name(text)
@@ -141,24 +142,18 @@ def reconstruct(stage: Stage, folder: Path, text: str, only: int | None = None) 
         for item in whole[number]
     ]
     weights, distance = combination([profile for profile, _ in kept], Profile(step, float(name)))
-    items = [item for _, item in kept]
+    items, cpu = [item for _, item in kept], jax.devices("cpu")[0]
     params = jax.tree.map_with_path(
-        lambda path, leaf: _weighted_sum(items, weights, array_name(path), leaf), stage.shapes()
+        lambda path, leaf: jax.device_put(
+            _weighted_sum(items, weights, array_name(path), leaf), cpu
+        ),
+        stage.shapes(),
     )
     steps = sorted({profile.step for profile, _ in kept})
     about = {"width": float(name), "error": distance, "snapshots": steps}
     notes = read_json(place / str(step) / "meta" / "metadata") | {"average": about}
     out = folder / AVERAGES / name
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-    # A save copies and compresses all arrays at once otherwise.
-    limit = max(*sizes, sum(sizes) // 4) / 1e9
-    with Checkpoints(
-        out / "checkpoints", keep_always=lambda step: True, gigabytes=limit
-    ) as checkpoints:
-        # Orbax saves no step twice, and an earlier one may be
-        # of fewer snapshots.
-        checkpoints.remove(lambda saved: saved == step)
-        checkpoints.save(step, params, None, notes)
+    write_checkpoint(out / "checkpoints", step, params, notes)
     if distance > LARGE_ERROR:
         logging.warning(
             "stage %s: the snapshots are too few for width %s: its profile is met to %.0f%%; see "
