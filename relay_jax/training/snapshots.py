@@ -115,8 +115,8 @@ def reconstruct(stage: Stage, folder: Path, text: str, only: int | None = None) 
     folder: of the stage; it goes to folder/averages/WIDTH. text: the
     width, as people write it. only: the step at which it is wanted,
     by default that of the newest snapshot. Array after array, in
-    float64 on the host: the memory of less than three copies of the
-    parameters, most of it for writing them. Raises UserError where it cannot be made.
+    float64 on the host: it takes the memory of less than three copies
+    of the parameters. Raises UserError where it cannot be made.
     """
     try:
         name = parse_name(text)
@@ -131,10 +131,13 @@ def reconstruct(stage: Stage, folder: Path, text: str, only: int | None = None) 
             f"stage {stage.name} has no snapshots in {folder / SNAPSHOTS}; they are taken while a "
             "stage trains with relative widths in train.ema, such as (0.05, 0.1)"
         )
-    step = max(whole) if only is None else only
+    # The newest of all, also if it is damaged: an average of an earlier
+    # step must be asked for.
+    newest = max(int(path.name) for path in place.glob("*") if path.name.isdecimal())
+    step = newest if only is None else only
     if step not in whole:
         present = ", ".join(map(str, sorted(whole, reverse=True)))
-        raise UserError(f"no snapshot of step {step} in {place}; there are {present}"[:390])
+        raise UserError(f"no whole snapshot of step {step} in {place}; there are {present}"[:390])
     kept = [
         (Profile(number, float(item.removeprefix("ema_"))), place / str(number) / item)
         for number in sorted(whole)
