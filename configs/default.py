@@ -41,9 +41,14 @@ def train() -> ConfigDict:
             adam_epsilon=1e-8,
             ema_halflife_images=500_000.0,
             ema_rampup=0.05,  # the half-life is at most this share of the images seen
+            # Further averages beside that one, each another copy of the parameters: below 1 the
+            # relative width of a power function, of which snapshots are kept and other widths made
+            # afterwards (arXiv 2312.02696: 0.05, 0.10), else a half-life in images.
+            ema=(),
             label_dropout=0.0,  # share of images trained without label; needed for guidance
             augment=0.0,  # probability of each augmentation (EDM appendix F.2)
             max_nonfinite=50,  # skipped steps in a row before the run is given up
+            clip=0.0,  # longest gradient (norm over all parameters) before Adam; 0 = not clipped
         )
     )
 
@@ -77,6 +82,13 @@ def edm_stage(resolution: int) -> ConfigDict:
                 corrector=False,  # of multistep: correct each step by the next call
                 guidance=1.0,  # classifier-free guidance weight, at most 1 = off
                 guidance_interval=(0.0, float("inf")),  # sigmas where it acts
+                # Autoguidance (arXiv 2406.02507), in place of the former: FOLDER or FOLDER@STEP of
+                # other weights, or STAGE@STEP, an earlier checkpoint of its own; "" = off.
+                guide="",
+                guide_weight=2.0,  # 1 = off
+                guide_interval=(0.0, float("inf")),
+                guide_ema="",  # which average of its weights, as below
+                ema="",  # average that is sampled: a width or half-life; "" = ema_halflife_images
             ),
         )
     )
@@ -132,6 +144,11 @@ def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
                 handoff="image",
                 guidance=1.0,
                 guidance_interval=(0.0, float("inf")),
+                guide="",  # as above, so are the next four
+                guide_weight=2.0,
+                guide_interval=(0.0, float("inf")),
+                guide_ema="",
+                ema="",
             ),
         )
     )
@@ -171,6 +188,9 @@ def get_config() -> ConfigDict:
                 every_images=5_000_000,
                 keep=2,  # how many of the newest stay
                 keep_every_images=0,  # the first one after each multiple stays for ever, 0 = none
+                # Power-function averages of train.ema are kept for ever, at each multiple of this
+                # and at the end.
+                snapshot_every_images=5_000_000,
             ),
             log=dict(
                 every_steps=50,  # progress line and scalars
@@ -235,7 +255,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
         workers=0,
         num_classes=8 if config.dataset.num_classes else 0,
     )
-    config.checkpoint.every_images = 128
+    config.checkpoint.update(every_images=128, snapshot_every_images=64)
     config.log.update(every_steps=4, grid_every_images=128, grid_images=4)
     config.sample.batch = 8
     config.evaluate.update(samples=16, every_samples=16, preset="")

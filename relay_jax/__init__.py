@@ -18,7 +18,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "relay_jax.relay": ("Relay", "build", "load", "loss", "sample"),
     "relay_jax.stage": ("Stage", "TrainSettings"),
-    "relay_jax.diffusion.guidance": ("Guidance",),
+    "relay_jax.diffusion.guidance": ("Guidance", "Guide"),
     "relay_jax.diffusion.process": ("EdmProcess", "RelayProcess"),
     "relay_jax.diffusion.processes": ("PROCESSES", "Cascade", "LinearRelay"),
     "relay_jax.diffusion.sampler": ("SAMPLERS", "Heun"),
@@ -38,6 +38,7 @@ __all__ = [
     "DataError",
     "EdmProcess",
     "Guidance",
+    "Guide",
     "Heun",
     "LinearRelay",
     "Multistep",
@@ -58,7 +59,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from relay_jax.data.source import SOURCES, Source
-    from relay_jax.diffusion.guidance import Guidance
+    from relay_jax.diffusion.guidance import Guidance, Guide
     from relay_jax.diffusion.multistep import Multistep
     from relay_jax.diffusion.process import EdmProcess, RelayProcess
     from relay_jax.diffusion.processes import PROCESSES, Cascade, LinearRelay

@@ -27,9 +27,9 @@ from relay_jax.runtime.logs import fail
 from relay_jax.sampling.folder import FORMATS
 from relay_jax.workdir import CONFIG, RENAMED
 
-VERBS = ("train", "sample", "evaluate", "sweep", "prepare", "plan", "plot", "verify")
+VERBS = ("train", "sample", "evaluate", "sweep", "average", "prepare", "plan", "plot", "verify")
 WEIGHTS = "weights."  # --weights.STAGE=DIR
-WEIGHTS_VERBS = ("train", "sample", "evaluate", "sweep", "plot", "verify")
+WEIGHTS_VERBS = ("train", "sample", "evaluate", "sweep", "average", "plot", "verify")
 
 # Which verbs use a flag; another verb refuses it. The help text of a
 # flag begins with them.
@@ -52,21 +52,24 @@ flags.DEFINE_enum(
     "train",
     VERBS,
     "What to do; sample writes images of a run, evaluate scores images or samples of a run and "
-    "writes a report, sweep compares ways to sample a run, prepare packs the data set for all "
-    "stages into --out, plan says what a training costs before it is launched, plot makes "
-    "pictures of data, schedules and the run, verify compares its checkpoints with their "
-    "checksums.",
+    "writes a report, sweep compares ways to sample a run, average makes an average of the weights "
+    "of any width from snapshots, prepare packs the data set for all stages into --out, plan says "
+    "what a training costs before it is launched, plot makes pictures of data, schedules and the "
+    "run, verify compares its checkpoints with their checksums.",
 )
 # fmt: off
 for _define, _name, _default, _verbs, _text in (
-    (_TEXT, "workdir", "", "train sample evaluate sweep plan plot verify",
+    (_TEXT, "workdir", "", "train sample evaluate sweep average plan plot verify",
      "Folder of the run."),
-    (_TEXT, "stage", "", "train sample evaluate sweep plan verify",
+    (_TEXT, "stage", "", "train sample evaluate sweep average plan verify",
      "This stage alone (default: all, in order)."),
     (_SWITCH, "debug", False, "train",
      "Name the first layer that is not finite, and keep the batch."),
     (_TEXT, "preset", "", "sample evaluate plan plot",
      f"Sample by one word: {PRESET_HELP} (default: as configured)."),
+    (_TEXT, "ema", "", "sample evaluate sweep average plot",
+     "The average of the weights of all stages: a relative width such as 0.08, a half-life of "
+     "train.ema, or ema (default: as configured); average makes a width from snapshots."),
     (_TEXT, "sweep", "official,safe,fast,draft", "sweep",
      "Samplers to compare: presets, or multistep or heun with KEY=VALUE of all stages or "
      "STAGE.KEY=VALUE of one, e.g. fast,fast:relay.num_steps=9,heun:num_steps=20."),
@@ -223,7 +226,7 @@ def check_verb(mode: str) -> None:
                 f"--{name} is not used by --mode={mode}, only by {', '.join(verbs)}; leave it out"
             )
     if mode == "evaluate" and flags.FLAGS.images:
-        for name in ("seeds", "class", "low_res", "stage", "preset"):
+        for name in ("seeds", "class", "low_res", "stage", "preset", "ema"):
             if flags.FLAGS[name].present:
                 raise UserError(
                     f"--{name} is about samples of a run, and --images names others; leave one out"

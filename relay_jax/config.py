@@ -9,6 +9,7 @@ is said in configs/default.py, once.
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,15 +19,25 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from relay_jax.diffusion.augment import NUM_LABELS
-from relay_jax.diffusion.guidance import Guidance
+from relay_jax.diffusion.guidance import Guidance, Guide
 from relay_jax.diffusion.process import EdmProcess
 from relay_jax.diffusion.processes import PROCESSES
 from relay_jax.diffusion.sampler import SAMPLERS, Sampler
 from relay_jax.errors import UserError, one_line
+from relay_jax.models.averages import parse_name
 from relay_jax.models.network import NETWORKS, Network, shapes_of
 from relay_jax.runtime.files import expanded
 from relay_jax.stage import Stage, TrainSettings, joined
-from relay_jax.values import at_least, at_most, check_size, check_value, check_values, made
+from relay_jax.values import (
+    at_least,
+    at_most,
+    check_size,
+    check_value,
+    check_values,
+    keys_of,
+    made,
+    named_class,
+)
 
 MAX_SEED = 2**32 - 1
 MAX_BATCH = 2**22  # images at once, over all devices
@@ -63,9 +74,11 @@ class CheckpointSettings:
     every_images: int
     keep: int
     keep_every_images: int = 0
+    snapshot_every_images: int = 5_000_000
 
     def __post_init__(self) -> None:
         at_least("checkpoint", self, every_images=1, keep=1, keep_every_images=0)
+        at_least("checkpoint", self, snapshot_every_images=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,14 +308,13 @@ def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
     # a key of `sample` with its name belongs to it.
     changes = {f.name: sample.pop(f.name) for f in fields(process_class) if f.name in sample}
     check_values("sample", process_class, changes)
-    weight, interval = sample.pop("guidance"), sample.pop("guidance_interval")
-    check_value("sample.guidance", float, weight)
-    check_value("sample.guidance_interval", tuple[float, ...], interval)
-    guidance = Guidance(weight=weight, interval=tuple(interval))
+    average = parse_name(sample.pop("ema", ""))
+    guidance, guide = _guidance_of(sample)
     handoff = sample.pop("handoff", "image")
     sampler_class = named_class(SAMPLERS, sample.pop("kind", "heun"), "sample.kind")
     sampler: Sampler = made(sampler_class, "sample", keys_of(sampler_class, SAMPLERS, sample))
     train: TrainSettings = made(TrainSettings, "train", node.train)
+    train = replace(train, ema=tuple(train.ema))
     check_value("resolution", int, node.resolution)
     check_value("dataset.num_classes", int, config.dataset.num_classes)
     model = ({"condition_channels": 3} if process.has_condition else {}) | dict(node.model.items())
@@ -321,7 +333,27 @@ def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
         guidance=guidance,
         train=train,
         handoff=handoff,
+        ema=average,
+        guide=guide,
     )
+
+
+def _guidance_of(sample: dict[str, Any]) -> tuple[Guidance, Guide | None]:
+    """Takes the keys of guidance and of a guide out of a `sample` section."""
+    keys: dict[str, Any] = {"guide": "", "guide_weight": 2.0, "guide_interval": (0.0, math.inf)}
+    keys |= {key: sample.pop(key) for key in ("guidance", "guidance_interval")}
+    keys |= {key: sample.pop(key) for key in list(sample) if key in keys}
+    for key, value in keys.items():
+        kind = str if key == "guide" else tuple[float, ...] if "interval" in key else float
+        check_value(f"sample.{key}", kind, value)
+    guidance = Guidance(weight=keys["guidance"], interval=tuple(keys["guidance_interval"]))
+    guide = Guide(
+        weights=keys["guide"],
+        weight=keys["guide_weight"],
+        interval=tuple(keys["guide_interval"]),
+        ema=parse_name(sample.pop("guide_ema", "")),
+    )
+    return guidance, guide if guide.weights and guide.weight > 1 else None
 
 
 def _build_network(model: dict[str, Any], resolution: int, num_classes: int) -> Network:
@@ -343,18 +375,6 @@ def _build_network(model: dict[str, Any], resolution: int, num_classes: int) -> 
     return network
 
 
-def keys_of(chosen: type, kinds: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a section for the class of its `kind`, without those of other known kinds."""
-    # So that a kind can be named on the command line over a section
-    # that was written for another one. Keys that no kind knows stay,
-    # and are refused by the class; so are those of a class derived from
-    # the chosen one, such as `patch` in a stage of kind edm.
-    others = [other for other in kinds.values() if not issubclass(other, chosen)]
-    foreign = {field.name for other in others for field in fields(other)}
-    foreign -= {field.name for field in fields(chosen)}
-    return {key: value for key, value in keys.items() if key not in foreign}
-
-
 def network_from(description: Mapping[str, Any]) -> Network:
     """The network that models.network.describe has described, also after a way through JSON.
 
@@ -366,25 +386,6 @@ def network_from(description: Mapping[str, Any]) -> Network:
     if "dtype" in keys:
         keys["dtype"] = jnp.dtype(keys["dtype"])
     return network_class(**keys)
-
-
-def named_class(classes: Mapping[str, type], name: str, key: str) -> Any:
-    """The class of a short name, or of `package.module:Class`, for parts that live elsewhere.
-
-    Raises UserError that says what is known,
-    or why the module cannot be imported.
-    """
-    check_value(key, str, name)
-    if name in classes:
-        return classes[name]
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
-        names = " or ".join(repr(short) for short in classes)
-        raise UserError(f"{key} must be {names} or package.module:Class, not {name[:99]!r}")
-    try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # the module is the user's: it may fail in any way
-        raise UserError(f"{key}={name!r} cannot be imported ({one_line(error)})") from error
 
 
 def parse_stage(stages: Sequence[Stage], name: str) -> Stage | None:

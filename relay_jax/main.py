@@ -12,9 +12,9 @@ ends with status 75: start the same command again. Several processes:
 see relay_jax/runtime/distributed.py and launch/.
 """
 
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 # Started as a file, `python relay_jax/main.py`: Python looks for
@@ -28,7 +28,6 @@ from relay_jax.runtime import start
 if start.is_command(__name__):
     start.begin()
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
@@ -59,18 +58,22 @@ from relay_jax.presets import (
     check_preset,
     settings_for,
     split_samplers,
+    with_ema,
     with_preset,
 )
 from relay_jax.relay import set_up_devices
 from relay_jax.runtime import distributed
 from relay_jax.runtime.checkpoint import verify_all
+from relay_jax.runtime.devices import use_compilation_cache
 from relay_jax.runtime.ending import to_the_end
 from relay_jax.runtime.files import expanded, is_writable, try_folder
 from relay_jax.runtime.logs import Progress
 from relay_jax.sampling.generate import generate
 from relay_jax.sampling.request import Request, parse_request
 from relay_jax.sampling.seeds import CLASS_RULES, parse_class_rule, parse_seeds
+from relay_jax.sampling.weights import with_guides
 from relay_jax.stage import Stage, joined
+from relay_jax.training.snapshots import reconstruct_all, with_averages
 from relay_jax.training.train import may_only_be_read, train, try_places
 from relay_jax.workdir import CONFIG, claim_workdir, class_names, parse_weights
 
@@ -95,7 +98,8 @@ class Command:
         # A key that the same command names is
         # meant; the preset sets the others.
         preset = value_of("preset")
-        self.settings = with_preset(self.configured, preset, keep=overridden_keys())
+        keep, ema = overridden_keys(), "" if self.mode == "average" else value_of("ema")
+        self.settings = with_ema(with_preset(self.configured, preset, keep), ema, keep)
         stages = self.settings.stages
         self.only: Stage | None = parse_stage(stages, value_of("stage"))
         self.stages: Sequence[Stage] = [self.only] if self.only else stages
@@ -187,12 +191,6 @@ class Command:
             raise UserError(advice)
 
 
-def use_compilation_cache(workdir: Path) -> None:
-    """Compiled programs are kept in the workdir, unless the user has chosen a place."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and is_writable(workdir / "cache"):
-        jax.config.update("jax_compilation_cache_dir", str((workdir / "cache").absolute()))
-
-
 # The verbs
 
 
@@ -249,9 +247,11 @@ def sweep_verb(command: Command) -> None:
         if baseline not in names:
             names.append(baseline)
         forward = {stage.name: forward_flops(stage) for stage in command.stages}
-        contenders = []
+    weights, contenders = command.open_run(), []
+    with distributed.agree():
         for name in names:
             sampled = settings_for(command.settings, name)
+            sampled = replace(sampled, stages=with_guides(sampled.stages, weights))
             request = parse_request(
                 sampled,
                 parse_stage(sampled.stages, value_of("stage")),
@@ -261,7 +261,6 @@ def sweep_verb(command: Command) -> None:
             )
             cost = sampling_cost(joined(request.stages), forward)
             contenders.append(Contender(name=name, request=request, cost=cost))
-    weights = command.open_run()
     report = sweep(
         command.settings,
         contenders,
@@ -286,7 +285,9 @@ def plot_verb(command: Command) -> None:
         class_rule=parse_class_rule(value_of("class") or "mod", num_classes, command.class_names()),
         images=value_of("plot_images"),
     )
-    plot(command.settings, command.open_run(), request, out)
+    folders = command.open_run()
+    stages = with_guides(command.settings.stages, folders)
+    plot(replace(command.settings, stages=stages), folders, request, out)
 
 
 def prepare_verb(command: Command) -> None:
@@ -334,17 +335,26 @@ def plan_verb(command: Command) -> None:
         hardware=value_of("hardware"),
         topology=value_of("topology"),
     )
-    presets = by_preset(command.configured)
-    if command.workdir is not None:
-        try_folder(command.workdir, files=["plan.json"])
-    plan(command.settings, command.only, request, command.workdir, presets)
+    workdir = command.workdir
+    if workdir is not None:
+        try_folder(workdir, files=["plan.json"])
+    presets = {n: with_guides(each, {}) for n, each in by_preset(command.configured).items()}
+    settings = replace(command.settings, stages=with_guides(command.settings.stages, {}))
+    plan(settings, command.only, request, workdir, presets)
+
+
+def average_verb(command: Command) -> None:
+    """--mode=average: the average of each stage's weights that --ema names, from its snapshots."""
+    command.needs_weights("name the run: --workdir=runs/NAME")
+    reconstruct_all(command.stages, command.open_run(), value_of("ema"))
 
 
 def verify_verb(command: Command) -> None:
     """--mode=verify: compares every checkpoint of the run, or of --weights, with its checksums."""
     command.needs_weights("name the run: --workdir=runs/NAME")
     base = command.workdir or Path()
-    verify_all([command.weights.get(s.name, base / s.name) for s in command.stages])
+    folders = [command.weights.get(s.name, base / s.name) for s in command.stages]
+    verify_all([place for folder in folders for place in with_averages(folder)])
 
 
 # How it ends
@@ -361,6 +371,7 @@ def run(config: ConfigDict) -> None:
         "sample": sample_verb,
         "evaluate": evaluate_verb,
         "sweep": sweep_verb,
+        "average": average_verb,
         "prepare": prepare_verb,
         "plan": plan_verb,
         "plot": plot_verb,

@@ -53,6 +53,8 @@ def changed(settings: Settings, changes: Changes) -> Settings:
         return settings
     plain = copy.deepcopy(dict(settings.plain))
     for name, keys in changes.items():
+        if name not in plain["stages"]:
+            raise UserError(f"unknown stage {name!r}; there are {', '.join(plain['stages'])}")
         plain["stages"][name]["sample"].update(keys)
     return replace(settings, stages=rebuild(plain), plain=plain)
 
@@ -78,6 +80,18 @@ def with_preset(settings: Settings, name: str, keep: Container[str] = ()) -> Set
             if f"stages.{stage.name}.sample.{key}" not in keep
         }
     return changed(settings, changes)
+
+
+def with_ema(settings: Settings, text: str | float, keep: Container[str] = ()) -> Settings:
+    """The same relay, sampled with one average of the weights of all stages; '' changes nothing.
+
+    text: a relative width, a half-life or 'ema', as people write it
+    (models/averages.py); keep: as in `with_preset`. Raises UserError
+    for what names none.
+    """
+    names = [stage.name for stage in settings.stages]
+    chosen = [name for name in names if f"stages.{name}.sample.ema" not in keep]
+    return changed(settings, {name: {"ema": text} for name in chosen} if text != "" else {})
 
 
 def by_preset(settings: Settings) -> dict[str, Sequence[Stage]]:

@@ -12,7 +12,7 @@ equal images. One process; several devices are used if there are.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,15 @@ from relay_jax.config import (
 from relay_jax.diffusion.precondition import Condition, Denoiser
 from relay_jax.errors import UserError
 from relay_jax.models.network import describe, parameter_count
-from relay_jax.presets import check_preset, with_preset
+from relay_jax.presets import changed, check_preset, with_ema, with_preset
 from relay_jax.runtime import devices
 from relay_jax.runtime.checkpoint import read_meta
 from relay_jax.runtime.sharding import make_mesh, place
 from relay_jax.sampling.chain import Chain, sample_stage
 from relay_jax.sampling.record import plain
 from relay_jax.sampling.seeds import classes_for, parse_class_rule
-from relay_jax.stage import Stage, joined
+from relay_jax.sampling.weights import with_networks_of
+from relay_jax.stage import Guided, Stage, joined, own
 from relay_jax.workdir import (
     CONFIG,
     claim_workdir,
@@ -55,14 +56,15 @@ from relay_jax.workdir import (
 class Relay:
     """Stages with their averaged weights.
 
-    stages: low resolution first; params: by stage name; notes: what
-    the checkpoints say of themselves; batch: images per call of the
+    stages: low resolution first; params: by stage name, `Guided` for
+    a stage with a guide; notes: what the checkpoints say of
+    themselves; batch: images per call of the
     compiled programs; class_names: of the data set, where it is
     known; settings: of its configuration, where it has one.
     """
 
     stages: Sequence[Stage]
-    params: Mapping[str, dict]
+    params: Mapping[str, dict | Guided]
     notes: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     batch: int = 64
     class_names: Sequence[str] = ()
@@ -154,7 +156,7 @@ class Relay:
         section 5. Raises UserError for an unknown stage.
         """
         chosen = self.stage(stage)
-        return loss(chosen, self.params[stage], jnp.asarray(images), labels, key)
+        return loss(chosen, own(self.params[stage]), jnp.asarray(images), labels, key)
 
     def replace(self, stage: str, **changes: Any) -> "Relay":
         """The same relay with other parts of one stage, such as sampler=, guidance=, handoff=.
@@ -164,6 +166,7 @@ class Relay:
         """
         old = self.stage(stage)
         new = dataclasses.replace(old, **changes)
+        _check_weights(old, new)
         try:
             new.check()
         except UserError:
@@ -184,14 +187,16 @@ class Relay:
         if self.settings is None:
             raise UserError("this relay has no configuration; use replace(stage, sampler=...)")
         names = [stage.name for stage in self.stages]
-        stages = with_preset(self.settings, name).stages
-        return dataclasses.replace(self, stages=[s for s in stages if s.name in names])
+        stages = [s for s in with_preset(self.settings, name).stages if s.name in names]
+        return dataclasses.replace(self, stages=with_networks_of(stages, self.stages))
 
 
 def load(
     run: str | Path | Mapping[str, str | Path],
     config: str | ConfigDict | None = None,
     preset: str = "",
+    ema: str | float = "",
+    sampling: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Relay:
     """Opens a training run, or converted weights.
 
@@ -202,7 +207,10 @@ def load(
     alone say what their network is, but not its process and sampler:
     without `config` it is the one configuration of the package that
     has these networks. preset: how it is sampled, as --preset; ''
-    for the configuration's own samplers.
+    for the configuration's own samplers. ema: which average of the
+    weights, as --ema: a width or half-life. sampling: keys of the
+    stages' `sample` that differ from the configuration, such as
+    {"relay": {"guide": "relay@12000", "guide_weight": 2.0}}.
 
     Raises UserError for what is not there, does not fit, or is not
     one configuration's.
@@ -210,34 +218,41 @@ def load(
     # Before the weights are read, which may take minutes.
     if preset:
         check_preset(preset)
-    relay = _open(run, config)
+    relay = _open(run, config, lambda settings: with_ema(changed(settings, sampling or {}), ema))
     return relay.with_preset(preset) if preset else relay
 
 
-def _open(run: str | Path | Mapping[str, str | Path], config: str | ConfigDict | None) -> Relay:
+def _open(
+    run: str | Path | Mapping[str, str | Path],
+    config: str | ConfigDict | None,
+    adapt: Callable[[Settings], Settings],
+) -> Relay:
+    """adapt: changes how the relay of a configuration is sampled."""
     if isinstance(run, Mapping):
         texts = {name: str(Path(folder).expanduser()) for name, folder in run.items()}
     else:
         run = Path(run).expanduser()
         if read_config(run) is not None:
-            return _load_run(run, config)
+            return _load_run(run, config, adapt)
         texts = {f.parent.name: str(f.parent) for f in sorted(run.glob("*/checkpoints"))}
         if not texts:
             raise UserError(f"{run} is neither a run (no {CONFIG}) nor a folder of stages")
     if config is None:
         config = _configuration_of({name: Path(text) for name, text in texts.items()})
-    settings = settings_of(config_of(config))
+    settings = adapt(settings_of(config_of(config)))
     return _load(settings, parse_weights(settings.stages, texts))
 
 
-def _load_run(workdir: Path, config: str | ConfigDict | None) -> Relay:
+def _load_run(
+    workdir: Path, config: str | ConfigDict | None, adapt: Callable[[Settings], Settings]
+) -> Relay:
     if config is None:
         settings = settings_of(open_config(workdir))
     else:
         settings = settings_of(config_of(config))
         claim_workdir(settings.plain, workdir, create=False)
     folders = {stage.name: workdir / stage.name for stage in settings.stages}
-    return _load(settings, folders, class_names(workdir, {}))
+    return _load(adapt(settings), folders, class_names(workdir, {}))
 
 
 def _load(settings: Settings, folders: Mapping[str, Path], names: Sequence[str] = ()) -> Relay:
@@ -250,13 +265,24 @@ def _load(settings: Settings, folders: Mapping[str, Path], names: Sequence[str] 
             raise UserError(f"{folders[stage.name]} is of another network: {difference}")
     chain = Chain.load(stages, folders, make_mesh(settings.fsdp), settings.sample.batch)
     return Relay(
-        stages=stages,
+        stages=with_networks_of(stages, chain.stages),
         params=chain.params,
         notes=chain.notes,
         batch=settings.sample.batch,
         class_names=names or class_names(None, folders),
         settings=settings,
     )
+
+
+def _check_weights(old: Stage, new: Stage) -> None:
+    """Raises UserError for a change that needs weights which have not been loaded."""
+    guides = [s.guide and (s.guide.weights, s.guide.ema) for s in (old, new)]
+    other = "ema" if old.ema != new.ema else "guide" if guides[1] not in (None, guides[0]) else ""
+    if other:
+        raise UserError(
+            f"stage {new.name}: weights of another {other} are not loaded; open them by "
+            f"load(..., sampling={{{new.name!r}: {{{other!r}: ...}}}})"
+        )
 
 
 def _difference(described: Mapping[str, Any], stage: Stage) -> str:
@@ -339,7 +365,7 @@ def build(config: str | ConfigDict, seed: int = 0) -> Relay:
 
 def sample(
     stage: Stage,
-    params: dict,
+    params: dict | Guided,
     seeds: jax.Array,
     classes: jax.Array | None = None,
     low_res: jax.Array | None = None,

@@ -17,13 +17,22 @@ import numpy as np
 
 from relay_jax.data.images import to_float
 from relay_jax.diffusion.augment import Augmentation, augment
-from relay_jax.diffusion.guidance import Guidance, classifier_free
+from relay_jax.diffusion.guidance import (
+    Guidance,
+    Guide,
+    Guided,
+    autoguided,
+    classifier_free,
+    drop_labels,
+    own,
+)
 from relay_jax.diffusion.loss import loss
 from relay_jax.diffusion.precondition import Condition, Denoiser, precondition, with_condition
 from relay_jax.diffusion.process import EdmProcess
 from relay_jax.diffusion.processes import PROCESSES
 from relay_jax.diffusion.sampler import SAMPLERS, Sampler
 from relay_jax.errors import UserError
+from relay_jax.models.averages import check_averages
 from relay_jax.models.network import Network, describe, init_params, shapes_of
 
 HANDOFFS = ("image", "noise")
@@ -46,9 +55,11 @@ class TrainSettings:
     adam_epsilon: float = 1e-8
     ema_halflife_images: float = 500_000.0
     ema_rampup: float = 0.05
+    ema: tuple[float, ...] = ()
     label_dropout: float = 0.0
     augment: float = 0.0
     max_nonfinite: int = 50
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -56,7 +67,7 @@ class TrainSettings:
                 lambda value: 0 < value < math.inf,
                 "must be positive",
             ),
-            "warmup_images ema_halflife_images": (
+            "warmup_images ema_halflife_images clip": (
                 lambda value: 0 <= value < math.inf,
                 "must not be negative",
             ),
@@ -80,6 +91,7 @@ class TrainSettings:
         ):
             if value > most:
                 raise ValueError(f"train.{name} must be at most {most:,}, not {value}")
+        check_averages(self.ema)
         if self.batch % self.accumulate:
             raise ValueError(
                 f"train.batch {self.batch} is not divisible by train.accumulate {self.accumulate}"
@@ -99,7 +111,10 @@ class Stage:
     noise of every seed depends on it. sampler and guidance: how it
     is sampled; train: how it is trained. handoff: what it continues,
     the finished "image" of the stage before, or its state at a level
-    where it stops, "noise" (docs/math.md section 6).
+    where it stops, "noise" (docs/math.md section 6). ema: the average
+    of its weights that is sampled, by name (models/averages.py).
+    guide: other weights that guide it; guide_network: theirs, None
+    before it is known (sampling/weights.py).
     """
 
     name: str
@@ -111,6 +126,9 @@ class Stage:
     guidance: Guidance
     train: TrainSettings
     handoff: str = "image"
+    ema: str = ""
+    guide: Guide | None = None
+    guide_network: Network | None = None
 
     @property
     def resolution(self) -> int:
@@ -146,6 +164,11 @@ class Stage:
         self.sampler.check(self.sample_process)
         self._check_handoff()
         weight = self.guidance.weight
+        if self.guide is not None and weight > 1:
+            raise ValueError(
+                f"sample.guide and sample.guidance {weight} at once; use one of them: guide '' or "
+                "guidance 1 is off"
+            )
         if weight > 1 and not self.num_classes:
             raise ValueError(f"sample.guidance {weight} needs classes (dataset.num_classes); use 1")
         if weight > 1 and not self.train.label_dropout:
@@ -191,14 +214,22 @@ class Stage:
         """The shapes of the parameters; nothing is computed."""
         return shapes_of(self.network)
 
-    def preconditioned(self, params: dict) -> Denoiser:
+    def sampled_shapes(self) -> Any:
+        """The shapes of the parameters that `denoiser` takes; nothing is computed."""
+        if self.guide is None:
+            return self.shapes()
+        return Guided(self.shapes(), shapes_of(self.guide_network or self.network))
+
+    def preconditioned(self, params: dict | Guided) -> Denoiser:
         """(x [b, h, w, c], sigma scalar or [b], class_labels, augment_labels) -> x0, not guided.
 
         And `condition`, by name, where the process has one.
         """
+        return self._denoiser_of(self.network, own(params))
 
+    def _denoiser_of(self, network: Network, params: dict) -> Denoiser:
         def apply(*inputs: Any, **given: Any) -> jax.Array:
-            return self.network.apply({"params": params}, *inputs, **given)
+            return network.apply({"params": params}, *inputs, **given)
 
         return precondition(apply, self.process.sigma_data)
 
@@ -210,23 +241,31 @@ class Stage:
 
     def denoiser(
         self,
-        params: dict,
+        params: dict | Guided,
         classes: jax.Array | None = None,
         condition: Condition | None = None,
     ) -> Denoiser:
         """(x [b, h, w, c], scalar sigma) -> denoised images, guided as the stage is sampled.
 
-        classes: int [b]; None or an unconditional network: no
-        labels. condition: of b images, where the process has one
+        params: `Guided` for a stage with a guide. classes: int [b];
+        None or an unconditional network: no labels. condition: of b
+        images, where the process has one
         (sampling.chain.condition_of). Source: docs/math.md section 5.
-        Raises ValueError for guidance above 1 without classes.
+        Raises ValueError for guidance above 1 without classes, and for
+        a guide without its parameters.
         """
         denoise = with_condition(self.preconditioned(params), condition)
-        return classifier_free(denoise, self.one_hot(classes), self.guidance)
+        labels = self.one_hot(classes)
+        if self.guide is None:
+            return classifier_free(denoise, labels, self.guidance)
+        if not isinstance(params, Guided):
+            raise ValueError(f"stage {self.name} has a guide, whose parameters are missing")
+        worse = self._denoiser_of(self.guide_network or self.network, params.guide)
+        return autoguided(denoise, with_condition(worse, condition), labels, self.guide)
 
     def loss(
         self,
-        params: dict,
+        params: dict | Guided,
         images: jax.Array,
         labels: jax.Array | None,
         key: jax.Array,
@@ -263,6 +302,8 @@ class Stage:
         # computed at once, by its first place.
         rngs = {"dropout": jax.random.fold_in(dropout_key, index[0])} if train else {}
 
+        params = own(params)
+
         def apply(
             x: jax.Array, c_noise: jax.Array, *_: jax.Array | None, **given: Any
         ) -> jax.Array:
@@ -282,8 +323,10 @@ class Stage:
 
     def describe(self) -> dict[str, Any]:
         """All that the stage does to its input, but for its weights, as plain values."""
-        handoff = {"handoff": self.handoff} if self.starts_from_images else {}
-        return handoff | {
+        chosen: dict[str, Any] = {"handoff": self.handoff} if self.starts_from_images else {}
+        chosen |= {"ema": self.ema} if self.ema else {}
+        chosen |= {"guide": asdict(self.guide)} if self.guide is not None else {}
+        return chosen | {
             "resolution": self.resolution,
             "index": self.index,
             "dtype": np.dtype(self.network.dtype).name,
@@ -354,16 +397,3 @@ def kind_of(part: object, classes: Mapping[str, type]) -> str:
     # be taken for it in a record.
     short = [name for name, candidate in classes.items() if type(part) is candidate]
     return short[0] if short else f"{type(part).__module__}:{type(part).__name__}"
-
-
-def drop_labels(
-    class_labels: jax.Array, probability: float, key: jax.Array, index: jax.Array
-) -> jax.Array:
-    """Sets whole rows of [b, classes] to zero ("no label") with the given probability.
-
-    index: int [b], places in the whole batch: what a row draws
-    depends on the key and its place.
-    """
-    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(index)
-    keep = jax.vmap(jax.random.uniform)(keys) >= probability
-    return jnp.where(keep[:, None], class_labels, 0.0)

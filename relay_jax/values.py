@@ -7,6 +7,7 @@ is what all of them have in common.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import types
@@ -17,11 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from relay_jax.errors import UserError, one_line
 from relay_jax.models.network import Network
 
 MAX_WHOLE = 2**53  # beyond it whole numbers and float64 differ
 # Floats that may be infinite, for "no limit".
-UNBOUNDED = frozenset(("s_max", "handoff_sigma", "weight_max", "guidance_interval"))
+UNBOUNDED = frozenset(
+    ("s_max", "handoff_sigma", "weight_max", "guidance_interval", "guide_interval")
+)
 
 
 def check_values(section: str, chosen: type, values: Mapping[str, Any]) -> None:
@@ -128,3 +132,34 @@ def memory_of_machine() -> int:
             # or a number beyond all machines.
             memory = min(memory, int(Path("/sys/fs/cgroup", name).read_text()))
     return memory
+
+
+def keys_of(chosen: type, kinds: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a section for the class of its `kind`, without those of other known kinds."""
+    # So that a kind can be named on the command line over a section
+    # that was written for another one. Keys that no kind knows stay,
+    # and are refused by the class; so are those of a class derived from
+    # the chosen one, such as `patch` in a stage of kind edm.
+    others = [other for other in kinds.values() if not issubclass(other, chosen)]
+    foreign = {field.name for other in others for field in fields(other)}
+    foreign -= {field.name for field in fields(chosen)}
+    return {key: value for key, value in keys.items() if key not in foreign}
+
+
+def named_class(classes: Mapping[str, type], name: str, key: str) -> Any:
+    """The class of a short name, or of `package.module:Class`, for parts that live elsewhere.
+
+    Raises UserError that says what is known,
+    or why the module cannot be imported.
+    """
+    check_value(key, str, name)
+    if name in classes:
+        return classes[name]
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        names = " or ".join(repr(short) for short in classes)
+        raise UserError(f"{key} must be {names} or package.module:Class, not {name[:99]!r}")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # the module is the user's: it may fail in any way
+        raise UserError(f"{key}={name!r} cannot be imported ({one_line(error)})") from error

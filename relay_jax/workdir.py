@@ -6,6 +6,7 @@ WORKDIR/STAGE/           checkpoints, logs and previews of a stage
 """
 
 import json
+import math
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,17 @@ SINCE = {"dataset.exif": True, "dataset.background": [255, 255, 255]}
 # have, with the value that they meant.
 IMPLIED = {
     ("model", "kind"): "unet",
+    ("train", "clip"): 0.0,
+    ("train", "ema"): [],
     ("sample", "kind"): "heun",
     ("sample", "correction"): "official",
     ("sample", "fresh_noise_rate"): 0.0,
     ("sample", "corrector"): False,
+    ("sample", "guide"): "",
+    ("sample", "guide_weight"): 2.0,
+    ("sample", "guide_interval"): [0.0, math.inf],
+    ("sample", "guide_ema"): "",
+    ("sample", "ema"): "",
 }
 # The same of a stage that continues images.
 IMPLIED_RELAY = {
@@ -299,24 +307,20 @@ def parse_weights(stages: Sequence[Stage], texts: Mapping[str, str]) -> dict[str
     for name, text in texts.items():
         if text and name not in names:
             raise UserError(f"unknown stage {name!r}; this configuration has {', '.join(names)}")
-    return {name: weights_folder(name, text) for name, text in texts.items() if text}
+    return {name: weights_folder(f"--weights.{name}", text) for name, text in texts.items() if text}
 
 
-def weights_folder(name: str, text: str) -> Path:
-    """FOLDER as it is, FOLDER@STEP as FOLDER/checkpoints/STEP. Raises UserError."""
+def weights_folder(key: str, text: str) -> Path:
+    """FOLDER as it is, FOLDER@STEP as FOLDER/checkpoints/STEP. Raises UserError, naming the key."""
     folder, step = expanded(text), ""
     before, at, after = text.rpartition("@")
     if at and after.isdecimal() and not (folder / "checkpoints").is_dir():
         folder, step = expanded(before), after
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
-        raise UserError(
-            f"--weights.{name}: {folder} has no checkpoints; name a converted or trained stage"
-        )
+        raise UserError(f"{key}: {folder} has no checkpoints; name a converted or trained stage")
     if step and not (checkpoints / step).is_dir():
         steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
         present = ", ".join(map(str, reversed(steps))) or "none"
-        raise UserError(
-            f"--weights.{name}: {folder} has no checkpoint of step {step}; there are {present}"
-        )
+        raise UserError(f"{key}: {folder} has no checkpoint of step {step}; there are {present}")
     return checkpoints / step if step else folder

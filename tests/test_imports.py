@@ -21,7 +21,7 @@ BELOW["diffusion"] = BELOW["models"] = {"errors"}
 BELOW["data"] = {"errors", "runtime.files"}
 LEAVES = {"errors", "runtime", "diffusion", "models", "data"}
 BELOW["stage"] = LEAVES
-BELOW["values"] = {"models"}
+BELOW["values"] = {"errors", "models"}
 BELOW["config"] = LEAVES | {"stage", "configs", "values"}
 BELOW["workdir"] = LEAVES | {"stage", "config"}
 BELOW["presets"] = LEAVES | {"stage", "config", "configs"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from relay_jax import stage as stage_module
-from relay_jax.diffusion.guidance import Guidance
+from relay_jax.diffusion.guidance import Guidance, Guide, Guided
 from relay_jax.diffusion.process import EdmProcess, RelayProcess
 from relay_jax.diffusion.sampler import Heun
 from relay_jax.models.unet import UNet
@@ -62,10 +62,10 @@ class Linear:
         variables: dict,
         x: jax.Array,
         c_noise: jax.Array,
-        class_labels: jax.Array | None,
-        augment_labels: jax.Array | None,
-        train: bool,
-        rngs: dict,
+        class_labels: jax.Array | None = None,
+        augment_labels: jax.Array | None = None,
+        train: bool = False,
+        rngs: dict | None = None,
     ) -> jax.Array:
         p = variables["params"]
         out = p["scale"] * x
@@ -180,3 +180,21 @@ def test_labels_matter_unless_all_are_dropped() -> None:
 
     assert len(losses(0.0)) == 3
     assert len(losses(1.0)) == 1
+
+
+def test_a_guide_takes_parameters_of_its_own_and_loss_is_of_the_stage_alone() -> None:
+    """Equation 2 of diffusion/guidance.py with two sets of weights of one network."""
+    worse = jax.tree.map(lambda leaf: 0.5 * jnp.asarray(leaf), LINEAR_PARAMS)
+    stage = replace(LINEAR, guide=Guide(weights="base@1", weight=3.0))
+    both, x = Guided(LINEAR_PARAMS, worse), jnp.ones((2, 4, 4, 3))
+    classes, sigma = jnp.array([0, 3]), jnp.float32(0.6)
+    good, bad = (LINEAR.denoiser(params, classes)(x, sigma) for params in both)
+    got = stage.denoiser(both, classes)(x, sigma)
+    np.testing.assert_allclose(got, 3 * good - 2 * bad, rtol=1e-5)
+    np.testing.assert_array_equal(LINEAR.denoiser(both, classes)(x, sigma), good)
+    images = np.full((2, 4, 4, 3), 100, np.uint8)
+    np.testing.assert_array_equal(
+        stage.loss(both, images, classes, KEY), LINEAR.loss(LINEAR_PARAMS, images, classes, KEY)
+    )
+    with pytest.raises(ValueError, match="has a guide, whose parameters are missing"):
+        stage.denoiser(LINEAR_PARAMS, classes)

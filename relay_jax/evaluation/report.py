@@ -25,6 +25,7 @@ from relay_jax.evaluation.features import FeatureExtractor
 from relay_jax.evaluation.images import ImageSet
 from relay_jax.evaluation.metrics import SETTINGS as METRIC_SETTINGS
 from relay_jax.evaluation.references import Reference
+from relay_jax.models.averages import is_width
 from relay_jax.runtime.files import read_json, write_json, write_text
 from relay_jax.runtime.logs import curve_summary, read_curve
 from relay_jax.sampling.seeds import parse_seeds
@@ -95,13 +96,14 @@ def make_report(
 
 def averaging(stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
     """How the weights that are sampled were averaged (EMA), by stage, as the configuration says."""
-    return {
-        s.name: {
-            "halflife_images": s.train.ema_halflife_images,
-            "rampup": s.train.ema_rampup,
-        }
-        for s in stages
-    }
+    return {stage.name: _averaging(stage) for stage in stages}
+
+
+def _averaging(stage: Stage) -> dict[str, float]:
+    if stage.ema and is_width(float(stage.ema)):
+        return {"width": float(stage.ema)}
+    halflife = float(stage.ema) if stage.ema else stage.train.ema_halflife_images
+    return {"halflife_images": halflife, "rampup": stage.train.ema_rampup}
 
 
 def notes_on_record(record: Mapping[str, Any] | None, images: int) -> list[str]:

@@ -45,6 +45,7 @@ from relay_jax.runtime.files import write_json, write_text
 from relay_jax.runtime.sharding import describe, make_mesh
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.seeds import seeds_text
+from relay_jax.stage import Stage
 
 GROUPS = 10
 # Beyond so many samples precision and recall take minutes for each
@@ -87,12 +88,15 @@ def sweep(
         source = contenders[0].request.open_source(settings)
     scorer = Scorer(reference=reference, extractor=extractor, cache=comparison.cache)
     logging.info("%s; features %s", describe(mesh), extractor.name)
-    # Once for all samplers: they differ
-    # in what they do with the weights.
-    loaded = Chain.load(stages, weights, mesh, settings.sample.batch)
+    first = loaded = Chain.load(stages, weights, mesh, settings.sample.batch)
     for number, contender in enumerate(contenders):
         logging.info("sampler %d of %d: %s", number + 1, len(contenders), contender.name)
-        chain = Chain(contender.request.stages, loaded.params, mesh, settings.sample.batch)
+        stages = contender.request.stages
+        # Once for all samplers that only differ in what they do with
+        # the same weights.
+        if _weights_of(stages) != _weights_of(loaded.stages):
+            loaded = Chain.load(stages, weights, mesh, settings.sample.batch)
+        chain = Chain(stages, loaded.params, mesh, settings.sample.batch)
         # Again, with the hash of the weights: images of another
         # training must not be scored as those of this one.
         record = contender.request.record(loaded.weights)
@@ -106,7 +110,7 @@ def sweep(
         if settings.evaluate.class_check and stages[-1].num_classes:
             table.classify(data.source)
         about = {
-            "samples": _about_samples(contenders[0], loaded, baseline),
+            "samples": _about_samples(contenders[0], first, baseline),
             "samplers": {c.name: _samplers(c) for c in contenders},
             "reference": reference.identity,
             "features": extractor.identity,
@@ -161,10 +165,15 @@ def _check(
             kept[contender.name].claim(contender.request.record({}), weights=False)
 
 
+def _weights_of(stages: Sequence[Stage]) -> list[Any]:
+    """Which weights the stages are sampled with: averages and guides."""
+    return [(s.name, s.ema, s.guide and (s.guide.weights, s.guide.ema)) for s in stages]
+
+
 def _samplers(contender: Contender) -> dict[str, Any]:
     """The sampling settings of each stage, as samples.json has them."""
     stages = contender.request.record({})["stages"]
-    parts = ("sampler", "guidance", "handoff")
+    parts = ("sampler", "guidance", "guide", "handoff", "ema")
     return {name: {k: s[k] for k in parts if k in s} for name, s in stages.items()}
 
 

@@ -31,7 +31,6 @@ if start.is_command(__name__):
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -61,6 +60,7 @@ from relay_jax.runtime.checkpoint import load_ema, read_meta
 from relay_jax.runtime.files import cannot_write, expanded, file_sha256, try_folder
 from relay_jax.runtime.logs import fail, quieten
 from relay_jax.runtime.sharding import make_mesh
+from relay_jax.runtime.single import write_checkpoint
 from relay_jax.stage import Stage
 from relay_jax.workdir import open_config, read_config
 
@@ -123,24 +123,9 @@ def _write_checkpoint(out: Path, ema: dict, meta: dict) -> None:
     """out/checkpoints/0 as runtime.checkpoint reads it; `out` appears when it is complete."""
     out = out.absolute()
     partial_out = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(ema)]
-    # Without a limit Orbax would copy all arrays at once.
-    in_flight = max(*sizes, sum(sizes) // 4) / 1e9
     try:
         partial_out.mkdir(parents=True)
-        handlers = {
-            "ema": ocp.StandardCheckpointHandler(save_concurrent_gb=in_flight),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-        with ocp.CheckpointManager(
-            partial_out / "checkpoints", options=options, item_handlers=handlers
-        ) as manager:
-            items = {
-                "ema": ocp.args.StandardSave(ema),
-                "meta": ocp.args.JsonSave(meta),
-            }
-            manager.save(0, args=ocp.args.Composite(**items))
+        write_checkpoint(partial_out / "checkpoints", 0, ema, meta)
         partial_out.rename(out)
     # ValueError and RuntimeError are
     # TensorStore's, such as for a full disk.

@@ -93,10 +93,24 @@ def train_flops(stage: Stage) -> int:
 def sampler_calls(stage: Stage) -> tuple[int, int]:
     """Of one image: calls of the denoiser, and evaluations of the network behind them.
 
-    They differ where guidance acts: it evaluates the network twice.
+    They differ where guidance acts: it evaluates the network twice,
+    or that of the guide as well.
     """
     sigmas = stage.sampler.call_sigmas()
-    return len(sigmas), stage.guidance.evaluations(sigmas)
+    return len(sigmas), stage.guidance.evaluations(sigmas) + _guide_evaluations(stage)
+
+
+def _guide_evaluations(stage: Stage) -> int:
+    return stage.guide.evaluations(stage.sampler.call_sigmas()) if stage.guide else 0
+
+
+def stage_flops(stage: Stage, forward: int) -> int:
+    """FLOPs of sampling one image through a stage. forward: its `forward_flops`."""
+    of_guide = _guide_evaluations(stage)
+    network, worse = stage.guide_network, forward
+    if of_guide and network not in (None, stage.network):
+        worse = forward_flops(replace(stage, network=network, guide=None, guide_network=None))
+    return (sampler_calls(stage)[1] - of_guide) * forward + of_guide * worse
 
 
 def sampling_cost(stages: Sequence[Stage], forward: Mapping[str, int]) -> dict[str, int]:
@@ -108,10 +122,7 @@ def sampling_cost(stages: Sequence[Stage], forward: Mapping[str, int]) -> dict[s
     return {
         "calls": sum(calls for calls, _ in both),
         "evaluations": sum(evaluations for _, evaluations in both),
-        "flops": sum(
-            evaluations * forward[stage.name]
-            for stage, (_, evaluations) in zip(stages, both, strict=True)
-        ),
+        "flops": sum(stage_flops(stage, forward[stage.name]) for stage in stages),
     }
 
 
@@ -174,7 +185,7 @@ def memory(stage: Stage, devices: int, fsdp: int, remat: bool) -> Memory:
     return Memory(
         parameters=parameters,
         optimiser=_shard_bytes(state.opt_state, mesh),
-        ema=_shard_bytes(state.ema, mesh),
+        ema=_shard_bytes((state.ema, state.averages), mesh),
         gradients=parameters * min(stage.train.accumulate, 2),
         copies=copies,
         per_image=per_image,

@@ -29,6 +29,7 @@ from relay_jax.planning.cost import (
     memory,
     sampler_calls,
     sampling_cost,
+    stage_flops,
     train_flops,
 )
 from relay_jax.planning.tpu_compile import (
@@ -198,7 +199,7 @@ def _estimate_stage(stage: Stage, fsdp: int, devices: int, request: PlanSettings
     # Both, whatever the stage has: the table says what the other
     # choice would change.
     whole, lean = (memory(stage, devices, fsdp, remat) for remat in (False, True))
-    calls, evaluations = sampler_calls(stage)
+    (calls, evaluations), sampling = sampler_calls(stage), stage_flops(stage, forward)
     hardware = {}
     for device in request.chosen:
         rate = devices * device.peak * request.utilisation / step
@@ -210,7 +211,7 @@ def _estimate_stage(stage: Stage, fsdp: int, devices: int, request: PlanSettings
             "images_per_second": rate,
             "step_seconds": train.batch / rate,
             "days": train.images / rate / 86400,
-            "sampling_seconds": evaluations * forward / (device.peak * request.utilisation),
+            "sampling_seconds": sampling / (device.peak * request.utilisation),
         }
     return {
         "name": stage.name,
@@ -230,7 +231,7 @@ def _estimate_stage(stage: Stage, fsdp: int, devices: int, request: PlanSettings
         "sampling": {
             "calls": calls,
             "evaluations": evaluations,
-            "flops": evaluations * forward,
+            "flops": sampling,
         },
     }
 

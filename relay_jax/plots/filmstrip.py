@@ -22,7 +22,7 @@ import numpy as np
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
 from relay_jax.sampling.chain import condition_of, sample_stage
-from relay_jax.stage import Stage, joined
+from relay_jax.stage import Guided, Stage, joined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def spread(total: int, count: int) -> np.ndarray:
 def _frames(
     stage: Stage,
     steps: np.ndarray,
-    params: dict,
+    params: dict | Guided,
     seed: jax.Array,
     label: jax.Array,
     low_res: jax.Array | None,
@@ -102,7 +102,7 @@ def _frames(
 
 
 def filmstrip(
-    stages: Sequence[tuple[Stage, dict]],
+    stages: Sequence[tuple[Stage, dict | Guided]],
     seeds: Sequence[int],
     classes: np.ndarray,
     columns: int,

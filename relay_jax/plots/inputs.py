@@ -14,12 +14,13 @@ from relay_jax.data.identity import identify
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source, describe_source, open_source
 from relay_jax.errors import DataError
-from relay_jax.runtime.checkpoint import has_checkpoint, load_ema
+from relay_jax.runtime.checkpoint import has_checkpoint
 from relay_jax.runtime.files import write_json
 from relay_jax.runtime.sharding import make_mesh
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.seeds import classes_for
-from relay_jax.stage import Stage
+from relay_jax.sampling.weights import load_weights
+from relay_jax.stage import Guided, Stage
 from relay_jax.workdir import warn_of_changes
 
 REAL_IMAGES = 256  # read by default, for spectra and losses
@@ -52,7 +53,7 @@ class Inputs:
     folders: Mapping[str, Path]
     request: PlotSettings
     out: Path
-    _params: dict[str, tuple[dict, dict]] = field(default_factory=dict)
+    _params: dict[str, tuple[dict | Guided, dict]] = field(default_factory=dict)
 
     @property
     def stages(self) -> Sequence[Stage]:
@@ -92,12 +93,12 @@ class Inputs:
             if stage.name in self.folders
         ]
 
-    def params(self, stage: Stage) -> tuple[dict, dict]:
+    def params(self, stage: Stage) -> tuple[dict | Guided, dict]:
         """The averaged parameters of a stage, and the notes of its checkpoint."""
         # Four pictures sample the same stages: reading their weights
         # once saves most of the time.
         if stage.name not in self._params:
-            self._params[stage.name] = load_ema(self.folders[stage.name], stage.shapes(), self.mesh)
+            self._params[stage.name] = load_weights(stage, self.folders[stage.name], self.mesh)
         return self._params[stage.name]
 
     def positions(self, default: int = REAL_IMAGES) -> list[int]:

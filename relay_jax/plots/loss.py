@@ -28,7 +28,7 @@ from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
 from relay_jax.runtime.devices import jit
 from relay_jax.runtime.sharding import batch_sharding, from_all, to_host
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, own
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,7 +223,7 @@ def plot_loss(inputs: Inputs) -> None:
         results.append(
             loss_by_sigma(
                 stage,
-                params,
+                own(params),
                 inputs.mesh,
                 inputs.real(stage.resolution),
                 images_seen=notes["images"] or 0,

@@ -1,6 +1,7 @@
 """Orbax checkpoints of one stage: items `ema`, `train` (the rest of the state) and `meta` (JSON).
 
-`ema` is an item of its own, so that sampling reads nothing else. Orbax
+`ema` is an item of its own, and so is `ema_NAME`, each further average
+of the weights, so that sampling reads nothing else. Orbax
 does not fall back from a damaged checkpoint by itself, and notices
 little of the damage; `restore` compares checksums (checksums.py), and
 takes the newest that is whole. With several processes each writes and
@@ -148,42 +149,41 @@ class Checkpoints:
         steps = self._manager.all_steps() if self._manager is not None else []
         return distributed.of_first(sorted(steps, reverse=True))
 
-    def save(self, step: int, ema: Any, train: Any, meta: dict) -> None:
+    def save(self, step: int, ema: Any, train: Any, meta: dict, **averages: Any) -> None:
         """Starts saving; a step that is saved already is left alone.
 
-        Raises StorageError, also for the save before.
+        averages: further items. None in place of a tree: without that
+        item. Raises StorageError, also for the save before.
         """
         assert self._manager is not None
         self._hand_over()
         if step in self._manager.all_steps():
             return
+        items = {"ema": ema, "train": train, **averages}
+        items = {name: tree for name, tree in items.items() if tree is not None}
         if distributed.joined():  # each process writes the parts that it has
             with self._writing():
-                self._write(step, ema, train, meta)
+                self._write(step, items, meta)
             return
         # What Orbax does before it writes in the background takes 0.2
         # ms for each array, some training steps in all. Here only the
         # copy to the host keeps the loop waiting: a copy, as the arrays
         # are donated to the next step.
-        for leaf in jax.tree.leaves((ema, train)):
+        for leaf in jax.tree.leaves(items):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()  # all at once, before the first is waited for
-        ema, train = jax.tree.map(lambda x: np.array(x), (ema, train))
-        self._handed_over = self._thread.submit(self._write, step, ema, train, meta)
+        items = jax.tree.map(lambda x: np.array(x), items)
+        self._handed_over = self._thread.submit(self._write, step, items, meta)
 
-    def _write(self, step: int, ema: Any, train: Any, meta: dict) -> None:
+    def _write(self, step: int, items: dict[str, Any], meta: dict) -> None:
         assert self._manager is not None
         args = ocp.args
         # Before anything is written: of
         # the arrays as they are in memory.
-        record = describe({"ema": ema, "train": train}, meta)
-        items = {
-            "ema": args.StandardSave(ema),
-            "train": args.StandardSave(train),
-            "meta": args.JsonSave(meta),
-            FOLDER: SaveChecksums(record),
-        }
-        self._manager.save(step, force=True, args=args.Composite(**items))
+        record = SaveChecksums(describe(items, meta))
+        saves = {name: args.StandardSave(tree) for name, tree in items.items()}
+        composite = args.Composite(**saves, meta=args.JsonSave(meta), **{FOLDER: record})
+        self._manager.save(step, force=True, args=composite)
 
     def _hand_over(self) -> None:
         """Waits until Orbax has the last save in hand; raises what went wrong in it."""
@@ -191,6 +191,12 @@ class Checkpoints:
         if waiting is not None:
             with self._writing():
                 waiting.result()
+
+    def remove(self, chosen: Callable[[int], bool]) -> None:
+        """Removes the checkpoints of the chosen steps."""
+        assert self._manager is not None
+        for step in filter(chosen, self.steps()):
+            self._manager.delete(step)
 
     def wait(self) -> None:
         """Returns when the last save is complete. Raises StorageError."""
@@ -312,7 +318,7 @@ def verify(folder: Path) -> dict[int, str]:
 
     A checkpoint of an earlier version says that it cannot be checked.
     """
-    place, named = _place(folder)
+    place, named = checkpoints_of(folder)
     with Checkpoints(place, read_only=True) as checkpoints:
         steps = checkpoints.steps()
     reasons = {step: damage(place / str(step)) for step in steps if named in (None, step)}
@@ -326,7 +332,7 @@ def verify_all(folders: Sequence[Path]) -> None:
     """Prints what `verify` says of each folder. Raises UserError if a checkpoint is damaged."""
     count, damaged = 0, []
     for folder in folders:
-        place, _ = _place(folder)
+        place, _ = checkpoints_of(folder)
         for step, reason in verify(folder).items():
             print(f"{place}/{step}: {reason or 'whole'}")
             count += 1
@@ -341,7 +347,7 @@ def verify_all(folders: Sequence[Path]) -> None:
         )
 
 
-def _place(folder: Path) -> tuple[Path, int | None]:
+def checkpoints_of(folder: Path) -> tuple[Path, int | None]:
     """The folder of all checkpoints, and the step if `folder` is one of them.
 
     folder: of a stage, or of one of its checkpoints.
@@ -354,31 +360,29 @@ def _place(folder: Path) -> tuple[Path, int | None]:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether `load_ema` finds something to read."""
-    place, named = _place(folder)
+    place, named = checkpoints_of(folder)
     with Checkpoints(place, read_only=True) as checkpoints:
         steps = checkpoints.steps()
     return bool(steps) if named is None else named in steps
 
 
-def load_ema(folder: Path, shapes: Any, mesh: Mesh) -> tuple[dict, dict]:
+def load_ema(folder: Path, shapes: Any, mesh: Mesh, item: str = "ema") -> tuple[dict, dict]:
     """Averaged parameters on the devices, and the notes of their checkpoint.
 
     folder: of a stage, whose newest readable checkpoint is meant, or
     one of its checkpoints, STAGE/checkpoints/STEP. shapes: of the
-    network's parameters (Stage.shapes). The notes have "step" and
-    "images" (None for converted weights).
+    network's parameters (Stage.shapes). item: of which average. The
+    notes have "step" and "images" (None for converted weights).
     Raises UserError if there is none, if none fits the network, or if
     the named one is missing or unreadable.
     """
-    place, named = _place(folder)
+    place, named = checkpoints_of(folder)
     with Checkpoints(place, read_only=True) as checkpoints:
-        restored = checkpoints.restore(
-            {"ema": shapes}, {"ema": state_shardings(shapes, mesh)}, named
-        )
+        restored = checkpoints.restore({item: shapes}, {item: state_shardings(shapes, mesh)}, named)
     if restored is None:
         raise UserError(f"no checkpoint in {folder}; train this stage first, or name its weights")
     step, items = restored
-    return items["ema"], {"images": None, **items["meta"], "step": step}
+    return items[item], {"images": None, **items["meta"], "step": step}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -387,7 +391,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     "network" among them is the description
     of the network (models.network.describe).
     """
-    place, named = _place(folder)
+    place, named = checkpoints_of(folder)
     with Checkpoints(place, read_only=True) as checkpoints:
         restored = checkpoints.restore({}, {}, named)
     return restored[1]["meta"] if restored else {}

@@ -41,6 +41,13 @@ def name_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def open_array(item: Path, name: str) -> Any:
+    """One array of an item as TensorStore opens it; nothing of it is read yet."""
+    spec = {"driver": "file", "path": f"{item}/"}
+    store = {"driver": "ocdbt", "base": spec, "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+
+
 def _text_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     """A part of an array as text: '0:3,8:16', '' for a scalar."""
     ends = (place.indices(size)[:2] for place, size in zip(index, shape, strict=True))
@@ -231,9 +238,7 @@ class Checksums:
         # The devices of this process may hold other parts than were
         # saved: those are read once more, from the files.
         if array is None:
-            spec = {"driver": "file", "path": f"{self.folder / item}/"}
-            store = {"driver": "ocdbt", "base": spec, "path": f"{name}/"}
-            opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
+            opened = open_array(self.folder / item, name)
             shape, array = opened.shape, np.asarray(opened[index].read().result())
         assert shape is not None
         return _hash(name, tuple(shape), place, array) == value
@@ -286,7 +291,7 @@ def _can_be_listed(folder: Path) -> bool:
     """Whether the notes of a checkpoint are JSON, and the index of each item names some arrays."""
     try:
         json.loads((folder / "meta" / "metadata").read_text())
-        for item in ("ema", "train"):
+        for item in _items(folder):
             notes = folder / item / "_METADATA"
             if notes.exists():
                 json.loads(notes.read_text())
@@ -297,6 +302,12 @@ def _can_be_listed(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _items(folder: Path) -> list[str]:
+    """The items of a checkpoint that hold arrays: snapshots and averages have other ones."""
+    saved = [path.name for kind in ("ema*", "train") for path in folder.glob(kind)]
+    return saved if (folder / FOLDER).exists() and saved else ["ema", "train"]
 
 
 def _names(item: Path) -> set[str]:

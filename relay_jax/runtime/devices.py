@@ -14,6 +14,7 @@ import ctypes
 import gc
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 
 from relay_jax.errors import UserError, one_line
 from relay_jax.runtime import distributed
+from relay_jax.runtime.files import is_writable
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 # Whether the devices after the first were made here, and not asked
@@ -147,3 +149,9 @@ def _chosen() -> bool:
     return jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get(
         "XLA_FLAGS", ""
     )
+
+
+def use_compilation_cache(workdir: Path) -> None:
+    """Compiled programs are kept in the workdir, unless the user has chosen a place."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and is_writable(workdir / "cache"):
+        jax.config.update("jax_compilation_cache_dir", str((workdir / "cache").absolute()))

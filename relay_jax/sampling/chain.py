@@ -33,7 +33,6 @@ from relay_jax.diffusion.process import NoiseFn
 from relay_jax.diffusion.sampler import Samples, seeded_noise
 from relay_jax.errors import UserError
 from relay_jax.runtime import distributed
-from relay_jax.runtime.checkpoint import load_ema
 from relay_jax.runtime.devices import jit
 from relay_jax.runtime.sharding import (
     batch_sharding,
@@ -44,7 +43,8 @@ from relay_jax.runtime.sharding import (
 )
 from relay_jax.sampling.memory import check_program, surely_fits
 from relay_jax.sampling.pixels import to_uint8_on_device
-from relay_jax.stage import Stage, joined
+from relay_jax.sampling.weights import load_weights, with_guides
+from relay_jax.stage import Guided, Stage, joined
 
 RUN_AHEAD = 1  # batches queued on the devices beyond the one that is waited for
 
@@ -115,7 +115,7 @@ def condition_of(
 
 def sample_stage(
     stage: Stage,
-    params: dict,
+    params: dict | Guided,
     seeds: jax.Array,
     classes: jax.Array | None = None,
     low_res: jax.Array | None = None,
@@ -176,7 +176,7 @@ class Chain:
     def __init__(
         self,
         stages: Sequence[Stage],
-        params: Mapping[str, dict],
+        params: Mapping[str, dict | Guided],
         mesh: Mesh,
         batch: int,
     ) -> None:
@@ -205,12 +205,13 @@ class Chain:
         mesh: Mesh,
         batch: int,
     ) -> "Chain":
-        """With the averaged parameters of checkpoints. folders: by stage name, as in `load_ema`.
+        """With the averaged parameters of checkpoints. folders: by stage name, see `load_weights`.
 
         Raises UserError for a stage without a checkpoint that can be
         read and fits, and for a batch that does not fit into memory.
         """
-        weights = {s.name: load_ema(folders[s.name], s.shapes(), mesh) for s in stages}
+        stages = with_guides(stages, folders)
+        weights = {s.name: load_weights(s, folders[s.name], mesh) for s in stages}
         chain = cls(
             stages,
             {name: params for name, (params, _) in weights.items()},
@@ -222,11 +223,11 @@ class Chain:
         return chain
 
     @property
-    def weights(self) -> dict[str, tuple[dict, dict]]:
+    def weights(self) -> dict[str, tuple[dict | Guided, dict]]:
         """Parameters and notes of their checkpoint by stage name, for records."""
         return {name: (params, self.notes.get(name, {})) for name, params in self.params.items()}
 
-    def with_params(self, params: Mapping[str, dict]) -> "Chain":
+    def with_params(self, params: Mapping[str, dict | Guided]) -> "Chain":
         """The same compiled programs with other parameters."""
         other = object.__new__(Chain)
         other.__dict__.update(self.__dict__)
@@ -253,7 +254,7 @@ class Chain:
                 self._programs[stage.name] = program
 
     def _compiled(self, stage: Stage) -> Any:
-        rows, shapes = batch_sharding(self.mesh), stage.shapes()
+        rows, shapes = batch_sharding(self.mesh), stage.sampled_shapes()
         params = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,

@@ -20,7 +20,7 @@ from relay_jax.errors import UserError, one_line
 from relay_jax.runtime.files import read_json, write_json
 from relay_jax.sampling.folder import holds_images
 from relay_jax.sampling.seeds import parse_seeds, seeds_text
-from relay_jax.stage import Stage, joined
+from relay_jax.stage import Guided, Stage, joined, own
 from relay_jax.workdir import flat
 
 RECORD = "samples.json"
@@ -75,7 +75,7 @@ def _whole(leaf: Any) -> np.ndarray:
 
 def describe_sampling(
     stages: Sequence[Stage],
-    weights: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]],
+    weights: Mapping[str, tuple[dict | Guided, Mapping[str, Any]]],
     seeds: Iterable[int],
     class_rule: str,
 ) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def describe_sampling(
         "seeds": seeds_text(seeds),
         "class_rule": class_rule,
         "num_classes": stages[-1].num_classes,
-        "stages": {s.name: s.describe() | _describe_weights(weights.get(s.name)) for s in stages},
+        "stages": {s.name: _describe_stage(s, weights.get(s.name)) for s in stages},
         "pixel_edit": "none",
         "low_res": {},
         "noise": {
@@ -103,19 +103,33 @@ def describe_sampling(
     return json.loads(json.dumps(plain(record)))
 
 
-def _describe_weights(
-    weights: tuple[Mapping[str, Any], Mapping[str, Any]] | None,
+def _describe_stage(
+    stage: Stage, weights: tuple[dict | Guided, Mapping[str, Any]] | None
 ) -> dict[str, Any]:
+    record = stage.describe()
     if weights is None:
-        return {}
+        return record
     params, notes = weights
-    return {
-        "checkpoint": {
-            "step": notes.get("step"),
-            "images": notes.get("images"),
-            "ema_sha256": parameters_hash(params),
+    record["checkpoint"] = _describe_weights(own(params), notes)
+    if isinstance(params, Guided) and stage.guide is not None:
+        guide = notes.get("guide", {})
+        record["guide"]["checkpoint"] = {
+            **_describe_weights(params.guide, guide),
+            "network": guide.get("network", {}),
         }
+    return record
+
+
+def _describe_weights(params: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    record = {
+        "step": notes.get("step"),
+        "images": notes.get("images"),
+        "ema_sha256": parameters_hash(params),
     }
+    # Of an average that was made afterwards.
+    if "average" in notes:
+        record["profile_error"] = notes["average"]["error"]
+    return record
 
 
 def plain(value: Any) -> Any:

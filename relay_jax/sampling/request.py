@@ -17,7 +17,7 @@ from relay_jax.sampling.chain import Inputs
 from relay_jax.sampling.folder import read_images
 from relay_jax.sampling.record import describe_sampling, read_record
 from relay_jax.sampling.seeds import classes_for, parse_class_rule, parse_seeds
-from relay_jax.stage import Stage, joined
+from relay_jax.stage import Guided, Stage, joined
 
 REAL_ORDER = "seed mod size, of all drawn once by numpy's default_rng(0)"
 OWN = "own"  # class rule: an image has the class of the real image that its relay starts from
@@ -62,7 +62,7 @@ class Request:
             return None
         return open_source(settings.dataset.keys, settings.resolutions, settings.seed)
 
-    def record(self, weights: Mapping[str, tuple[dict, dict]]) -> dict[str, Any]:
+    def record(self, weights: Mapping[str, tuple[dict | Guided, dict]]) -> dict[str, Any]:
         """`describe_sampling` of all this.
 
         weights: parameters and notes by stage (Chain.weights); empty

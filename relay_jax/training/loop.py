@@ -30,6 +30,7 @@ from relay_jax.data.identity import from_summary, summary
 from relay_jax.data.loader import Loader, Stream
 from relay_jax.data.source import Source
 from relay_jax.errors import Stopped, UserError
+from relay_jax.models.averages import item_of
 from relay_jax.models.network import describe as describe_network
 from relay_jax.models.network import parameter_count
 from relay_jax.runtime import distributed
@@ -46,6 +47,7 @@ from relay_jax.stage import Stage
 from relay_jax.training.layers import not_finite, parts_table
 from relay_jax.training.profile import Profiler
 from relay_jax.training.report import SUMMARY, StageProgress
+from relay_jax.training.snapshots import Snapshots
 from relay_jax.training.state import TrainState, init_state
 from relay_jax.training.step import jit_step, make_train_step
 from relay_jax.workdir import kept_identity, refuse_changes
@@ -121,18 +123,21 @@ def train_stage(
     shapes = jax.eval_shape(partial(init_state, stage), init_key)
     shardings = state_shardings(shapes, mesh)
     stays = partial(_stays, train.batch, settings.checkpoint.keep_every_images)
+    every = partial(_stays, train.batch, settings.checkpoint.snapshot_every_images)
 
     # The lease before the checkpoints: opening them removes the
     # unfinished one of another training of this stage.
     with (
         Lease(folder, f"stage {stage.name}") as lease,
         Checkpoints(folder / "checkpoints", settings.checkpoint.keep, keep_always=stays) as saved,
+        Snapshots(folder, train, every) as snapshots,
     ):
         # The state before the loader: its checkpoint says at which
         # batch the data goes on.
         state, step, seconds, data, earlier = _continued(saved, shapes, shardings) or _fresh(
             stage, shapes, shardings, mesh, init_key, start_from
         )
+        snapshots.begin(step)
         with distributed.agree():
             # Written by `train` before the first stage: what each
             # checkpoint says of the data that its weights come from.
@@ -199,7 +204,8 @@ def train_stage(
                 # lets them agree on one.
                 stop = distributed.stop_requested() and not last
                 save = _due(before, images, settings.checkpoint.every_images) or stays(step)
-                if save or last or stop:
+                save = save or last or stop
+                if save or snapshots.due(step):
                     lease.check()
                     notes = {
                         "images": images,
@@ -208,6 +214,8 @@ def train_stage(
                         "network": describe_network(stage.network),
                         "dataset": dataset,
                     }
+                    snapshots.save(step, state.averages, notes, saved)
+                if save:
                     saved.save(step, **_items(state), meta=notes)
                 if stop:
                     # The steps since the last report would be
@@ -283,9 +291,10 @@ def _keys(seed: int, index: int) -> tuple[jax.Array, jax.Array]:
 
 def _items(state: TrainState) -> dict[str, dict]:
     """The state as items of a checkpoint."""
-    # The average apart: sampling reads nothing else.
+    # The averages apart: sampling reads nothing else.
     fields = state._asdict()
-    return {"ema": fields.pop("ema"), "train": fields}
+    averages = {item_of(name): tree for name, tree in fields.pop("averages").items()}
+    return {"ema": fields.pop("ema"), "train": fields, **averages}
 
 
 def _continued(saved: Checkpoints, shapes: TrainState, shardings: TrainState) -> Start | None:
@@ -296,7 +305,9 @@ def _continued(saved: Checkpoints, shapes: TrainState, shardings: TrainState) ->
     if restored is None:
         return None
     step, items = restored
-    state, notes = TrainState(ema=items["ema"], **items["train"]), items["meta"]
+    averages = {name: items[item_of(name)] for name in shapes.averages}
+    state = TrainState(ema=items["ema"], averages=averages, **items["train"])
+    notes = items["meta"]
     return Start(state, step, notes["seconds"], notes["data"], notes.get("dataset"))
 
 
@@ -313,7 +324,8 @@ def _fresh(
     if start_from is not None:
         params, _ = load_ema(start_from, shapes.params, mesh)
         logging.info("stage %s starts from the averaged weights in %s", stage.name, start_from)
-        state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+        copies = {name: jax.tree.map(jnp.copy, params) for name in state.averages}
+        state = state._replace(params=params, ema=jax.tree.map(jnp.copy, params), averages=copies)
     return Start(state, 0, 0.0, None)
 
 

@@ -108,6 +108,9 @@ class StageProgress:
         finite = values.pop("finite") > 0
         means = {k: float(v[finite].mean()) for k, v in values.items()} if finite.any() else {}
         loss = f"loss {means['loss']:.4f}" if means else "loss not finite"
+        if "clipped" in means:  # a mean of zeros and ones: a share of the steps
+            means["clipped_share"] = means.pop("clipped")
+            loss += f", {means['clipped_share']:.0%} clipped"
         rate = self._progress.line(images, loss + (f", {skipped} steps skipped" if skipped else ""))
         scalars = {
             **means,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from relay_jax.models.averages import name_of
 from relay_jax.stage import Stage, TrainSettings
 
 
@@ -20,6 +21,7 @@ class TrainState(NamedTuple):
 
     step: [] int32, steps done. params, ema: the network's parameters
     and their average, trees of float32. opt_state: Adam's moments.
+    averages: further averages of train.ema, each such a tree by name.
     nonfinite_row, nonfinite_total: [] int32, steps skipped in a row
     and in all, because their loss or gradient was not finite.
     """
@@ -30,6 +32,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     nonfinite_row: jax.Array
     nonfinite_total: jax.Array
+    averages: dict[str, dict] = {}
 
 
 def init_state(stage: Stage, key: jax.Array) -> TrainState:
@@ -49,13 +52,12 @@ def init_state(stage: Stage, key: jax.Array) -> TrainState:
         opt_state=make_optimizer(stage.train).init(params),
         nonfinite_row=zero,
         nonfinite_total=zero,
+        averages={name_of(value): jax.tree.map(jnp.copy, params) for value in stage.train.ema},
     )
 
 
 def make_optimizer(train: TrainSettings) -> optax.GradientTransformation:
-    """Adam with a linear warm-up, without weight decay or clipping (docs/math.md section 8)."""
-    # Not clipped: Adam's step does not grow with its gradient, and a
-    # single bad one is skipped.
+    """Adam with a linear warm-up, without weight decay (docs/math.md section 8)."""
     schedule = partial(
         warmup_rate,
         learning_rate=train.learning_rate,

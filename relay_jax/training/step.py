@@ -1,6 +1,6 @@
 """One training step as a pure function (docs/math.md section 8).
 
-    batch -> loss of each image (Stage.loss) -> mean -> gradient -> Adam -> average of parameters
+    batch -> loss of each image (Stage.loss) -> mean -> gradient -> (clip) -> Adam -> average
 
 A loss or gradient that is not finite leaves parameters, optimiser
 and average as they were; the step is counted. So a training outlives
@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from relay_jax.models.averages import is_width, name_of, power_share
 from relay_jax.models.network import in_travel_dtype
 from relay_jax.runtime.devices import jit
 from relay_jax.runtime.sharding import batch_sharding, gathered, replicated
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, TrainSettings
 from relay_jax.training.state import TrainState, make_optimizer
 
 Batch = dict[str, jax.Array]  # image: uint8 [b, h, w, c]; label: int32 [b]
@@ -101,6 +102,41 @@ def update_ema(ema: dict, params: dict, decay: jax.Array) -> dict:
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
 
+def update_averages(
+    averages: dict[str, dict], params: dict, train: TrainSettings, step: jax.Array, moved: jax.Array
+) -> dict[str, dict]:
+    """The averages of train.ema after a step, by name.
+
+    params: those after it; step: its number, from 1; moved: whether
+    they are new, or those of a step that was skipped.
+    """
+    updated = {}
+    for value in train.ema:
+        old = averages[name_of(value)]
+        if is_width(value):
+            # Also in a step that was skipped: that the profile is a
+            # power of the step is what other widths are made from.
+            share = power_share(step, value)
+            new = jax.tree.map(lambda e, p, a=share: e + a * (p - e), old, params)
+        else:
+            images_seen = (step - 1).astype(jnp.float32) * train.batch
+            decay = ema_decay(images_seen, train.batch, value, train.ema_rampup)
+            new = update_ema(old, params, jnp.where(moved, decay, 1.0))
+        updated[name_of(value)] = new
+    return updated
+
+
+def clip_gradient(gradient: dict, norm: jax.Array, longest: float) -> dict:
+    """The gradient, shortened to the norm `longest` where it is longer (Pascanu et al. 2013).
+
+    norm: [] of the gradient, over all of its leaves together.
+    """
+    # As a factor of at most 1, so that a gradient within the limit
+    # keeps its bits.
+    scale = jnp.minimum(1.0, longest / norm)
+    return jax.tree.map(lambda leaf: leaf * scale, gradient)
+
+
 def train_step(
     stage: Stage, mesh: Mesh | None, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
@@ -115,6 +151,10 @@ def train_step(
     )
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    # Off by default: Adam's step does not grow with its gradient, and
+    # one that is not finite is skipped.
+    if settings.clip:
+        gradient = clip_gradient(gradient, norm, settings.clip)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     images_seen = state.step.astype(jnp.float32) * settings.batch
@@ -140,15 +180,17 @@ def train_step(
         step=state.step + 1,
         nonfinite_row=state.nonfinite_row + 1,
         nonfinite_total=state.nonfinite_total + 1,
+        averages={},
     )
     # Chosen element by element on the device: a branch on the host
     # would wait for every step.
-    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, skipped)
-    return state, {
-        "loss": value,
-        "gradient_norm": norm,
-        "finite": finite.astype(jnp.float32),
-    }
+    averages, state = state.averages, jax.tree.map(partial(jnp.where, finite), new, skipped)
+    averages = update_averages(averages, state.params, settings, state.step, finite)
+    state = state._replace(averages=averages)
+    metrics = {"loss": value, "gradient_norm": norm, "finite": finite.astype(jnp.float32)}
+    if settings.clip:
+        metrics["clipped"] = (norm > settings.clip).astype(jnp.float32)
+    return state, metrics
 
 
 def make_train_step(
@@ -157,8 +199,9 @@ def make_train_step(
     """(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
     mesh: where the step runs, if it splits the state. key: of the
-    run, the same for every step. metrics: loss, gradient_norm,
-    finite (1 or 0), each a float32 scalar.
+    run, the same for every step. metrics: loss, gradient_norm
+    (before it is clipped), finite (1 or 0), and with train.clip
+    clipped (1 or 0), each a float32 scalar.
     """
     return partial(train_step, stage, mesh)
 

@@ -7,7 +7,7 @@ WORKDIR/report.{json,md}    their scores (evaluation/evaluate.py)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def train(
         # training: see runtime/devices.py.
         sampling_mesh = make_mesh(settings.fsdp)
         extractor = features_of(settings, sampling_mesh)
-        sampled = with_preset(settings, settings.evaluate.preset)
+        sampled = _as_trained(with_preset(settings, settings.evaluate.preset))
         Chain(sampled.stages, {}, sampling_mesh, settings.sample.batch).check_memory()
         # One process looks at the files, and says what is there.
         if distributed.is_first():
@@ -93,6 +93,19 @@ def train(
         if distributed.stop_requested():
             raise Stopped(f"stopped by SIGTERM after stage {stage.name}")
     finish(sampled, source, extractor, sampling_mesh, workdir)
+
+
+def _as_trained(settings: Settings) -> Settings:
+    """The relay without guides and other averages, which a training may not have made yet."""
+    chosen = [s.name for s in settings.stages if s.guide is not None or s.ema]
+    if chosen:
+        logging.info(
+            "stage %s: sample.guide and sample.ema are for --mode=sample and evaluate; the "
+            "training itself samples without them",
+            ", ".join(chosen),
+        )
+    stages = [replace(stage, guide=None, ema="") for stage in settings.stages]
+    return replace(settings, stages=stages)
 
 
 def is_reported(workdir: Path) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relay_jax.diffusion.guidance import Guidance, classifier_free
+from relay_jax.diffusion.guidance import Guidance, Guide, autoguided, classifier_free
 
 X = np.random.default_rng(0).normal(size=(3, 2, 2, 3)).astype(np.float32)
 LABELS = np.eye(4, dtype=np.float32)[[2, 0, 3]]
@@ -107,3 +107,38 @@ def test_labels_of_another_number_of_images_are_refused_by_name() -> None:
     guided = classifier_free(denoise, LABELS[:2], Guidance(weight=2.0))
     with pytest.raises(AssertionError, match="x and class_labels"):
         guided(X, 0.7)
+
+
+def test_autoguidance_extrapolates_away_from_the_guide_within_its_interval() -> None:
+    """Equation 3 of arXiv 2406.02507; outside of the interval the guide is not called."""
+    calls = []
+
+    def worse(x: jax.Array, sigma: jax.Array, labels: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: calls.append(len(x)))
+        return 0.5 * denoise(x, sigma, labels)
+
+    guide = Guide(weights="base@1", weight=2.5, interval=(0.25, 2.0))
+    guided = jax.jit(autoguided(denoise, worse, LABELS, guide))
+    for sigma, acts in [(0.2, False), (0.25, True), (2.0, True), (2.1, False)]:
+        calls.clear()
+        got = jax.block_until_ready(guided(X, sigma))
+        jax.effects_barrier()
+        assert bool(calls) == acts
+        factor = 2.5 - 1.5 * 0.5 if acts else 1.0
+        np.testing.assert_allclose(got, factor * expected(1.0, sigma), rtol=1e-5, atol=1e-5)
+    assert guide.evaluations(np.array([80.0, 2.0, 1.0, 0.2])) == 2
+    whole = autoguided(denoise, worse, None, Guide(weights="base@1", weight=1.5))(X, 0.7)
+    np.testing.assert_allclose(whole, 1.25 * denoise(X, 0.7, None), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"weight": 0.9}, "guide_weight must be at least 1"),
+        ({"weight": math.inf}, "guide_weight must be"),
+        ({"interval": (2.0, 1.0)}, "guide_interval must be two rising"),
+    ],
+)
+def test_a_guide_that_cannot_be_is_refused(keys: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Guide(weights="base@1", **keys)

@@ -1,5 +1,6 @@
 """State: what a training begins with, the warm-up counted in images, Adam's steps by hand."""
 
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -84,3 +85,16 @@ def test_a_training_begins_with_the_stage_s_parameters_and_a_copy_of_them_as_ave
     chex.assert_trees_all_equal(state.params, jax.jit(STAGE.init)(key), state.ema)
     assert (state.step, state.nonfinite_row, state.nonfinite_total) == (0, 0, 0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_without_further_averages_the_state_has_the_arrays_that_it_always_had() -> None:
+    """Old checkpoints fit, and a step costs what it did: train.ema adds copies alone."""
+    key = jax.random.key(0)
+    plain, more = (
+        jax.eval_shape(partial(init_state, replace(STAGE, train=train)), key)
+        for train in (STAGE.train, replace(STAGE.train, ema=(0.05, 2e6)))
+    )
+    assert plain.averages == {} and set(more.averages) == {"0.05", "2000000"}
+    chex.assert_trees_all_equal_structs(plain, more._replace(averages={}))
+    counts = [len(jax.tree.leaves(tree)) for tree in (plain, plain.params)]
+    assert counts[0] == 4 * counts[1] + 5  # params, ema, two moments; step, two counts of Adam, ...

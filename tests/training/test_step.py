@@ -126,6 +126,25 @@ def test_a_batch_in_parts_is_the_same_step(parts: int, linear_step: Callable) ->
     chex.assert_trees_all_close(state.opt_state, want.opt_state, rtol=2e-4, atol=1e-6)
 
 
+# Clipping
+
+
+def test_a_long_gradient_is_clipped_to_the_limit_and_a_short_one_keeps_its_bits(
+    linear_step: Callable,
+) -> None:
+    """Against Adam by hand: its first moment is a tenth of the gradient that it was given."""
+    state = state_of(LINEAR_PARAMS)
+    plain, metrics = linear_step(state, batch_of(), KEY)
+    norm = float(metrics["gradient_norm"])
+    for limit, clipped in ((0.5 * norm, 1), (2 * norm, 0)):
+        stage = replace(LINEAR, train=replace(TRAIN, clip=limit))
+        after, numbers = jax.jit(make_train_step(stage))(state, batch_of(), KEY)
+        assert numbers["clipped"] == clipped
+        np.testing.assert_allclose(numbers["gradient_norm"], norm, rtol=1e-6)
+        want = jax.tree.map(lambda m, c=clipped: m * (0.5 if c else 1), plain.opt_state[0].mu)
+        chex.assert_trees_all_close(after.opt_state[0].mu, want, rtol=0 if not clipped else 1e-5)
+
+
 # Steps that are not finite
 
 
