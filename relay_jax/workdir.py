@@ -147,7 +147,14 @@ def open_config(workdir: Path) -> ConfigDict:
     # command line for an older run.
     for key, value in SINCE.items():
         kept.get("dataset", {}).setdefault(key.partition(".")[2], value)
-    return ConfigDict(kept)
+    return ConfigDict(_with_tuples(kept))
+
+
+def _with_tuples(node: Any) -> Any:
+    """JSON's lists as the tuples that they were: flags override these alone."""
+    if isinstance(node, Mapping):
+        return {key: _with_tuples(child) for key, child in node.items()}
+    return tuple(map(_with_tuples, node)) if isinstance(node, list) else node
 
 
 def claim_workdir(plain: Mapping[str, Any], workdir: Path, create: bool) -> None:
