@@ -186,7 +186,7 @@ class Peers:
         if self._may_speak():
             # Not by an exception in the main thread: it may wait in a
             # collective for the one that is gone, for ever.
-            print(f"error: {self._says()}", file=sys.stderr, flush=True)
+            _say_last(f"error: {self._says()}\n")
             os._exit(1)
 
     def _may_speak(self) -> bool:
@@ -226,6 +226,14 @@ def _keep(connection: socket.socket) -> None:
     for name, value in (("KEEPIDLE", IDLE), ("KEEPINTVL", INTERVAL), ("KEEPCNT", PROBES)):
         if hasattr(socket, f"TCP_{name}"):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+
+
+def _say_last(line: str) -> None:
+    """Writes to stderr, and lets nothing follow: threads of JAX say at length what they miss."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.write(stderr, line.encode())
 
 
 def _send(connection: socket.socket, words: bytes) -> None:
