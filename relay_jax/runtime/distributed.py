@@ -87,7 +87,7 @@ def _meet(options: Mapping[str, Any], seconds: int) -> None:
         address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, options.get("cluster_detection_method"), seconds
         )
-    if address and index is not None and (count or 1) > 1:
+    if address and index is not None and count is not None and count > 1:
         _peers = Peers(address, count, index, seconds)
 
 
