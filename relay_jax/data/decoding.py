@@ -105,6 +105,7 @@ class Header:
 def read_header(data: bytes, where: str, decoding: Decoding = AS_SHOWN) -> Header:
     """The header of an encoded image, without its pixels. Raises DataError."""
     with _opened(data, where) as image:
+        _refuse_32_bits(image)
         # Pillow would decode a PNG to
         # look for EXIF behind its pixels.
         has_exif = image.format != "PNG" or "exif" in image.info
@@ -175,17 +176,22 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _refuse_32_bits(image: Image.Image) -> None:
+    # In PNG and PPM, Pillow's "I" are 16 bits.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(
+            f"32-bit {'floating point' if image.mode == 'F' else 'whole'} numbers; save it with "
+            "8 or 16 bits"
+        )
+
+
 def _may_be_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """A loaded picture of any mode but plain RGB. Raises ValueError."""
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ValueError(
-            f"32-bit {'floating point' if image.mode == 'F' else 'whole'} numbers; save it with "
-            "8 or 16 bits"
-        )
+    _refuse_32_bits(image)
     if image.mode.startswith("I"):
         return _from_16_bits(image, background)
     if not _may_be_transparent(image):

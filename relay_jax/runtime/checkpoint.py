@@ -333,7 +333,10 @@ def verify_all(folders: Sequence[Path]) -> None:
     count, damaged = 0, []
     for folder in folders:
         place, _ = checkpoints_of(folder)
-        for step, reason in verify(folder).items():
+        reasons = verify(folder)
+        if not reasons:
+            print(f"{place}: no checkpoint")
+        for step, reason in reasons.items():
             print(f"{place}/{step}: {reason or 'whole'}")
             count += 1
             if reason and reason != UNCHECKED:

@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,16 +24,18 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from absl import logging
-from jax._src import distributed as jax_distributed
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from relay_jax.errors import StorageError, UserError, one_line
 from relay_jax.runtime.files import storage_error
+from relay_jax.runtime.peers import Peers
 
 MESSAGE_BYTES = 2000  # longest text that processes send each other
 
 T = TypeVar("T")
 
+_peers: Peers | None = None  # several processes: the others
 _joined = False  # whether initialize() has connected this process with others
 _stop_flag = False  # SIGTERM has come; several processes: and they have agreed on it
 _checks = 0  # several processes: calls of stop_requested so far, equal on all
@@ -53,10 +54,10 @@ def initialize() -> None:
         options = arguments(os.environ)
         if options is None:
             return
+        seconds = int(os.environ.get("RELAY_TIMEOUT", "300"))
+        _meet(options, seconds)
         jax.distributed.initialize(
-            **options,
-            shutdown_timeout_seconds=60,
-            initialization_timeout=int(os.environ.get("RELAY_TIMEOUT", "300")),
+            **options, shutdown_timeout_seconds=60, initialization_timeout=seconds
         )
         # The first use of a device: it
         # may be the one that is missing.
@@ -74,6 +75,20 @@ def initialize() -> None:
     # say nothing more.
     if jax.process_index() > 0:
         logging.set_verbosity(logging.ERROR)
+
+
+def _meet(options: Mapping[str, Any], seconds: int) -> None:
+    """Waits for the other processes, and watches over them from now on. Raises UserError."""
+    global _peers
+    names = ("coordinator_address", "num_processes", "process_id")
+    address, count, index = (options.get(name) for name in names)
+    if address is None:
+        # What `initialize` itself finds out.
+        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, options.get("cluster_detection_method"), seconds
+        )
+    if address and index is not None and count is not None and count > 1:
+        _peers = Peers(address, count, index, seconds)
 
 
 def arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -166,10 +181,15 @@ def joined() -> bool:
 
 def leave() -> None:
     """Waits until all processes have come here, and disconnects."""
-    global _joined
+    global _joined, _peers
     if _joined:
         _joined = False
+        if _peers:
+            _peers.leave()
         jax.distributed.shutdown()
+        if _peers:
+            _peers.close()
+            _peers = None
 
 
 def tell(text: str) -> list[str]:
@@ -232,47 +252,15 @@ def agree(errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
         raise kind(first[1:] + place, agreed=True)
 
 
-def not_answering(error: Exception, seconds: float = 6.0) -> str:
-    """After a collective has failed: `process 1 of 4 does not answer`; '' where that is not why.
-
-    The others have the same failure at the same time, and meet in
-    the service of process 0; who does not come is gone.
-    """
-    text = str(error)
-    signs = (
-        "closed by peer",
-        "reset by peer",
-        "Gloo",
-        "UNAVAILABLE",
-        "heartbeat",
-        "coordination",
-    )
-    if not _joined or not any(sign in text for sign in signs):
-        return ""
-    present: set[int] = set()
-    # In a thread: where process 0 is gone, the service does not
-    # answer either, for minutes.
-    asking = threading.Thread(target=_meet, args=(present, seconds), daemon=True)
-    asking.start()
-    asking.join(seconds + 4)
-    missing = sorted(set(range(jax.process_count())) - present) if present else [0]
-    names = " and ".join(map(str, missing[:8]))
-    if not missing:
-        return ""
-    does = "process" if len(missing) == 1 else "processes"
-    return f"{does} {names} of {jax.process_count()} gone: no answer ({one_line(error, 80)})"
+def gone(seconds: float) -> str:
+    """After a collective has failed: `process 1 of 4 is gone ...`, or '' if all are there."""
+    return _peers.gone(seconds) if _peers else ""
 
 
-def _meet(present: set[int], seconds: float) -> None:
-    """Fills in the numbers of the processes that come here within some seconds."""
-    client, folder = jax_distributed.global_state.client, "relay_jax/present/"
-    assert client is not None
-    client.key_value_set(f"{folder}{jax.process_index()}", "1")
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and len(present) < jax.process_count():
-        time.sleep(0.2)
-        names = [key for key, _ in client.key_value_dir_get(folder)]
-        present.update(int(name.rpartition("/")[2]) for name in names)
+def ends_alone() -> None:
+    """Before this process ends with a line of its own: the end of others adds none."""
+    if _peers:
+        _peers.ends_alone()
 
 
 def is_first() -> bool:

@@ -55,6 +55,7 @@ def give_up(error: UserError) -> NoReturn:
     if not distributed.joined():
         fail(error, error.status)
     try:
+        distributed.ends_alone()
         if not error.agreed or jax.process_index() == 0:
             fail(error, error.status)
     finally:
@@ -72,12 +73,10 @@ def _end_alone(error: Exception) -> NoReturn:
     # The interpreter's own way out would wait for processes that
     # wait for this one.
     try:
-        missing = distributed.not_answering(error)
-        if missing:
-            fail(
-                f"{missing}; its own log says why. Start all again: the same command",
-                1,
-            )
+        # Within a moment: a collective fails because another one has ended.
+        if says := distributed.gone(2.0):
+            fail(says, 1)
+        distributed.ends_alone()
         traceback.print_exception(error)
     finally:
         sys.stderr.flush()

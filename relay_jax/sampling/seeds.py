@@ -26,6 +26,7 @@ from relay_jax.config import MAX_SEED
 from relay_jax.errors import UserError
 
 MAX_IMAGES = 10_000_000
+MAX_RANGES = 1_000_000  # in one text, which costs seconds
 CLASS_RULES = ("mod", "balanced", "random")
 _BLOCKS_AT_ONCE = 2**22  # hashes in memory
 
@@ -33,10 +34,13 @@ _BLOCKS_AT_ONCE = 2**22  # hashes in memory
 def parse_seeds(text: str) -> list[int]:
     """'0-63' or '1,5,10-12' as a list without repeats.
 
-    Raises UserError for anything else, and beyond MAX_IMAGES.
+    Raises UserError for anything else, and beyond MAX_IMAGES or
+    MAX_RANGES.
     """
     seeds: list[int] = []
     what = f"--seeds={text if len(text) <= 60 else text[:57] + '...'}"
+    if text.count(",") >= MAX_RANGES:
+        raise UserError(f"{what}: more than {MAX_RANGES:,} numbers and ranges at once")
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import compare, throughput, timing
+from benchmarks import compare, samplers, throughput, timing
 from benchmarks.programs import Program, markdown, trace_train, with_settings
 from benchmarks.timing import in_turns, ratio
 from relay_jax.config import build
 from relay_jax.errors import UserError
 from relay_jax.planning.cost import train_flops
+from relay_jax.relay import load
 from relay_jax.runtime.flops import matmul_flops
 from relay_jax.stage import Stage
 
@@ -82,6 +83,13 @@ def test_two_settings_are_compared_per_image(config: ConfigDict) -> None:
     assert (a.network.remat, b.network.remat) == (False, True)
     (row,) = compare.compare(a, b, ["forward"], rounds=2)
     assert float(row["a / b"]) > 0 and row["stage"] == "relay"
+
+
+def test_samplers_of_a_run_are_timed_in_turns(tiny_run: Path) -> None:
+    first, second = samplers.rows(load(tiny_run), ["official", "heun:num_steps=2"], 8, 1)
+    assert first["sampler"] == "official" and first["faster than the first"] == "1.00"
+    # Three calls of the first stage, and one level of the relay below its hand-off.
+    assert second["calls"] == 4 < first["calls"] and float(second["images/s"]) > 0
 
 
 @pytest.mark.parametrize(

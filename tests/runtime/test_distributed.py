@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,8 +22,8 @@ from relay_jax.errors import UserError
 from relay_jax.runtime import distributed
 from relay_jax.runtime.distributed import arguments
 from relay_jax.runtime.files import read_jsonl
+from tests.processes import ROOT, free_port, launched, together
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 from relay_jax.configs import demo
 
@@ -43,12 +42,6 @@ def get_config(_=''):
     config.evaluate.update(samples=8, every=48, every_samples=6)
     return config
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def run(config: Path, processes: int, *arguments: str, status: int = 0, seconds: int = 600) -> str:
@@ -289,13 +282,6 @@ def test_a_mistake_ends_all_processes_with_one_line(config: Path, tmp_path: Path
 
 
 def test_sigterm_at_one_process_stops_all_at_the_same_step(config: Path, tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": "1",
-        "RELAY_COORDINATOR": f"localhost:{free_port()}",
-        "RELAY_NUM_PROCESSES": "2",
-        "RELAY_TIMEOUT": "60",
-    }
     command = [
         sys.executable,
         "-m",
@@ -313,11 +299,11 @@ def test_sigterm_at_one_process_stops_all_at_the_same_step(config: Path, tmp_pat
             subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**environment, "RELAY_PROCESS_ID": str(index)},
+                env=environment,
                 stdout=file,
                 stderr=file,
             )
-            for index in range(2)
+            for environment in launched(2)
         ]
     metrics, deadline = tmp_path / "base" / "metrics.jsonl", time.monotonic() + 120
     try:
@@ -427,48 +413,41 @@ def test_a_request_to_stop_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 LOSES = """
-import os, signal
+import os, signal, sys
 import jax
 from relay_jax.runtime import distributed
-distributed.initialize()
-distributed.tell("here")
-if jax.process_index() == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
-try:
-    distributed.tell("still here")
-except Exception as error:
-    print(distributed.not_answering(error, 2), flush=True)
-os._exit(1)
+from relay_jax.runtime.ending import to_the_end
+
+def action():
+    distributed.tell("here")
+    if jax.process_index() == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:     # a collective that waits for the one that is gone, or fails
+        distributed.tell("still here")
+
+to_the_end(action)
 """
 
 
-def test_the_process_that_was_killed_is_named() -> None:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "RELAY_COORDINATOR": f"localhost:{free_port()}",
-        "RELAY_NUM_PROCESSES": "2",
-        "RELAY_TIMEOUT": "60",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOSES],
-            cwd=ROOT,
-            env={**environment, "RELAY_PROCESS_ID": str(index)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for index in range(2)
-    ]
-    try:
-        output = processes[0].communicate(timeout=200)[0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert "process 1 of 2 gone" in output, output[-3000:]
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_process_that_was_killed_is_named_by_the_others(victim: int) -> None:
+    begun = time.monotonic()
+    status, output = together(launched(2), "-c", LOSES, str(victim))[1 - victim]
+    assert status == 1 and time.monotonic() - begun < 60, output[-3000:]
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(f"error: process {victim} of 2 is gone") and len(last) < 400
+    assert "Traceback" not in output and "stack trace" not in output
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_process_that_never_starts_is_named_in_one_line(
+    config: Path, tmp_path: Path, present: int
+) -> None:
+    environment = launched(2)[present] | {"RELAY_TIMEOUT": "1"}
+    command = ("-m", "relay_jax.main", f"--config={config}", f"--workdir={tmp_path}")
+    [(status, output)] = together([environment], *command)
+    assert status == 2 and len(output.splitlines()) == 1 and len(output) < 400, output
+    assert output.startswith(f"error: process {1 - present} of 2 did not come")
 
 
 JOINS = """
@@ -570,23 +549,9 @@ def test_two_processes_find_each_other_by_what_the_cluster_sets(kind: str) -> No
             "RELAY_TIMEOUT": "60",
             "JAX_COORDINATOR_PORT": str(free_port()),
         }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", JOINS, *kind.split()],
-                cwd=ROOT,
-                env={**common, **of_process(index)},
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            for index in range(2)
-        ]
-        output = []
-        for process in processes:
-            try:
-                output.append(process.communicate(timeout=400)[0])
-            finally:
-                process.kill()
+        environments = [{**common, **of_process(index)} for index in range(2)]
+        ends = together(environments, "-c", JOINS, *kind.split())
+    output = [text for _, text in ends]
     for index in range(2):
         assert f"joined {index} of 2 ['p0', 'p1']" in output[index], output[index][-3000:]
 

@@ -1,9 +1,5 @@
 """Mesh and placement: the rule on shapes, batches to devices and back, what is refused."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +16,7 @@ from relay_jax.runtime.sharding import (
     state_shardings,
     to_devices,
 )
-from tests.runtime.test_distributed import ROOT, free_port
+from tests.processes import launched, together
 
 
 def mesh_of_four() -> Mesh:
@@ -156,32 +152,9 @@ distributed.leave()
 
 
 def test_each_host_loads_what_its_devices_hold_in_any_order_of_the_devices() -> None:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "RELAY_NUM_PROCESSES": "2",
-        "RELAY_COORDINATOR": f"localhost:{free_port()}",
-        "RELAY_TIMEOUT": "60",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ROWS],
-            cwd=ROOT,
-            env={**environment, "RELAY_PROCESS_ID": str(n)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for n in range(2)
-    ]
-    output = ""
-    for process in processes:
-        try:
-            output += process.communicate(timeout=400)[0]
-        finally:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], output[-3000:]
+    ends = together(launched(2, devices=2), "-c", ROWS)
+    output = "".join(text for _, text in ends)
+    assert [status for status, _ in ends] == [0, 0], output[-3000:]
     for line in (
         "[0, 1, 2, 3] 0 0 1 2 3 4 5",
         "[0, 2, 1, 3] 0 0 1 2 6 7 8",
