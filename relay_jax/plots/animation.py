@@ -56,7 +56,7 @@ def frames(strip: Sequence[Frames], sigma_data: float) -> Iterator[Frame]:
     for number, part in enumerate(strip):
         size = part.final.shape[1]
         for k, sigma in enumerate(part.sigmas):
-            first = k == 0 and number > 0
+            first = k == 0 and part.from_handoff
             words = f"hand-off to {part.stage}" if first else f"{part.stage}, {size} px"
             yield Frame(
                 states=part.states[k] * (sigma_data / np.hypot(sigma, sigma_data)),
@@ -70,7 +70,7 @@ def frames(strip: Sequence[Frames], sigma_data: float) -> Iterator[Frame]:
         done += len(part.steps)
         last = number == len(strip) - 1
         words = f"{part.stage}, {size} px: finished"
-        if not last:
+        if not last and strip[number + 1].from_handoff:
             words += f"; {strip[number + 1].stage} goes on from here"
         yield Frame(
             states=part.final,

@@ -116,6 +116,7 @@ def strip_of(resolutions: tuple[int, ...]) -> list[Frames]:
     return [
         Frames(
             stage=f"s{n}",
+            from_handoff=n > 0,
             steps=np.arange(3),
             total_steps=3,
             sigmas=np.array([5.0, 1.0, 0.1]),
