@@ -220,6 +220,8 @@ def get_config() -> ConfigDict:
                 # How a training samples: previews, small evaluations, the report at its end. A
                 # preset (below), or "" for what `sample` of the stages says.
                 preset="",
+                # Pictures of the page at the end: animation, SNR, hand-off check, neighbours.
+                pictures=True,
             ),
         )
     )

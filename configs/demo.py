@@ -35,6 +35,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages.base, config.stages.relay = base, relay
     config.checkpoint.every_images = 3_500
     config.log.update(every_steps=100, grid_every_images=6_000, grid_images=16)
+    # As many as a preview has: both are one compiled program.
+    config.sample.batch = config.log.grid_images
     # Good on this data by docs/experiments.md, in half of the calls.
     config.evaluate.update(samples=256, class_check=True, preset="fast")
     return default.variant(config, variant)

@@ -44,7 +44,8 @@ CONFIG_FLAG = config_flags.DEFINE_config_file(
     "config",
     None,
     "Configuration: a name of the package (demo, imagenet256, ...) or a file, with :smoke a tiny "
-    "variant; override keys with --config.KEY=VALUE. A run in --workdir needs none.",
+    "variant, or the folder of a run for another one like it; override keys with "
+    "--config.KEY=VALUE. A run in --workdir needs none.",
     lock_config=True,
 )
 flags.DEFINE_enum(
@@ -199,7 +200,9 @@ def with_config(argv: list[str]) -> list[str]:
                 raise UserError(f"{section}.{old} is called {section}.{new} now")
     if "config" in texts:
         place, inline, text = texts["config"]
-        argv[place if inline else place + 1] = ("--config=" if inline else "") + config_file(text)
+        run = run_folder(text)
+        file = f"{workdir_module.__file__}:{run}" if run else config_file(text)
+        argv[place if inline else place + 1] = ("--config=" if inline else "") + file
     elif "workdir" in texts:
         folder = expanded(texts["workdir"][2])
         if (folder / CONFIG).exists():
@@ -213,6 +216,17 @@ def with_config(argv: list[str]) -> list[str]:
                 "--config=demo, or correct --workdir"
             )
     return argv
+
+
+def run_folder(text: str) -> Path | None:
+    """The folder of a run, if --config names one by a path: its configuration, for another run."""
+    if "/" not in text or text.endswith(".py"):
+        return None
+    folder = expanded(text)
+    if not (folder / CONFIG).is_file():
+        return None
+    workdir_module.open_config(folder)
+    return folder
 
 
 def check_verb(mode: str) -> None:

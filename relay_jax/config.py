@@ -127,6 +127,7 @@ class EvaluateSettings:
     every: int = 0
     every_samples: int = 1_000
     preset: str = ""
+    pictures: bool = True
 
     def __post_init__(self) -> None:
         at_least("evaluate", self, samples=4, reference_images=0, every=0, every_samples=4)

@@ -44,14 +44,18 @@ from relay_jax.config import Settings, parse_stage, settings_of
 from relay_jax.data.description import describe
 from relay_jax.data.prepare import prepare
 from relay_jax.data.source import open_source
-from relay_jax.errors import Stopped, UserError
+from relay_jax.errors import UserError
 from relay_jax.evaluation.evaluate import Comparison, evaluate_run
 from relay_jax.evaluation.features import file_of
+from relay_jax.evaluation.images import Shown
 from relay_jax.evaluation.sweep import Contender, sweep
 from relay_jax.planning.cost import forward_flops, sampling_cost
 from relay_jax.planning.plan import PlanSettings, plan
 from relay_jax.plots.inputs import PlotSettings
+from relay_jax.plots.page import PAGE
 from relay_jax.plots.plot import plot
+from relay_jax.plots.report_page import evaluation_page, sweep_page
+from relay_jax.plots.run_page import write_run_page
 from relay_jax.plots.sweep import plot_sweep
 from relay_jax.presets import (
     by_preset,
@@ -67,7 +71,7 @@ from relay_jax.runtime.checkpoint import verify_all
 from relay_jax.runtime.devices import use_compilation_cache
 from relay_jax.runtime.ending import to_the_end
 from relay_jax.runtime.files import expanded, is_writable, try_folder
-from relay_jax.runtime.logs import Progress
+from relay_jax.runtime.logs import PrepareProgress
 from relay_jax.sampling.generate import generate
 from relay_jax.sampling.request import Request, parse_request
 from relay_jax.sampling.seeds import CLASS_RULES, parse_class_rule, parse_seeds
@@ -226,7 +230,7 @@ def evaluate_verb(command: Command) -> None:
         command.needs_weights(
             "name what to score: --images=DIR, or the run with --workdir=runs/NAME"
         )
-    out = command.out("evaluation", "report.json", "report.md")
+    out = command.out("evaluation", "report.json", "report.md", PAGE)
     weights: dict[str, Path] = {}
     with distributed.agree():
         samples = images or command.request(f"0-{settings.samples - 1}")
@@ -234,13 +238,17 @@ def evaluate_verb(command: Command) -> None:
         weights = command.open_run()
     elif command.workdir is not None:
         use_compilation_cache(command.workdir)
-    evaluate_run(command.settings, samples, weights, command.comparison(out), out)
+    shown = Shown()
+    evaluate_run(command.settings, samples, weights, command.comparison(out), out, shown)
+    with distributed.agree():
+        if distributed.is_first():
+            logging.info("look at %s", evaluation_page(out, shown))
 
 
 def sweep_verb(command: Command) -> None:
     """--mode=sweep: the samplers of --sweep, scored on the same seeds, into --out."""
     command.needs_weights("name the run: --workdir=runs/NAME")
-    out = command.out("sweep", "sweep.json", "sweep.md", "sweep.png")
+    out = command.out("sweep", "sweep.json", "sweep.md", "sweep.png", PAGE)
     with distributed.agree():
         names = split_samplers(value_of("sweep"))
         baseline = value_of("sweep_reference") or names[0]
@@ -272,7 +280,7 @@ def sweep_verb(command: Command) -> None:
     with distributed.agree():
         if distributed.is_first():
             plot_sweep(report, out / "sweep.png")
-            logging.info("look at %s and %s", out / "sweep.md", out / "sweep.png")
+            logging.info("look at %s", sweep_page(out, contenders))
 
 
 def plot_verb(command: Command) -> None:
@@ -288,6 +296,9 @@ def plot_verb(command: Command) -> None:
     folders = command.open_run()
     stages = with_guides(command.settings.stages, folders)
     plot(replace(command.settings, stages=stages), folders, request, out)
+    # What lies elsewhere is no part of the run.
+    if command.workdir and out.resolve() == (command.workdir / "plots").resolve():
+        logging.info("look at %s", write_run_page(command.settings.stages, command.workdir))
 
 
 def prepare_verb(command: Command) -> None:
@@ -311,20 +322,6 @@ def prepare_verb(command: Command) -> None:
         threads=settings.dataset.threads,
         report=PrepareProgress(),
     )
-
-
-class PrepareProgress:
-    """Lines of progress of a preparation, and its answer to SIGTERM."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._progress is None:
-            self._progress = Progress("prepare", total, done, every=10.0)
-        self._progress.update(done)
-        if distributed.stop_requested():
-            raise Stopped("stopped by SIGTERM while preparing")
 
 
 def plan_verb(command: Command) -> None:

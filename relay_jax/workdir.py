@@ -123,6 +123,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     # command line for an older run.
     for key in ("preset", "dinov2"):
         config.get("evaluate", {}).setdefault(key, "")
+    config.get("evaluate", {}).setdefault("pictures", True)
     config.get("dataset", {}).setdefault("identity", "listing")
     return config
 

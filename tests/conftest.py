@@ -43,6 +43,7 @@ def tiny_relay() -> ConfigDict:
     config.dataset.update(size=64, threads=1)
     config.checkpoint.every_images = 48
     config.log.update(every_steps=2, grid_every_images=0)
+    config.evaluate.pictures = False
     return config
 
 

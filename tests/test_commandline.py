@@ -119,3 +119,10 @@ def test_home_is_expanded_and_buckets_are_refused(monkeypatch: pytest.MonkeyPatc
         pytest.raises(ValueError, match="gcsfuse"),
     ):
         commandline.path_of("workdir")
+
+
+def test_the_folder_of_a_run_is_a_configuration_for_another_one(tiny_run: Path) -> None:
+    arguments = (f"--config={tiny_run}", "--workdir=elsewhere", "--config.seed=7")
+    with command_line(*arguments):
+        config = flags.FLAGS["config"].value
+        assert config.seed == 7 and config.stages.relay.resolution == 16

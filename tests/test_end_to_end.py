@@ -1,8 +1,10 @@
 """The command line as a user has it: train the shrunk demo, be killed, continue, sample, sample
 one stage."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests import browser
 
 ROOT = Path(__file__).parents[1]
 DEMO = "configs/demo.py:smoke"
@@ -60,6 +64,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process.wait()
     output = run(workdir, config=DEMO)
     assert "continues at 128 images" in output or "stage base is finished" in output, output
+    assert output.splitlines()[-1].endswith(f"look at {workdir / 'report.html'}")
+    assert "class that was asked for" in output and "--mode=sample --seeds=0-63 --class=" in output
     return workdir
 
 
@@ -87,9 +93,63 @@ def test_the_run_leaves_what_the_readme_promises(demo: Path) -> None:
         assert np.asarray(Image.open(demo / picture)).std() > 5
 
 
+LEGIBLE = """
+(() => {
+  const small = [...document.querySelectorAll("p, li, td, th, figcaption, dd, dt, pre, footer")]
+    .filter(e => e.checkVisibility() && parseFloat(getComputedStyle(e).fontSize) < 13);
+  const axes = [...document.querySelectorAll("svg text")]
+    .filter(e => e.checkVisibility() && e.getBoundingClientRect().height < 11);
+  const wide = [...document.querySelectorAll("p, li, svg, pre, figure")]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1);
+  return [small.length, axes.length, wide.length];
+})()"""
+
+
+def test_the_page_is_whole_and_legible_in_a_browser(demo: Path) -> None:
+    page = demo / "report.html"
+    assert page.stat().st_size < 3_000_000
+    if browser.program() is None:
+        pytest.skip("needs Chromium")
+    with browser.opened() as tab:
+        for width, dark in ((400, False), (1400, False), (400, True)):
+            tab.open(page, width, dark)
+            tab.value("document.querySelectorAll('details').forEach(each => each.open = true)")
+            images = tab.value(
+                "Promise.all([...document.images].map(async i => { await i.decode();"
+                " return [i.complete, i.naturalWidth, i.getBoundingClientRect().width]; }))"
+            )
+            assert len(images) >= 6 and all(
+                done and natural > 0 and shown > 100 for done, natural, shown in images
+            )
+            assert tab.value("document.documentElement.scrollWidth") == width
+            assert tab.value(LEGIBLE) == [0, 0, 0]
+            # In the dark the page is dark, with light letters.
+            paper, ink = (
+                sum(map(int, re.findall(r"\d+", tab.value(f"getComputedStyle(document.body).{x}"))))
+                for x in ("backgroundColor", "color")
+            )
+            assert (paper < 150 < 500 < ink) if dark else (ink < 150 < 500 < paper)
+            assert Image.open(io.BytesIO(tab.screenshot())).size[0] == width
+        titles = tab.value("[...document.querySelectorAll('h2, summary')].map(e => e.innerText)")
+        asked = [url for url in tab.requests if not url.startswith("data:")]
+        assert asked == [page.as_uri()] * 3 and tab.complaints == []
+    assert titles == [
+        "Scores",
+        "From noise to image",
+        "Training",
+        "Why it can go on at the hand-off",
+        "Does it copy?",
+        "Go on",
+        "More pictures",
+        "The whole protocol",
+    ]
+
+
 def test_a_finished_run_does_nothing_again(demo: Path) -> None:
     before = (demo / "report.json").stat().st_mtime_ns
-    assert "all stages are finished" in run(demo)
+    output = run(demo)
+    assert "all stages are finished" in output
+    assert output.splitlines()[-1].endswith(f"look at {demo / 'report.html'}")
     assert (demo / "report.json").stat().st_mtime_ns == before
 
 
@@ -196,6 +256,7 @@ def test_published_configurations_run_when_shrunk(tmp_path: Path, name: str) -> 
         "--config.stages.base.train.images=32",
         "--config.stages.relay.train.images=32",
         "--config.log.grid_every_images=0",
+        "--config.evaluate.pictures=False",
         config=f"configs/{name}.py:smoke",
     )
     assert Image.open(tmp_path / name / "samples" / "grid.png").size[0] > 100

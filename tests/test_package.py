@@ -41,6 +41,7 @@ def run(installed: Path, folder: Path, *arguments: str) -> str:
 def test_nothing_but_the_package_is_installed(installed: Path) -> None:
     names = {path.name for path in installed.iterdir()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"relay_jax"}
+    assert (installed / "relay_jax/plots/page.html").exists()
     entry_points = next(installed.glob("*.dist-info/entry_points.txt")).read_text()
     assert "relay-jax = relay_jax.main:console" in entry_points
 

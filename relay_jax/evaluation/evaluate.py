@@ -27,6 +27,7 @@ from relay_jax.evaluation.images import (
     ArrayImages,
     GeneratedImages,
     ImageSet,
+    Shown,
     SourceImages,
     open_images,
 )
@@ -37,6 +38,7 @@ from relay_jax.evaluation.references import (
 )
 from relay_jax.evaluation.report import (
     averaging,
+    calls_per_image,
     check_folder,
     evaluation_settings,
     make_report,
@@ -78,16 +80,18 @@ def evaluate_run(
     weights: Mapping[str, Path],
     comparison: Comparison,
     out: Path,
+    shown: Shown | None = None,
 ) -> dict[str, Any]:
     """Writes out/report.json and out/report.md, and returns the report.
 
     samples: a folder or npz of images (`open_images`), or a request,
     whose images are generated as --mode=sample would, but written
-    nowhere. weights: folders of the request's stages. Raises UserError
-    or DataError for what cannot be done, where possible before
-    anything expensive.
+    nowhere. weights: folders of the request's stages. shown: gets some
+    of the images. Raises UserError or DataError for what cannot be
+    done, where possible before anything expensive.
     """
     clock, record, ema = Clock(), None, None
+    more: dict[str, Any] = {}
     with agree():
         if comparison.reference_images < 0:
             raise UserError(
@@ -122,25 +126,26 @@ def evaluate_run(
         chain = Chain.load(samples.stages, weights, mesh, settings.sample.batch)
         images, record = GeneratedImages(samples, chain, source), samples.record(chain.weights)
         ema = averaging(samples.stages)
+        more["calls_per_image"] = calls_per_image(samples.stages)
     about = evaluation_settings(images, reference, extractor, record, ema)
     # Two sets that are too small, and a folder with another report:
     # known before the hours begin.
     with agree():
         check_sizes(reference, images)
         check_folder(out, about)
-    scores = evaluate(
-        images, Scorer(reference=reference, extractor=extractor, cache=comparison.cache)
-    )
+    scorer = Scorer(reference=reference, extractor=extractor, cache=comparison.cache)
+    scores = evaluate(shown.watch(images) if shown else images, scorer)
     seconds = {**scores.seconds, "total": clock.total}
     lines = scores.notes + notes_on_record(record, len(images))
-    report = make_report(scores.all, lines, about, seconds)
+    report = make_report(scores.all, lines, about, seconds, **more)
     with agree():
         # Printed before they are written: hours
         # of work, whatever the disk says.
         if is_first():
             logging.info("%s", scores)
             write_report(out, report)
-            logging.info("look at %s", out / "report.md")
+            if shown and reference.images is not None:
+                shown.reference = shown.some_of(reference.images)
     return report
 
 
@@ -219,6 +224,7 @@ def generate_first(chain: Chain, count: int) -> Generated:
     begun = time.monotonic()
     seeds = np.arange(count)
     classes = classes_for(seeds, chain.stages[-1].num_classes, "mod")
+    chain.compile()
     images = chain.images(seeds, classes)
     seconds = time.monotonic() - begun
     logging.info(
@@ -279,7 +285,8 @@ def summarize(
         **{f"training {name}": value for name, value in lengths.items()},
         "total": sum(lengths.values()) + generated.seconds + clock.total,
     }
-    report = make_report(values, lines, about, seconds, training=training)
+    calls = calls_per_image(stages)
+    report = make_report(values, lines, about, seconds, training=training, calls_per_image=calls)
     report["time"]["images_per_second"] = rates
     with agree():
         if is_first():

@@ -290,3 +290,51 @@ _NAMES = {
     "arrayrecord": "set of ArrayRecord files",
     "folder": "image files",
 }
+
+
+class Shown:
+    """Keeps some of the images that are scored, for pictures of them.
+
+    samples: uint8 [n, r, r, 3] of the watched set, in its order, as
+    far as they have been read; reference: likewise, None without any.
+    """
+
+    def __init__(self, count: int = 32) -> None:
+        self.count = count
+        self.reference: np.ndarray | None = None
+        self._kept: dict[int, np.ndarray] = {}
+
+    @property
+    def samples(self) -> np.ndarray | None:
+        """None before any has been read."""
+        kept = [self._kept[position] for position in sorted(self._kept)]
+        return np.stack(kept) if kept else None
+
+    def watch(self, images: ImageSet) -> ImageSet:
+        """The same set; what is read of it is looked at."""
+        positions = np.linspace(0, len(images) - 1, min(self.count, len(images)))
+        return _Watched(images, set(positions.astype(int).tolist()), self._kept)
+
+    def some_of(self, images: ImageSet) -> np.ndarray | None:
+        """`count` images of a set of files, spread over it. Raises DataError."""
+        every = max(len(images) // self.count, 1)
+        return next((pixels for _, pixels in images.share(0, every, self.count)), None)
+
+
+class _Watched:
+    """An ImageSet whose images at some positions are kept as they are read."""
+
+    def __init__(self, images: ImageSet, wanted: set[int], kept: dict[int, np.ndarray]) -> None:
+        self._images, self._wanted, self._kept = images, wanted, kept
+        self.resolution, self.identity = images.resolution, images.identity
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def share(self, host: int, hosts: int, batch: int) -> Iterator[Part]:
+        """As of the set."""
+        for positions, pixels in self._images.share(host, hosts, batch):
+            for position, image in zip(positions.tolist(), pixels, strict=True):
+                if position in self._wanted:
+                    self._kept[position] = image
+            yield positions, pixels

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,7 +29,7 @@ from relay_jax.models.averages import is_width
 from relay_jax.runtime.files import read_json, write_json, write_text
 from relay_jax.runtime.logs import curve_summary, read_curve
 from relay_jax.sampling.seeds import parse_seeds
-from relay_jax.stage import Stage
+from relay_jax.stage import Stage, joined
 from relay_jax.workdir import flat
 
 SETTINGS = ("samples", "reference", "features", "metrics")
@@ -106,6 +106,11 @@ def _averaging(stage: Stage) -> dict[str, float]:
     return {"halflife_images": halflife, "rampup": stage.train.ema_rampup}
 
 
+def calls_per_image(stages: Sequence[Stage]) -> dict[str, int]:
+    """Calls of each stage's denoiser for an image; guidance counts them twice where it acts."""
+    return {stage.name: len(stage.sampler.call_sigmas()) for stage in joined(stages)}
+
+
 def notes_on_record(record: Mapping[str, Any] | None, images: int) -> list[str]:
     """Notes for a reader who would trust samples.json too much."""
     if record is None:
@@ -179,8 +184,16 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     write_json(folder / "report.json", dict(report))
 
 
-def as_markdown(report: Mapping[str, Any]) -> str:
-    """The report for people: scores, notes, the stages side by side, a table for each section."""
+class Section(NamedTuple):
+    """A table of a report. head: [""] * 2 for names and values."""
+
+    title: str
+    head: list[str]
+    rows: list[list[Any]]
+
+
+def protocol(report: Mapping[str, Any]) -> list[Section]:
+    """Everything that the scores depend on: the stages side by side, then section by section."""
     sections = {name: value for name, value in report.items() if name not in ("scores", "notes")}
     # A copy, as JSON has it: parts of it
     # move to the table of the stages.
@@ -190,16 +203,11 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     for what, of_stages in (
         ("ema", rest["samples"].pop("ema", None)),
         ("training", rest.pop("training", None)),
+        ("calls_per_image", rest.pop("calls_per_image", None)),
     ):
         for stage, values in (of_stages or {}).items():
             columns.setdefault(stage, {})[what] = values
-    lines = [
-        "# Evaluation",
-        "",
-        *_scores(report["scores"]),
-        "",
-    ]
-    lines += [f"- {note}" for note in report["notes"]]
+    tables = []
     if columns:
         by_stage = {stage: flat(values) for stage, values in columns.items()}
         keys = list(dict.fromkeys(key for values in by_stage.values() for key in values))
@@ -208,10 +216,24 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         # has some of them.
         keys.sort(key=lambda key: groups.index(key.split(".")[0]))
         rows = [[key, *(values.get(key, "") for values in by_stage.values())] for key in keys]
-        lines += ["", "## Stages", "", *_table(["", *by_stage], rows)]
+        tables.append(Section("Stages", ["", *by_stage], rows))
     for section, values in rest.items():
         rows = [list(pair) for pair in flat(values).items()]
-        lines += ["", f"## {section.capitalize()}", "", *_table(["", ""], rows)]
+        tables.append(Section(section.capitalize(), ["", ""], rows))
+    return tables
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """The report for people: scores, notes, the stages side by side, a table for each section."""
+    lines = [
+        "# Evaluation",
+        "",
+        *_scores(report["scores"]),
+        "",
+    ]
+    lines += [f"- {note}" for note in report["notes"]]
+    for title, head, rows in protocol(report):
+        lines += ["", f"## {title}", "", *_table(head, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -237,9 +259,13 @@ def _number(value: float) -> str:
     return f"{value:.5g}"
 
 
+def cell_text(value: Any) -> str:
+    """A value of a table as text: lists with commas."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _cell(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return cell_text(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _short(value: Any) -> str:

@@ -42,6 +42,11 @@ BLOCK = 512  # images to a file, and what a stopped sweep may lose
 EXACT_BYTES = 2**31
 
 
+def folder_name(sampler: str) -> str:
+    """What a sampler was asked for by, as the name of a folder."""
+    return re.sub(r"[^\w.=+-]+", "-", sampler).strip("-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """One sampler of a sweep.
@@ -57,7 +62,7 @@ class Contender:
     @property
     def folder(self) -> str:
         """Its name as that of a folder."""
-        return re.sub(r"[^\w.=+-]+", "-", self.name).strip("-")
+        return folder_name(self.name)
 
     @property
     def blocks(self) -> list[np.ndarray]:
@@ -204,6 +209,10 @@ class KeptImages:
         """uint8 [n, h, w, 3] and classes int [n], in the order of the seeds."""
         both = [[self._read(file, key) for file in self._files] for key in ("arr_0", "arr_1")]
         return np.concatenate(both[0]), np.concatenate(both[1])
+
+    def first(self, count: int) -> np.ndarray:
+        """The images of the first seeds, uint8 [n, h, w, 3], n <= count."""
+        return self._read(self._files[0], "arr_0")[:count]
 
     def spread(self) -> float:
         """Standard deviation of all pixels of all images, in [-1, 1]."""

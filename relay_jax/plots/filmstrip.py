@@ -21,6 +21,7 @@ import numpy as np
 
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.runtime.devices import in_haste
 from relay_jax.sampling.chain import condition_of, sample_stage
 from relay_jax.stage import Guided, Stage, joined
 
@@ -125,7 +126,7 @@ def filmstrip(
         # of a state that is handed over.
         stops = sigmas[-1] > 0
         steps = spread(len(sigmas) if stops else len(sigmas) - 1, columns)
-        run, frames = jax.jit(partial(_frames, stage, steps)), []
+        run, frames = jax.jit(partial(_frames, stage, steps), compiler_options=in_haste()), []
         for n, (seed, label) in enumerate(zip(seeds, classes, strict=True)):
             low_res = strip[-1].handed[n : n + 1] if strip else None
             one = run(

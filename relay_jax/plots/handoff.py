@@ -20,7 +20,7 @@ stage before has made. Powers are means over bands
 uncorrelated, channels are taken as independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -115,10 +115,9 @@ def start_images(process: EdmProcess, low_res: np.ndarray) -> np.ndarray:
     return np.asarray(process.initial_state(0.0, silence, jnp.asarray(low_res)))
 
 
-def _blurred(process: EdmProcess, images: np.ndarray, blur_sigma: float) -> np.ndarray:
-    """B_s x0 on the host, [n, r, r, c]."""
+def _blurred(blur: Callable[..., jax.Array], images: np.ndarray, blur_sigma: float) -> np.ndarray:
+    """B_s x0 on the host, [n, r, r, c]. blur: of the process, compiled."""
     parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    blur = jax.jit(process.blur)
     return np.concatenate([np.asarray(blur(part, jnp.float32(blur_sigma))) for part in parts])
 
 
@@ -152,6 +151,7 @@ def compare(
     # and n images would differ less, as the variance of a mean over
     # n images is 1/n.
     chance = (1 / len(low_res) + 1 / len(real)) / (4 / len(real))
+    blur = jax.jit(process.blur)  # once for all levels
     comparisons = []
     for sigma in sigmas:
         if not 0 < process.cdf(np.asarray(sigma)) <= 1:
@@ -160,7 +160,7 @@ def compare(
                 f"{highest_sigma(process):g}"
             )
         blur_sigma = float(process.blur_sigma_at(np.asarray(sigma)))
-        images = _blurred(process, real, blur_sigma)
+        images = _blurred(blur, real, blur_sigma)
         noise = sigma**2 * unit
         halves = [dct_power(images[part::2] - center) for part in (0, 1)]
         power = np.average(halves, axis=0, weights=[len(images[part::2]) for part in (0, 1)])

@@ -14,13 +14,14 @@ from relay_jax.data.identity import identify
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source, describe_source, open_source
 from relay_jax.errors import DataError
+from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from relay_jax.runtime.checkpoint import has_checkpoint
 from relay_jax.runtime.files import write_json
 from relay_jax.runtime.sharding import make_mesh
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.seeds import classes_for
 from relay_jax.sampling.weights import load_weights
-from relay_jax.stage import Guided, Stage
+from relay_jax.stage import Guided, Stage, joined
 from relay_jax.workdir import warn_of_changes
 
 REAL_IMAGES = 256  # read by default, for spectra and losses
@@ -46,13 +47,18 @@ class Inputs:
     """Everything a picture may need, opened when the first of them asks for it.
 
     folders: by stage name, with checkpoints and a log or without.
-    out: where pictures go.
+    out: where pictures go. What the caller has already, None if not:
+    opened: the real images; chain: of all stages, with their
+    parameters; extractor: of any features.
     """
 
     settings: Settings
     folders: Mapping[str, Path]
     request: PlotSettings
     out: Path
+    opened: Source | None = None
+    chain: Chain | None = None
+    extractor: FeatureExtractor | None = None
     _params: dict[str, tuple[dict | Guided, dict]] = field(default_factory=dict)
 
     @property
@@ -63,6 +69,8 @@ class Inputs:
     @cached_property
     def source(self) -> Source:
         """The real images. Raises DataError."""
+        if self.opened is not None:
+            return self.opened
         settings = self.settings
         source = open_source(settings.dataset.keys, settings.resolutions, settings.seed)
         for name, folder in self.folders.items():
@@ -97,6 +105,8 @@ class Inputs:
         """The averaged parameters of a stage, and the notes of its checkpoint."""
         # Four pictures sample the same stages: reading their weights
         # once saves most of the time.
+        if self.chain is not None:
+            return self.chain.params[stage.name], self.chain.notes[stage.name]
         if stage.name not in self._params:
             self._params[stage.name] = load_weights(stage, self.folders[stage.name], self.mesh)
         return self._params[stage.name]
@@ -125,11 +135,22 @@ class Inputs:
     ) -> dict[str, np.ndarray]:
         """Images of the first `until` stages by name (default: of all), float32 [n, h, w, c]."""
         stages = self.stages[:until]
+        if self.chain and joined(stages) == self.chain.stages[: len(stages)]:
+            # A part of it, with the programs that are compiled already.
+            part = self.chain.with_params(self.chain.params)
+            part.stages = self.chain.stages[: len(stages)]
+            return part.images(seeds, classes)
         params = {stage.name: self.params(stage)[0] for stage in stages}
         # No larger a batch than there are seeds: its empty rows
         # would be computed as well.
         chain = Chain(stages, params, self.mesh, min(self.settings.sample.batch, len(seeds)))
         return chain.images(seeds, classes)
+
+    def random_conv(self) -> FeatureExtractor:
+        """Random convolutions: features that see structure, and need no download."""
+        if self.extractor is not None and self.extractor.name == "random-conv":
+            return self.extractor
+        return make_extractor("random-conv", weights=None, mesh=self.mesh)
 
     def describe(self) -> dict[str, Any]:
         """Which real images the numbers are from, for the JSON of a picture."""
@@ -144,10 +165,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Picture:
-    """One entry of plot.PLOTS: `plot` writes its files, if all `needs` (keys of NEEDS) are met."""
+    """One entry of plot.PLOTS: `plot` writes its files, if all `needs` (keys of NEEDS) are met.
+
+    ending: of the file's name.
+    """
 
     plot: Callable[[Inputs], None]
     needs: tuple[str, ...]
+    ending: str = "png"
 
 
 def plain(value: Any) -> Any:

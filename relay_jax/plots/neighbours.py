@@ -16,7 +16,6 @@ import numpy as np
 from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source
-from relay_jax.evaluation.features import make_extractor
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
 from relay_jax.runtime.logs import Progress
@@ -76,6 +75,11 @@ def _blocks(
         )
 
 
+def _squares(rows: np.ndarray) -> np.ndarray:
+    """Sum of the squares of each row, without an array of them all."""
+    return np.einsum("ij,ij->i", rows, rows)
+
+
 def nearest(
     queries: np.ndarray, references: Sequence[np.ndarray], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +94,7 @@ def nearest(
     # would need the differences of every pair in memory.
     for start, parts in _blocks(references):
         squared = np.minimum.reduce(
-            [(a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T) for b in parts]
+            [_squares(a)[:, None] + _squares(b) - 2 * (a @ b.T) for b in parts]
         )
         here = np.broadcast_to(np.arange(start, start + squared.shape[1]), squared.shape)
         best, index = np.hstack([best, squared]), np.hstack([index, here])
@@ -216,9 +220,7 @@ def plot_neighbours(inputs: Inputs) -> None:
     last = inputs.stages[-1].name
     samples = to_uint8(inputs.samples(seeds, inputs.classes(seeds))[last])
     positions = inputs.positions(SEARCHED)
-    # Random convolutions: features that
-    # see structure, and need no download.
-    extract = make_extractor("random-conv", weights=None, mesh=inputs.mesh)
+    extract = inputs.random_conv()
     results = neighbours(
         samples,
         inputs.source,

@@ -13,7 +13,7 @@ from absl import logging
 
 from relay_jax.config import Settings
 from relay_jax.errors import UserError
-from relay_jax.plots import data, filmstrip, grids, handoff, loss, neighbours, snr
+from relay_jax.plots import animation, data, filmstrip, grids, handoff, loss, neighbours, snr
 from relay_jax.plots.inputs import Inputs, Picture, PlotSettings, lacking
 
 # In the order in which they are plotted: those of the data first,
@@ -24,6 +24,7 @@ PLOTS: dict[str, Picture] = {
     "handoff": handoff.PICTURE,
     "loss": loss.PICTURE,
     "filmstrip": filmstrip.PICTURE,
+    "animation": animation.PICTURE,
     "neighbours": neighbours.PICTURE,
     "grid": grids.GRID,
     "curves": grids.CURVES,
@@ -65,4 +66,5 @@ def plot(
     possible = [name for name, why in reasons.items() if not why]
     for number, name in enumerate(possible):
         PLOTS[name].plot(inputs)
-        logging.info("picture %d of %d: %s", number + 1, len(possible), out / f"{name}.png")
+        path = out / f"{name}.{PLOTS[name].ending}"
+        logging.info("picture %d of %d: %s", number + 1, len(possible), path)

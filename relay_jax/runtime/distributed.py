@@ -38,6 +38,8 @@ T = TypeVar("T")
 _peers: Peers | None = None  # several processes: the others
 _joined = False  # whether initialize() has connected this process with others
 _stop_flag = False  # SIGTERM has come; several processes: and they have agreed on it
+_by_user = False  # ... and by Ctrl-C, not SIGTERM
+_asked = False  # whether anything has called stop_requested: else there is nothing to save
 _checks = 0  # several processes: calls of stop_requested so far, equal on all
 
 
@@ -278,24 +280,40 @@ def barrier(name: str) -> None:
 def sigterm_asks() -> Iterator[None]:
     """Within it SIGTERM no longer ends the program: `stop_requested` says that it has come.
 
-    With several processes JAX has installed its own handler, which
+    Nor does the first Ctrl-C, where something asks. With several
+    processes JAX has installed its own handler of SIGTERM, which
     tells the other processes too.
     """
-    global _stop_flag
-    _stop_flag = False
+    global _stop_flag, _by_user, _asked
+    _stop_flag = _by_user = _asked = False
     if _joined or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _ask_to_stop)
+    before = {
+        number: signal.signal(number, _ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _ask_to_stop(*_: object) -> None:
-    global _stop_flag
+def _ask_to_stop(number: int, _: object) -> None:
+    global _stop_flag, _by_user
+    if number == signal.SIGINT:
+        # A second time, or where nothing is saved: at once.
+        if _stop_flag or not _asked:
+            raise KeyboardInterrupt
+        _by_user = True
+        # Not print, which the signal may have interrupted.
+        os.write(2, b"\nCtrl-C: saves and stops; press it again to stop at once\n")
     _stop_flag = True
+
+
+def stopped_by() -> str:
+    """What asked the program to stop: SIGTERM or Ctrl-C."""
+    return "Ctrl-C" if _by_user else "SIGTERM"
 
 
 def stop_requested() -> bool:
@@ -307,7 +325,8 @@ def stop_requested() -> bool:
     # With several processes JAX chooses a call that none of them has
     # reached yet, and says so at that call alone: who cannot stop
     # just there, such as in the last step of a stage, asks again.
-    global _checks, _stop_flag
+    global _checks, _stop_flag, _asked
+    _asked = True
     if _joined and not _stop_flag:
         _checks += 1
         _stop_flag = multihost_utils.reached_preemption_sync_point(_checks)

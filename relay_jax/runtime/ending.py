@@ -1,8 +1,8 @@
 """How a command ends: one line and an exit status, also where other processes wait for this one.
 
-0 done; 75 stopped by SIGTERM and saved; 2 the user has to
-change something; 1 the same command may succeed later, or the
-program has failed.
+0 done; 75 stopped by SIGTERM and saved; 130 by Ctrl-C, saved
+likewise where something is; 2 the user has to change something; 1 the
+same command may succeed later, or the program has failed.
 """
 
 import os
@@ -15,10 +15,12 @@ import jax
 from absl import logging
 
 from relay_jax.errors import Stopped, UserError, one_line
-from relay_jax.runtime import distributed
+from relay_jax.runtime import distributed, start, terminal
 from relay_jax.runtime.files import storage_error
 from relay_jax.runtime.logs import fail, quieten
 from relay_jax.runtime.start import STOPPED
+
+INTERRUPTED = 130  # as shells say it of Ctrl-C
 
 
 def to_the_end(action: Callable[[], None]) -> None:
@@ -30,9 +32,13 @@ def to_the_end(action: Callable[[], None]) -> None:
             action()
         distributed.leave()
     except Stopped as stop:
-        logging.info("%s; the same command continues", stop)
+        terminal.close()
+        # Whoever raised it did not ask which of the two it was.
+        by = distributed.stopped_by()
+        said = str(stop).replace("SIGTERM", by)
+        logging.info("%s; the same command continues: %s", said, start.command_of())
         distributed.leave()
-        sys.exit(STOPPED)
+        sys.exit(STOPPED if by == "SIGTERM" else INTERRUPTED)
     except UserError as error:
         give_up(error)
     # Of a place that nobody has thought
@@ -40,11 +46,15 @@ def to_the_end(action: Callable[[], None]) -> None:
     except (OSError, UnicodeError) as error:
         give_up(storage_error(f"{one_line(error)}; what is finished stays", error))
     except KeyboardInterrupt:
-        logging.info("interrupted; the same command continues from the last checkpoint")
+        terminal.close()
+        logging.info(
+            "interrupted; the same command continues from what is saved: %s", start.command_of()
+        )
         if distributed.joined():
-            os._exit(130)
-        sys.exit(130)
+            os._exit(INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except Exception as error:
+        terminal.close()
         if not distributed.joined():
             raise
         _end_alone(error)

@@ -7,30 +7,49 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging import LogRecord
+from logging import Handler, LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
-from relay_jax.errors import StorageError, one_line
-from relay_jax.runtime import distributed
+from relay_jax.errors import Stopped, StorageError, one_line
+from relay_jax.runtime import distributed, terminal
 from relay_jax.runtime.files import cannot_write, mend_jsonl, read_jsonl, write_text
 
 PACKAGE = str(Path(__file__).parents[1])
 # Libraries whose errors this package raises itself, in one line.
 RAISED_ELSEWHERE = ("orbax", "tensorstore", "tensorboardX")
+LIVE_SECONDS = 0.5  # between two changes of rates on a terminal
 MAX_MESSAGE = 390  # characters of an error, `error: ` included
 
 
 def quieten() -> None:
-    """Keeps the lines of this package, and of the libraries errors alone."""
+    """Keeps the lines of this package, with their time, and of the libraries errors alone.
+
+    --verbosity brings absl's prefixes back.
+    """
     handler = logging.get_absl_handler()
     handler.addFilter(_is_wanted)
+    if not flags.FLAGS["verbosity"].present:
+        handler.setFormatter(terminal.Plain())
+    _write_above(handler.python_handler)
     # A full disk ends threads of Orbax and TensorBoard as well, each
     # with a traceback above the line that matters.
     threading.excepthook = _of_thread
+
+
+def _write_above(handler: Handler) -> None:
+    """Log lines come above the live line."""
+    if "emit" not in vars(handler):
+        emit = handler.emit
+
+        def above(record: LogRecord) -> None:
+            with terminal.above():
+                emit(record)
+
+        vars(handler)["emit"] = above
 
 
 def _is_wanted(line: LogRecord) -> bool:
@@ -50,6 +69,7 @@ def fail(message: object, status: int = 2) -> NoReturn:
     """Ends the program with one short line on stderr; status 2 is for a mistake of the user's."""
     # Libraries put whole lists and files into their messages: the
     # beginning says what is wrong, the end what to do.
+    terminal.close()
     text = one_line(ValueError(message), MAX_MESSAGE - len("error: "))
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -201,7 +221,7 @@ def _median(lines: list[dict], key: str) -> float | None:
 
 
 class Progress:
-    """Rate and time left of a long loop, as one console line now and then.
+    """Rate and time left of a long loop: a live line on a terminal, else a log line now and then.
 
     total, done: images. of_rate: further words that follow from the
     rate. steady: nothing is compiled on the way and results come in
@@ -225,15 +245,21 @@ class Progress:
         self._start_done, self._last_done, self._last = done, done, clock()
         self._start: float | None = self._last if steady else None
         self._spoken = False
+        self._extra = self._brief = ""
+        self._rate = self._overall = 0.0
 
     def update(self, done: int) -> None:
         """A line if `every` seconds have passed since the last, and at the end of a long loop."""
+        waited = self._clock() - self._last
         ends = done >= self._total and (self._spoken or self._steady) and done > self._last_done
-        if self._clock() - self._last > self._every or ends:
+        if waited > self._every or ends or (terminal.is_terminal() and waited > LIVE_SECONDS):
             self.line(done)
 
-    def line(self, done: int, extra: str = "") -> float:
-        """Prints one line and returns the rate since the last one, images per second."""
+    def line(self, done: int, extra: str = "", brief: str = "") -> float:
+        """Says where the loop is, and returns the rate since the last time, images per second.
+
+        brief: what the live line has in the place of of_rate's words.
+        """
         now = self._clock()
         self._spoken = True
         rate = (done - self._last_done) / max(now - self._last, 1e-9)
@@ -245,17 +271,43 @@ class Progress:
             overall = (done - self._start_done) / max(now - self._start, 1e-9)
         rate = overall if self._steady else rate
         self._last_done, self._last = done, now
-        remaining = (self._total - done) / overall if overall > 0 else math.inf
-        if distributed.is_first():
-            further = self._of_rate(rate)
-            logging.info(
-                "%s: %s of %s images%s, %.4g img/s%s, %s left",
-                self._what,
-                f"{done:,}",
-                f"{self._total:,}",
-                f", {extra}" if extra else "",
-                rate,
-                f", {further}" if further else "",
-                duration(remaining),
-            )
+        self._extra, self._brief = extra, brief
+        self._rate, self._overall = rate, overall
+        if terminal.is_terminal():
+            self.show(done)
+        elif distributed.is_first():
+            place = f"{done:,} of {self._total:,} images"
+            logging.info("%s", self._text(done, place, self._of_rate(rate)))
         return rate
+
+    def show(self, done: int) -> None:
+        """Moves the live line on, on a terminal; the rates are those of the last `line`."""
+        if not terminal.is_terminal():
+            return
+        if done >= self._total:
+            terminal.close()
+        else:
+            # Short, for terminals of 80 columns.
+            place = f"{done:,}/{self._total:,} images"
+            terminal.show(self._text(done, place, self._brief), done, self._total)
+
+    def _text(self, done: int, place: str, further: str) -> str:
+        parts = [f"{self._what}: {place}"]
+        if self._spoken:
+            left = (self._total - done) / self._overall if self._overall > 0 else math.inf
+            parts += [self._extra, f"{self._rate:.4g} img/s", further, f"{duration(left)} left"]
+        return ", ".join(part for part in parts if part)
+
+
+class PrepareProgress:
+    """Lines of progress of a preparation, and its answer to SIGTERM."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = Progress("prepare", total, done, every=10.0)
+        self._progress.update(done)
+        if distributed.stop_requested():
+            raise Stopped("stopped by SIGTERM while preparing")

@@ -7,6 +7,7 @@ nothing that takes time.
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,13 @@ def begin() -> None:
             flush=True,
         )
         sys.exit(2)
+
+
+def command_of() -> str:
+    """The command line of this process, as a line for a shell."""
+    # As it was typed: absl and ml_collections change sys.argv.
+    program, *arguments = sys.orig_argv
+    return shlex.join([Path(program).name, *arguments])
 
 
 def refuse_bytes(argv: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from relay_jax.diffusion.process import NoiseFn
 from relay_jax.diffusion.sampler import Samples, seeded_noise
 from relay_jax.errors import UserError
 from relay_jax.runtime import distributed
+from relay_jax.runtime.compiling import compiling
 from relay_jax.runtime.devices import jit
 from relay_jax.runtime.sharding import (
     batch_sharding,
@@ -248,8 +249,12 @@ class Chain:
         waiting = [
             s for s in self.stages if not isinstance(self._programs[s.name], jax.stages.Compiled)
         ]
-        threads = 1 if distributed.joined() else max(len(waiting), 1)
-        with ThreadPoolExecutor(threads) as pool:
+        if not waiting:
+            return
+        threads = 1 if distributed.joined() else len(waiting)
+        names = " and ".join(f"{s.name}, {s.resolution} px" for s in waiting)
+        what = f"the sampler of {names}, batch {self.batch}"
+        with compiling(what), ThreadPoolExecutor(threads) as pool:
             for stage, program in zip(waiting, pool.map(self._compiled, waiting), strict=True):
                 self._programs[stage.name] = program
 

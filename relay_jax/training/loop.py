@@ -61,11 +61,13 @@ class Observers:
 
     preview: -> picture, uint8 [H, W, 3]; every
     log.grid_every_images. evaluation: -> scores by name, on process
-    0; every evaluate.every images. None: never.
+    0; every evaluate.every images. page: writes the run's page, after
+    each picture, on process 0. None: never.
     """
 
     preview: Callable[[dict], np.ndarray] | None = None
     evaluation: Callable[[dict], dict[str, float]] | None = None
+    page: Callable[[], object] | None = None
 
 
 class Start(NamedTuple):
@@ -175,10 +177,11 @@ def train_stage(
                     batch = to_devices(dict(host_batch), mesh)
                     # Counted in the trace that the first call
                     # compiles, and so traced only once.
-                    if progress.step_flops is None:
-                        traced = train_step.trace(state, batch, step_key)
-                        progress.step_flops = matmul_flops(traced.jaxpr.jaxpr)
-                    state, metrics = train_step(state, batch, step_key)
+                    with progress.compiling():
+                        if progress.step_flops is None:
+                            traced = train_step.trace(state, batch, step_key)
+                            progress.step_flops = matmul_flops(traced.jaxpr.jaxpr)
+                        state, metrics = train_step(state, batch, step_key)
                     pending.append(metrics)
                     before, step = step * train.batch, step + 1
                     images, last = step * train.batch, step == train.steps
@@ -186,6 +189,7 @@ def train_stage(
                     # reports, but not arbitrarily far behind it.
                     if len(pending) > ahead:
                         jax.block_until_ready(pending[-1 - ahead])
+                    progress.show(images)
 
                 # Such a step has left the parameters as they
                 # were, so that it can be looked into. To ask
@@ -253,6 +257,8 @@ def _observe(
     due = bool(every) and (last or _due(before, images, every))
     if observers.preview and due and not (again and progress.has_picture(images)):
         progress.picture(images, observers.preview(ema))
+        if observers.page and distributed.is_first():
+            observers.page()
     every = settings.evaluate.every
     due = bool(every) and (last or _due(before, images, every))
     if observers.evaluation and due and not (again and progress.has_scores(images)):

@@ -8,7 +8,7 @@ STAGE/training.json   the whole training in a few numbers
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from relay_jax.runtime import distributed
+from relay_jax.runtime.compiling import compiling
 from relay_jax.runtime.distributed import is_first
 from relay_jax.runtime.environment import environment
 from relay_jax.runtime.files import append_jsonl, read_jsonl, write_json, write_png
@@ -85,6 +86,20 @@ class StageProgress:
             yield
         self._waited += time.monotonic() - begun
 
+    def compiling(self) -> AbstractContextManager[None]:
+        """Around a step: the first one compiles, and says so."""
+        if self.step_flops is not None:
+            return nullcontext()
+        stage = self._stage
+        return compiling(
+            f"the training step of stage {stage.name}, {stage.resolution} px, batch "
+            f"{stage.train.batch}, {self._mesh.size} devices"
+        )
+
+    def show(self, images: int) -> None:
+        """The live line of a terminal, after every step."""
+        self._progress.show(images)
+
     def report(self, images: int, state: TrainState, pending: list[dict], requested: bool) -> bool:
         """One console line and one line of scalars for the steps since the last report.
 
@@ -111,7 +126,8 @@ class StageProgress:
         if "clipped" in means:  # a mean of zeros and ones: a share of the steps
             means["clipped_share"] = means.pop("clipped")
             loss += f", {means['clipped_share']:.0%} clipped"
-        rate = self._progress.line(images, loss + (f", {skipped} steps skipped" if skipped else ""))
+        extra = loss + (f", {skipped} steps skipped" if skipped else "")
+        rate = self._progress.line(images, extra, f"loader {self._loader_share:.1%}")
         scalars = {
             **means,
             "images_per_second": round(rate, 3),

@@ -4,12 +4,15 @@ WORKDIR/STAGE/              each stage's training (training/loop.py, training/re
 WORKDIR/samples/grid.png    samples of all stages
 WORKDIR/loss.png            the loss of all stages
 WORKDIR/report.{json,md}    their scores (evaluation/evaluate.py)
+WORKDIR/report.html         a page of all that (plots/run_page.py), also on the way
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -21,7 +24,11 @@ from relay_jax.data.source import Source
 from relay_jax.errors import Stopped, UserError
 from relay_jax.evaluation.evaluate import StageEvaluation, generate_first, summarize
 from relay_jax.evaluation.features import FeatureExtractor, file_of, make_extractor
+from relay_jax.evaluation.words import sentences
+from relay_jax.plots.finished import plot_finished, write_grids
 from relay_jax.plots.grids import grid, loss_curves, relay_picture
+from relay_jax.plots.page import PAGE
+from relay_jax.plots.run_page import next_commands, write_run_page
 from relay_jax.presets import with_preset
 from relay_jax.runtime import distributed
 from relay_jax.runtime.devices import training_devices
@@ -32,7 +39,7 @@ from relay_jax.sampling.request import of_one_stage
 from relay_jax.stage import Stage
 from relay_jax.training.loop import Observers, is_finished, train_stage
 from relay_jax.training.report import SUMMARY
-from relay_jax.workdir import claim_dataset
+from relay_jax.workdir import claim_dataset, class_names
 
 PREVIEW_COLUMNS = 8
 
@@ -84,7 +91,8 @@ def train(
             cache=workdir / "cache",
         )
         preview = Preview(quick, source, sampling_mesh, settings.log.grid_images)
-        observers = Observers(preview=preview, evaluation=evaluation)
+        page = partial(write_run_page, sampled.stages, workdir)
+        observers = Observers(preview=preview, evaluation=evaluation, page=page)
         folder, start_from = workdir / stage.name, weights.get(stage.name)
         train_stage(stage, source, mesh, folder, settings, observers, start_from)
         # The stage's last checkpoint is there for all before one of
@@ -118,8 +126,8 @@ def is_reported(workdir: Path) -> bool:
 
 def try_places(stages: Sequence[Stage], workdir: Path) -> None:
     """Raises StorageError if what the training of these stages writes cannot be written."""
-    results = ["report.json", "report.md", "loss.png", "samples/grid.png"]
-    try_folder(workdir, ["samples", "cache"], results)
+    results = ["report.json", "report.md", PAGE, "loss.png", "samples/grid.png"]
+    try_folder(workdir, ["samples", "plots", "cache"], results)
     for stage in stages:
         folders = ["checkpoints", "grids", "profile", "debug"]
         try_folder(workdir / stage.name, folders, [SUMMARY])
@@ -137,7 +145,7 @@ def may_only_be_read(stages: Sequence[Stage], workdir: Path) -> bool:
         return False
     logging.info(
         "all stages are finished; see %s (nothing can be written there)",
-        workdir / "report.md",
+        workdir / (PAGE if (workdir / PAGE).exists() else "report.md"),
     )
     return True
 
@@ -159,9 +167,15 @@ def finish(
         return
     if reported:
         logging.info(
-            "all stages are finished; see %s (remove report.json to generate the samples again)",
-            workdir / "report.md",
+            "all stages are finished; remove report.json to generate the samples again",
         )
+        with distributed.agree():
+            if distributed.is_first():
+                # Of a run that was killed before its page, or
+                # that an earlier version has made.
+                if not (workdir / PAGE).exists():
+                    write_run_page(stages, workdir)
+                logging.info("look at %s", workdir / PAGE)
         return
     folders = {stage.name: workdir / stage.name for stage in stages}
     chain = Chain.load(stages, folders, mesh, settings.sample.batch)
@@ -185,12 +199,25 @@ def finish(
             write_png(workdir / "samples" / "grid.png", picture)
             logs = [(name, folder / "metrics.jsonl") for name, folder in folders.items()]
             loss_curves(logs, workdir / "loss.png")
-    summarize(generated, chain, source, extractor, settings, workdir)
-    logging.info(
-        "done: look at %s and %s",
-        workdir / "samples" / "grid.png",
-        workdir / "report.md",
-    )
+            write_grids(settings, source, images, classes, workdir)
+    report = summarize(generated, chain, source, extractor, settings, workdir)
+    if distributed.joined():
+        logging.info("more pictures for the page: --mode=plot, in one process")
+    elif settings.evaluate.pictures:
+        plot_finished(settings, source, chain, extractor, workdir)
+    with distributed.agree():
+        if distributed.is_first():
+            tell(write_run_page(stages, workdir), report, workdir)
+
+
+def tell(page: Path, report: Mapping[str, Any], workdir: Path) -> None:
+    """The end of the story: what was reached, what to do next, and where to look."""
+    lines = ["done.", *(f"  {line}" for line in sentences(report["scores"])), "next:"]
+    look = ("Look at the page:", f"python -m webbrowser {shlex.quote(str(page))}")
+    for what, command in [*next_commands(workdir, class_names(workdir, {}))[:2], look]:
+        lines += [f"  {what}", f"    {command}"]
+    logging.info("%s", "\n".join(lines))
+    logging.info("look at %s", page)
 
 
 def features_of(settings: Settings, mesh: Mesh) -> FeatureExtractor:
@@ -229,7 +256,9 @@ class Preview:
     # preview gives it other parameters.
     @cached_property
     def _chain(self) -> Chain:
-        return Chain([self.stage.alone], {}, self.mesh, self.count)
+        chain = Chain([self.stage.alone], {}, self.mesh, self.count)
+        chain.compile()
+        return chain
 
     @cached_property
     def _inputs(self) -> Inputs:

@@ -25,7 +25,7 @@ from relay_jax.evaluation.evaluate import (
     summarize,
 )
 from relay_jax.evaluation.features import make_extractor
-from relay_jax.evaluation.images import choice
+from relay_jax.evaluation.images import Shown, choice
 from relay_jax.evaluation.metrics import fid, inception_score
 from relay_jax.evaluation.neighbours import precision_recall
 from relay_jax.evaluation.sliced_distance import mind
@@ -168,7 +168,14 @@ def test_samples_of_a_run_score_as_the_images_that_sampling_writes(
     comparison, out = compared(tmp_path / "cache"), tmp_path / "out"
     generate(settings, request, weights, tmp_path / "png", "png")
     report = evaluate_run(settings, request, weights, comparison, out)
-    images = evaluate_run(settings, tmp_path / "png", {}, comparison, tmp_path / "images")
+    shown = Shown(4)
+    images = evaluate_run(settings, tmp_path / "png", {}, comparison, tmp_path / "images", shown)
+    # Some of the samples and of the reference, for the page: the first and the last among them.
+    files = sorted((tmp_path / "png").rglob("*.png"))
+    expected = [np.asarray(Image.open(files[n])) for n in (0, 2, 4, 6)]
+    np.testing.assert_array_equal(shown.samples, expected)
+    assert shown.reference is not None and shown.reference.shape == (4, 16, 16, 3)
+    assert report["calls_per_image"].keys() == {"base", "relay"}
     assert images["scores"] == report["scores"]
     for part in (report, images):
         sampling = part["samples"]["sampling"]

@@ -66,6 +66,8 @@ def test_a_sweep_scores_all_samplers_and_draws_none_of_them_twice(
     assert quick["ratio"]["FD-random-conv"] == ratio and f"({ratio:.3g} x)" in text
     assert set(quick["ratio"]) == {"FD-random-conv", "MIND-random-conv"} and real["error"] > 0
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 4 and "as many real images" in page  # three samplers, the plot
     # One of them was lost, as if the sweep had been stopped before: the others are not run again.
     files = content(tmp_path)
     lost = KeptImages(contender(settings_of(tiny_relay()), NOISY), tmp_path)

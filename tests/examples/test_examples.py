@@ -147,6 +147,8 @@ def test_the_other_verbs_work_on_a_run_of_examples(
     run(f"--workdir={workdir}", "--mode=evaluate", "--seeds=0-7", f"--out={tmp_path / 'scores'}")
     scores = json.loads((tmp_path / "scores" / "report.json").read_text())["scores"]
     assert np.isfinite(list(scores.values())).all()
+    page = (tmp_path / "scores" / "report.html").read_text()
+    assert page.count("<img") == 2 and all(name in page for name in scores)
     run(f"--workdir={workdir}", "--mode=plan", "--devices=1", "--hardware=H100")
     plan = json.loads((workdir / "plan.json").read_text())["stages"]
     # Euler's calls are its levels, and the plan knows it from the sampler alone.

@@ -39,7 +39,7 @@ def get_config(_=''):
     config.dataset.update(size=64, threads=1)
     config.checkpoint.every_images = 32
     config.log.update(every_steps=1, grid_every_images=48, grid_images=4)
-    config.evaluate.update(samples=8, every=48, every_samples=6)
+    config.evaluate.update(samples=8, every=48, every_samples=6, pictures=False)
     return config
 """
 

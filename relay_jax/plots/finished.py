@@ -1,0 +1,117 @@
+"""What the page of a finished run shows, made at the end of its training from what is loaded.
+
+WORKDIR/samples/stage-STAGE.png, real.png   grids without writing, a column for each class
+WORKDIR/plots/                              some pictures of --mode=plot, with their numbers
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from relay_jax.config import Settings
+from relay_jax.data.images import to_float
+from relay_jax.data.loader import read
+from relay_jax.data.source import Source
+from relay_jax.errors import DataError
+from relay_jax.evaluation.features import FeatureExtractor
+from relay_jax.plots import animation, handoff, neighbours, snr
+from relay_jax.plots.data import choose
+from relay_jax.plots.grids import grid
+from relay_jax.plots.inputs import Inputs, Picture, PlotSettings, lacking
+from relay_jax.runtime.files import write_png
+from relay_jax.sampling.chain import Chain
+
+ROWS, COLUMNS, SIDE = 4, 8, 64  # of a grid; least pixels of an image in it
+PICTURES: Mapping[str, Picture] = {
+    "snr": snr.PICTURE,
+    "handoff": handoff.PICTURE,
+    "neighbours": neighbours.PICTURE,
+    "animation": animation.PICTURE,
+}
+
+
+def write_grid(path: Path, images: np.ndarray) -> None:
+    """Images float32 [n, h, w, c] or uint8 as a grid of COLUMNS, without writing."""
+    floats = to_float(images) if images.dtype == np.uint8 else images
+    write_png(path, grid(floats[: ROWS * COLUMNS], COLUMNS, SIDE))
+
+
+def in_columns(classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Which of some images a grid shows, int [n]: a column for each of the first classes."""
+    columns = [
+        np.flatnonzero(classes == label)[:ROWS] for label in range(min(num_classes, COLUMNS))
+    ]
+    if len(columns) == COLUMNS and all(len(column) == ROWS for column in columns):
+        return np.stack(columns, axis=1).reshape(-1)
+    return np.arange(min(len(classes), ROWS * COLUMNS))
+
+
+def write_grids(
+    settings: Settings,
+    source: Source,
+    images: Mapping[str, np.ndarray],
+    classes: np.ndarray,
+    workdir: Path,
+) -> None:
+    """Samples of every stage, and as many real images of the same classes.
+
+    images: by stage name, float32 [n, h, w, c]; classes: int [n].
+    Raises DataError and StorageError.
+    """
+    last = settings.stages[-1]
+    shown = in_columns(classes, last.num_classes)
+    for name, samples in images.items():
+        write_grid(workdir / "samples" / f"stage-{name}.png", samples[shown])
+    rows = choose(source.at(last.resolution), settings.seed, COLUMNS, ROWS)
+    if source.num_classes and all(len(row.positions) == ROWS for row in rows):
+        positions = [row.positions[k] for k in range(ROWS) for row in rows]
+    else:
+        positions = [position for row in rows for position in row.positions]
+    real = read(source, positions[: ROWS * COLUMNS], last.resolution)[0]
+    write_grid(workdir / "samples" / "real.png", real)
+
+
+def plot_finished(
+    settings: Settings,
+    source: Source,
+    chain: Chain,
+    extractor: FeatureExtractor,
+    workdir: Path,
+) -> None:
+    """The pictures of PICTURES that can be plotted, in WORKDIR/plots.
+
+    chain: all stages with their weights. In one process. Raises
+    StorageError.
+    """
+    inputs = Inputs(
+        settings=settings,
+        folders={stage.name: workdir / stage.name for stage in settings.stages},
+        request=PlotSettings(seeds=range(64)),
+        out=workdir / "plots",
+        opened=source,
+        chain=chain,
+        extractor=extractor,
+    )
+    # The film is mostly a compilation, which needs one core; the
+    # others are mostly NumPy and matplotlib, which need another.
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(_plot, inputs, ["animation"])
+        _plot(inputs, [name for name in PICTURES if name != "animation"])
+        waiting.result()
+
+
+def _plot(inputs: Inputs, names: Sequence[str]) -> None:
+    for name in names:
+        # The report is written: what
+        # cannot be shown must not end it.
+        try:
+            why = lacking(inputs, PICTURES[name])
+            if not why:
+                PICTURES[name].plot(inputs)
+        except (DataError, ValueError) as error:
+            why = str(error)
+        if why:
+            logging.info("not plotted: %s (%s)", name, why)
