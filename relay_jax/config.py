@@ -258,7 +258,7 @@ def build(config: ConfigDict) -> list[Stage]:
     except (AttributeError, KeyError) as error:
         raise UserError(f"a key is missing ({error}); start from configs/default.py") from error
     except (TypeError, ValueError, IndexError) as error:
-        raise UserError(f"stages.*.resolution must be whole numbers: {one_line(error)}") from error
+        raise UserError(f"stages.*.{one_line(error)}") from error
     if not names:
         raise UserError("the configuration has no stages")
     for index, name in enumerate(names):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 Resolution = int | tuple[int, int]
 
+MAX_SIDE = 2**53  # beyond it whole numbers and float64 differ
+
 
 def height_width(resolution: Resolution) -> tuple[int, int]:
     """Pixels along both axes; tuples of it have the order of sizes of one shape."""
@@ -19,11 +21,10 @@ def as_resolution(size: int | Sequence[int]) -> Resolution:
 
     Raises ValueError for anything else.
     """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or any(type(side) is not int or not 0 < side <= MAX_SIDE for side in sides):
         raise ValueError(
-            f"resolution must be a positive whole number, or two of them, (height, width), not "
-            f"{size!r:.60}"
+            f"resolution must be a positive whole number, or (height, width), not {size!r:.60}"
         )
     height, width = sides
     return height if height == width else (height, width)
@@ -54,3 +55,9 @@ def smaller(size: Resolution, than: Resolution) -> bool:
 def size_text(resolution: Resolution) -> str:
     """'64', or '64x96' for 64 rows of 96 pixels."""
     return "x".join(map(str, [resolution] if isinstance(resolution, int) else resolution))
+
+
+def pixels_text(*resolutions: Resolution) -> str:
+    """'8 and 64 px', or '64x96 px (height x width)', where sizes of files stand beside it."""
+    order = "" if all(isinstance(size, int) for size in resolutions) else " (height x width)"
+    return f"{' and '.join(map(size_text, resolutions))} px{order}"

@@ -24,7 +24,7 @@ from relay_jax.data.identity import Identity, class_names, identify
 from relay_jax.data.images import EncodedImages
 from relay_jax.data.source import Source, describe_source, draw
 from relay_jax.errors import DataError
-from relay_jax.resolution import Resolution, height_width, size_text, smaller
+from relay_jax.resolution import Resolution, height_width, pixels_text, smaller
 
 VERSION = 1
 HEADERS, MEMBERS = (
@@ -145,10 +145,10 @@ def show_files(
         parts.append(f"not used: {unused_files(source.unused)}")
     parts += _shown(sizes, source.decoding.background)
     if not exact:
-        parts.append(f"centre crop, resized to {size_text(resolution)} px")
+        parts.append(f"centre crop, resized to {pixels_text(resolution)}")
     logging.info("%s: %s: %s", what, where, "; ".join(parts))
     if sizes.smaller:
-        logging.warning("%s: %s", what, _enlarged(sizes, source, f"{size_text(resolution)} px"))
+        logging.warning("%s: %s", what, _enlarged(sizes, source, pixels_text(resolution)))
 
 
 def describe(
@@ -174,7 +174,7 @@ def describe(
         raise DataError(
             f"{dataset.get('path') or dataset['source']} has images of at most "
             f"{' x '.join(map(str, sizes.largest))} px, the largest stage needs "
-            f"{size_text(largest)}; use larger images or a smaller stage"
+            f"{pixels_text(largest)}; use larger images or a smaller stage"
         )
     return Description(
         source=describe_source(dataset, largest, seed),
@@ -242,13 +242,13 @@ def _done(
 ) -> list[str]:
     """What happens to an image between its file and the network, in order."""
     rising = sorted(set(resolutions), key=height_width)
-    stages = " and ".join(map(size_text, rising))
+    stages = pixels_text(*rising)
     if source.prepared:
-        done = [f"read as prepared, at {stages} px"]
+        done = [f"read as prepared, at {stages}"]
     elif rising == [source.resolution]:
-        done = [f"as they are, {stages} px"]
+        done = [f"as they are, {stages}"]
     else:
-        done = [f"centre crop, resized to {stages} px"]
+        done = [f"centre crop, resized to {stages}"]
     done = _shown(sizes, Decoding.from_config(dataset).background) + done
     if dataset.get("x_flip"):
         done.append("half of them mirrored while training")
@@ -289,7 +289,7 @@ def _doubts(
 ) -> list[str]:
     doubts = []
     if sizes.smaller:
-        doubts.append(_enlarged(sizes, source, f"the {size_text(largest)} px of the largest stage"))
+        doubts.append(_enlarged(sizes, source, f"the {pixels_text(largest)} of the largest stage"))
     # Also where the number agrees with the configuration, which
     # somebody may have set to what an error message named.
     empty = folders_without_images(source)

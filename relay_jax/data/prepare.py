@@ -50,7 +50,7 @@ from relay_jax.data.packed import (
 from relay_jax.data.source import Source
 from relay_jax.data.storage import Bucket, Folder, storage
 from relay_jax.errors import DataError
-from relay_jax.resolution import Resolution, height_width, size_text
+from relay_jax.resolution import Resolution, height_width, pixels_text, size_text
 from relay_jax.runtime.files import cannot_write
 
 # Keys of the source that are not compared where the originals are
@@ -342,11 +342,11 @@ def _kept(place: Folder, name: str) -> Shard | None:
 def _say_finished(path: str, manifest: Manifest) -> None:
     gigabytes = sum(shard["bytes"] for row in manifest["shards"].values() for shard in row) / 1e9
     logging.info(
-        "%s: %s images at %s px, %.3g GB; train on them with --config.dataset.source=packed "
+        "%s: %s images at %s, %.3g GB; train on them with --config.dataset.source=packed "
         "--config.dataset.path=%s",
         path,
         f"{manifest['images']:,}",
-        " and ".join(map(size_text, manifest["resolutions"])),
+        pixels_text(*manifest["resolutions"]),
         gigabytes,
         path,
     )

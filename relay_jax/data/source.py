@@ -23,7 +23,7 @@ from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.data.tfds import TfdsSource
 from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError, UserError, one_line
-from relay_jax.resolution import Resolution, height_width, size_text, smaller
+from relay_jax.resolution import Resolution, height_width, pixels_text, size_text, smaller
 
 __all__ = [
     "SOURCES",
@@ -202,7 +202,7 @@ def _check(source: Source, dataset: Mapping[str, Any], largest: Resolution) -> N
     # known without reading any.
     if source.resolution is not None and smaller(source.resolution, largest):
         raise UserError(
-            f"{dataset['path'] or dataset['source']} has images of {size_text(source.resolution)} "
-            f"px, the largest stage needs {size_text(largest)}; use larger images or a smaller "
-            "stage"
+            f"{dataset['path'] or dataset['source']} has images of "
+            f"{pixels_text(source.resolution)}, the largest stage needs {size_text(largest)}; use "
+            "larger images or a smaller stage"
         )

@@ -28,7 +28,7 @@ from relay_jax.data.packed import MANIFEST, PackedDataset, is_packed, read_manif
 from relay_jax.data.source import Source
 from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError
-from relay_jax.resolution import Resolution, as_resolution, height_width, size_text
+from relay_jax.resolution import Resolution, as_resolution, height_width, pixels_text
 from relay_jax.runtime.distributed import is_first
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.pixels import edit_pixels
@@ -147,8 +147,8 @@ class SourceImages:
         if isinstance(self._source, EncodedImages):
             show_files(what, self._source, where, self.resolution, self._exact)
         else:
-            size = size_text(self._source.resolution or self.resolution)
-            logging.info("%s: %s: %s images of %s px", what, where, f"{len(self._source):,}", size)
+            size = pixels_text(self._source.resolution or self.resolution)
+            logging.info("%s: %s: %s images of %s", what, where, f"{len(self._source):,}", size)
 
     def share(self, host: int, hosts: int, batch: int) -> Iterator[Part]:
         """As ImageSet says."""

@@ -36,7 +36,7 @@ from relay_jax.evaluation.images import ImageSet, SourceImages, kind_of, npz_sou
 from relay_jax.evaluation.neighbours import NEIGHBOURS
 from relay_jax.evaluation.published import Statistics, read_npz, read_pickle
 from relay_jax.evaluation.statistics import FeatureSet, collect
-from relay_jax.resolution import Resolution, size_text
+from relay_jax.resolution import Resolution, pixels_text, size_text
 from relay_jax.runtime import distributed
 from relay_jax.runtime.distributed import is_first
 from relay_jax.runtime.files import digest, file_sha256, replacing
@@ -140,7 +140,7 @@ def _prepared(
     limit: int,
 ) -> Reference:
     preparation = (
-        f"centre crop and resize to {size_text(resolution)} px as in training (images of that "
+        f"centre crop and resize to {pixels_text(resolution)} as in training (images of that "
         "size stay as they are)"
     )
     images = SourceImages(
@@ -191,7 +191,7 @@ def _of_npz(path: Path, resolution: Resolution, threads: int, limit: int) -> Ref
     # not be those of its images.
     if source.resolution != resolution:
         raise DataError(
-            f"{path} holds images of {size_text(source.resolution)} px, the samples have "
+            f"{path} holds images of {pixels_text(source.resolution)}, the samples have "
             f"{size_text(resolution)}; a reference of their size is needed, or a folder of "
             "originals"
         )
