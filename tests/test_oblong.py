@@ -26,7 +26,7 @@ from relay_jax.evaluation.report import notes_on_shape
 from relay_jax.models.unet import UNet
 from relay_jax.planning.cost import forward_flops
 from relay_jax.planning.plan import PlanSettings, plan
-from relay_jax.plots.neighbours import reduce
+from relay_jax.plots.neighbours import neighbours, neighbours_figure, reduce
 from relay_jax.plots.spectra import frequencies, square_bands
 from relay_jax.resolution import as_resolution, pixels_text, reduced, smaller
 from relay_jax.runtime.sharding import make_mesh
@@ -50,7 +50,7 @@ def oblong_relay() -> ConfigDict:
         stage.train.update(images=32, batch=16)
         stage.sample.num_steps = 4
     config.dataset.size = 64
-    config.evaluate.samples = 8
+    config.evaluate.update(samples=8, class_check=False)
     return config
 
 
@@ -153,8 +153,19 @@ def test_spectra_of_oblongs_follow_from_those_of_squares() -> None:
     assert bands.count.sum() == 96 and bands.label[2, 0] != bands.label[0, 3]
     image = np.random.default_rng(0).normal(size=(1, 64, 96, 3))
     np.testing.assert_allclose(
-        reduce(image, 32), image.reshape(1, 32, 2, 32, 3, 3).mean((2, 4)), rtol=1e-6
+        reduce(image, 32), image.reshape(1, 32, 2, 32, 3, 3).mean((2, 4)), atol=1e-6
     )
+
+
+def test_nearest_images_of_oblongs_are_found() -> None:
+    source = SyntheticShapes(HIGH, 32, 0)
+    samples = read(source, [5, 17], HIGH)[0]
+    samples[0, :2] = 0
+    nothing = dict(mirrored=False, features={}, each=lambda _: None)
+    (result,) = neighbours(samples, source, range(32), 2, **nothing)  # type: ignore[arg-type]
+    assert result.positions[:, 0].tolist() == [5, 17] and result.distances[1, 0] < 1e-6
+    figure = neighbours_figure([result], samples, [samples[:, None]], ["a", "b"], "")
+    assert figure.get_figheight() < 1.5 * 2 + 1.2
 
 
 # Refusals
@@ -267,7 +278,7 @@ def test_an_oblong_relay_trains_and_samples(workdir: Path, tmp_path: Path) -> No
 
 
 def test_an_oblong_relay_has_all_pictures(workdir: Path, tmp_path: Path) -> None:
-    pictures = "data,snr,handoff,filmstrip,neighbours,grid"
+    pictures = "data,snr,handoff,filmstrip,grid"
     arguments = [f"--plot={pictures}", "--plot_images=16", "--seeds=0-1", f"--out={tmp_path}"]
     run(f"--workdir={workdir}", "--mode=plot", *arguments)
     for name in pictures.split(","):
