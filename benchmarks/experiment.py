@@ -199,7 +199,7 @@ def as_markdown(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> st
         cells = [row["arm"], row["seeds"], si(row["training_flops"]), row["sampler"], row["calls"]]
         cells += [si(row["flops"]), *(score(row["scores"].get(name)) for name in names)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    real = next((row["real"] for row in rows if row["real"]), {})
+    real: Mapping[str, Any] = next((row["real"] for row in rows if row["real"]), {})
     cells = ["as many real images", *[""] * 5, *(score(real.get(name)) for name in names)]
     lines.append("| " + " | ".join(cells) + " |")
     about = import_module(f"benchmarks.experiments.{experiment.name}").__doc__ or ""

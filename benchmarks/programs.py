@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from relay_jax.planning.cost import abstract_key, abstract_state
+from relay_jax.resolution import height_width
 from relay_jax.runtime.devices import jit
 from relay_jax.runtime.flops import matmul_flops
 from relay_jax.runtime.sharding import batch_sharding, replicated, state_shardings
@@ -93,7 +94,7 @@ def with_settings(
 def random_batch(stage: Stage, batch: int) -> dict[str, np.ndarray]:
     """Images and labels of a training batch."""
     rng = np.random.default_rng(0)
-    shape = (batch, stage.resolution, stage.resolution, stage.network.image_channels)
+    shape = (batch, *stage.image_shape)
     return {
         "image": rng.integers(0, 256, shape, np.uint8),
         "label": np.arange(batch, dtype=np.int32) % max(stage.network.num_classes, 1),
@@ -147,9 +148,7 @@ def forward_inputs(stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray | N
     """x, c_noise and labels of a call of the network."""
     batch, classes = stage.train.batch, stage.network.num_classes
     rng = np.random.default_rng(2)
-    x = rng.normal(
-        size=(batch, stage.resolution, stage.resolution, stage.network.image_channels)
-    ).astype(np.float32)
+    x = rng.normal(size=(batch, *stage.image_shape)).astype(np.float32)
     labels = np.eye(classes, dtype=np.float32)[np.arange(batch) % classes] if classes else None
     return x, rng.normal(size=batch).astype(np.float32), labels
 
@@ -172,8 +171,8 @@ def sample_program(stage: Stage, mesh: Mesh, params: dict) -> Program:
         np.arange(batch, dtype=np.int32) % max(stage.num_classes, 1),
     ]
     if stage.starts_from_images:
-        side = stage.low_resolution
-        shape = (batch, side, side, stage.network.image_channels)
+        low = height_width(stage.low_resolution)
+        shape = (batch, *low, stage.network.image_channels)
         inputs.append(np.random.default_rng(3).uniform(-1, 1, shape).astype(np.float32))
     placed = jax.device_put(inputs, batch_sharding(mesh))
     function = jit(partial(sample_stage, stage), mesh, out_shardings=batch_sharding(mesh))

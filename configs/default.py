@@ -6,7 +6,9 @@ on the command line: --config.stages.relay.train.batch=32.
 Sources: RDM arXiv 2309.03350, EDM arXiv 2206.00364, ADM arXiv 2105.05233.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+
+Size = int | tuple[int, int]
 
 
 def model() -> ConfigDict:
@@ -17,7 +19,7 @@ def model() -> ConfigDict:
             channels=192,  # base width
             multipliers=(1, 2, 3, 4),  # width of each level over channels, largest level first
             blocks=3,  # residual blocks per level
-            attention=(32, 16, 8),  # levels with self-attention, pixels per side
+            attention=(32, 16, 8),  # levels with self-attention, pixels of the shorter side
             head_width=64,  # channels per attention head
             dropout=0.1,
             num_augment=0,  # size of the augmentation label vector: 9 with train.augment, else 0
@@ -53,11 +55,16 @@ def train() -> ConfigDict:
     )
 
 
-def edm_stage(resolution: int) -> ConfigDict:
+def size(resolution: Size) -> FieldReference:
+    """Pixels per side, or (height, width), on the command line --KEY="(64, 96)"."""
+    return FieldReference(resolution, field_type=object)
+
+
+def edm_stage(resolution: Size) -> ConfigDict:
     """A first stage."""
     return ConfigDict(
         dict(
-            resolution=resolution,
+            resolution=size(resolution),  # pixels per side, or (height, width)
             model=model(),
             process=dict(
                 kind="edm",  # edm | package.module:Class (diffusion/process.py)
@@ -94,14 +101,14 @@ def edm_stage(resolution: int) -> ConfigDict:
     )
 
 
-def relay_stage(resolution: int, patch: int = 4) -> ConfigDict:
-    """A relay stage; its input is the result of the stage before, resolution / patch wide.
+def relay_stage(resolution: Size, patch: int = 4) -> ConfigDict:
+    """A relay stage; its input is the result of the stage before, of resolution / patch.
 
     process.kind names another process over the same keys: each takes those that it has.
     """
     return ConfigDict(
         dict(
-            resolution=resolution,
+            resolution=size(resolution),
             model=model(),
             process=dict(
                 # relay (DCT blur, RDM) | relay_linear (CogView3's blur) | cascade (no relay: the
@@ -227,21 +234,30 @@ def get_config() -> ConfigDict:
     )
 
 
+def _short(resolution: Size) -> int:
+    return resolution if isinstance(resolution, int) else min(resolution)
+
+
 def smoke(config: ConfigDict) -> ConfigDict:
     """Shrinks a configuration to a minute on a laptop: 8 px, synthetic data, tiny networks.
 
     Keeps what is particular to it: number of stages, processes, sampler kinds, labels, precision.
     """
     stages = [config.stages[name] for name in config.stages]
-    factor = max(min(stage.resolution for stage in stages) // 8, 1)
+    # The shorter side of the first stage becomes 8, the longer one keeps to the aspect.
+    factor = max(min(_short(stage.resolution) for stage in stages) // 8, 1)
     for stage in stages:
-        stage.resolution //= factor
+        stage.resolution = (
+            stage.resolution // factor
+            if isinstance(stage.resolution, int)
+            else tuple(side // factor for side in stage.resolution)
+        )
         # Another kind of network has a size of its own, which only its file knows to shrink.
         if stage.model.kind == "unet":
             model, levels = stage.model, len(stage.model.multipliers[:2])
             model.channels, model.head_width, model.blocks = 16, 16, 1
             model.multipliers = tuple(min(m, 2) for m in model.multipliers[:2])
-            sizes = [stage.resolution >> level for level in range(levels)]
+            sizes = [_short(stage.resolution) >> level for level in range(levels)]
             model.attention = tuple(
                 r // factor for r in model.attention if r // factor in sizes and r // factor <= 8
             )

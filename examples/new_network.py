@@ -29,6 +29,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from relay_jax.resolution import Resolution, height_width, size_text
+
 
 class Block(nn.Module):
     """Attention and an MLP over tokens [b, n, width], both steered by c [b, width]."""
@@ -62,7 +64,7 @@ class Transformer(nn.Module):
     those of every network (models/network.py).
     """
 
-    resolution: int
+    resolution: Resolution
     patch: int = 2
     width: int = 64
     depth: int = 4
@@ -75,8 +77,9 @@ class Transformer(nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that make no transformer, naming the key of `model`."""
-        if self.resolution % self.patch:
-            raise ValueError(f"model.patch {self.patch} does not divide {self.resolution} pixels")
+        if any(side % self.patch for side in height_width(self.resolution)):
+            size = size_text(self.resolution)
+            raise ValueError(f"model.patch {self.patch} does not divide {size} pixels")
         if self.width % 2 or self.width % self.heads:
             raise ValueError(f"model.width {self.width} must be even and divisible by model.heads")
 
@@ -89,14 +92,17 @@ class Transformer(nn.Module):
         augment_labels: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """x: [b, r, r, image_channels]; c_noise: [b]; labels [b, n] or None. Like x, float32."""
+        """x: [b, h, w, image_channels]; c_noise: [b]; labels [b, n] or None. Like x, float32."""
         # Positions are learned, so the size is fixed; another one would fail in a reshape.
-        chex.assert_shape(x, (None, self.resolution, self.resolution, self.image_channels))
-        b, side, p = x.shape[0], self.resolution // self.patch, self.patch
-        patches = x.reshape(b, side, p, side, p, -1).swapaxes(2, 3).reshape(b, side * side, -1)
+        height, width = height_width(self.resolution)
+        chex.assert_shape(x, (None, height, width, self.image_channels))
+        b, p = x.shape[0], self.patch
+        rows, columns = height // p, width // p
+        patches = x.reshape(b, rows, p, columns, p, -1).swapaxes(2, 3)
+        patches = patches.reshape(b, rows * columns, -1)
         tokens = nn.Dense(self.width, name="patches")(patches)
         spread = nn.initializers.normal(0.02)
-        tokens += self.param("positions", spread, (1, side * side, self.width))
+        tokens += self.param("positions", spread, (1, rows * columns, self.width))
 
         # c_noise = ln(sigma) / 4 spans three units: periods from a part of that to far beyond.
         frequency = jnp.geomspace(0.25, 16.0, self.width // 2)
@@ -125,5 +131,5 @@ class Transformer(nn.Module):
         pixels = nn.Dense(p * p * self.image_channels, kernel_init=zeros, name="out")(
             modulated(tokens, shift, scale)
         )
-        grid = pixels.reshape(b, side, side, p, p, -1).swapaxes(2, 3)
+        grid = pixels.reshape(b, rows, columns, p, p, -1).swapaxes(2, 3)
         return grid.reshape(x.shape).astype(jnp.float32)

@@ -1,6 +1,6 @@
 """A source of images of your own: NumPy arrays, `images.npy` and perhaps `labels.npy` in a folder.
 
-    np.save("data/mine/images.npy", images)  # uint8 [n, side, side, 3]
+    np.save("data/mine/images.npy", images)  # uint8 [n, h, w, 3]
     np.save("data/mine/labels.npy", labels)  # int [n] from 0; leave it out without classes
 
 From the command line:
@@ -21,6 +21,7 @@ import numpy as np
 
 from relay_jax.data.source import ImageSource
 from relay_jax.errors import DataError, one_line
+from relay_jax.resolution import as_resolution
 from relay_jax.runtime.files import file_sha256
 
 
@@ -36,12 +37,12 @@ class NpyImages(ImageSource):
         images = self._array("images.npy")
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise DataError(
-                f"{path}: images.npy must be uint8 [n, side, side, 3], not {images.dtype} "
+                f"{path}: images.npy must be uint8 [n, h, w, 3], not {images.dtype} "
                 f"{list(images.shape)}"
             )
         self.count = len(images)
         # Where all images are as large, too small a set is refused before the training begins.
-        self.resolution = min(images.shape[1:3])
+        self.resolution = as_resolution(images.shape[1:3])
         self.labels = np.zeros(self.count, np.int64)
         if (self.folder / "labels.npy").exists():
             self.labels = np.array(self._array("labels.npy"))
@@ -54,7 +55,7 @@ class NpyImages(ImageSource):
         return self.count
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        """Image uint8 [side, side, 3] and its label, 0 without labels. Raises DataError."""
+        """Image uint8 [h, w, 3] and its label, 0 without labels. Raises DataError."""
         if not 0 <= position < self.count:
             raise IndexError(f"position {position} is outside 0..{self.count - 1}")
         # Mapped anew for each image: an open map would travel whole to worker processes.

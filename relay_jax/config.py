@@ -1,9 +1,8 @@
 """From a ConfigDict to dataclasses: the only place that knows both.
 
 `build` reads the stages of a relay, `settings_of` all of a
-configuration. Both raise UserError with one line before anything is
-compiled; everything below takes these dataclasses. What each key means
-is said in configs/default.py, once.
+configuration. Both raise UserError before anything is compiled. What
+each key means is said in configs/default.py, once.
 """
 
 import importlib
@@ -26,6 +25,7 @@ from relay_jax.diffusion.sampler import SAMPLERS, Sampler
 from relay_jax.errors import UserError, one_line
 from relay_jax.models.averages import parse_name
 from relay_jax.models.network import NETWORKS, Network, shapes_of
+from relay_jax.resolution import Resolution, as_resolution, check_enlarged, height_width, size_text
 from relay_jax.runtime.files import expanded
 from relay_jax.stage import Stage, TrainSettings, joined
 from relay_jax.values import (
@@ -157,7 +157,7 @@ class Settings:
             raise ValueError(f"seed must be {limit}, not {self.seed}")
 
     @property
-    def resolutions(self) -> list[int]:
+    def resolutions(self) -> list[Resolution]:
         """Of the stages, rising."""
         return [stage.resolution for stage in self.stages]
 
@@ -174,9 +174,13 @@ def settings_of(config: ConfigDict) -> Settings:
         dataset_keys = {"keys": dataset, **{name: dataset[name] for name in field_names}}
         check_value("seed", int, config.seed)
         check_value("mesh.fsdp", int, config.mesh.fsdp)
+        stages = build(config)
+        plain = json.loads(config.to_json_best_effort())
+        for stage in stages:  # a square is an int in files, however it was written
+            plain["stages"][stage.name]["resolution"] = stage.resolution
         return Settings(
             seed=config.seed,
-            stages=build(config),
+            stages=stages,
             dataset=made(DatasetSettings, "dataset", dataset_keys),
             fsdp=config.mesh.fsdp,
             checkpoint=made(CheckpointSettings, "checkpoint", config.checkpoint),
@@ -184,7 +188,7 @@ def settings_of(config: ConfigDict) -> Settings:
             sample=made(SampleSettings, "sample", config.sample),
             evaluate=made(EvaluateSettings, "evaluate", config.evaluate),
             debug=bool(config.get("debug", False)),
-            plain=json.loads(config.to_json_best_effort()),
+            plain=plain,
         )
     except UserError:
         raise
@@ -239,8 +243,9 @@ def stage_names(config: ConfigDict) -> list[str]:
     A ConfigDict does not keep the order of its keys when it is copied.
     """
 
-    def rank(name: str) -> tuple[int, bool]:
-        return config.stages[name].resolution, config.stages[name].process.kind != "edm"
+    def rank(name: str) -> tuple[tuple[int, int], bool]:
+        size = height_width(as_resolution(config.stages[name].resolution))
+        return size, config.stages[name].process.kind != "edm"
 
     return sorted(config.stages, key=rank)
 
@@ -252,8 +257,8 @@ def build(config: ConfigDict) -> list[Stage]:
         names = stage_names(config)
     except (AttributeError, KeyError) as error:
         raise UserError(f"a key is missing ({error}); start from configs/default.py") from error
-    except (TypeError, IndexError) as error:
-        raise UserError(f"stages.*.resolution must be whole numbers: {one_line(error)}") from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"stages.*.{one_line(error)}") from error
     if not names:
         raise UserError("the configuration has no stages")
     for index, name in enumerate(names):
@@ -261,7 +266,8 @@ def build(config: ConfigDict) -> list[Stage]:
             stage = _build_stage(config, name, index)
             stage.check()
             if stages:
-                _check_chain(stages[-1], stage)
+                low = stages[-1]
+                check_enlarged(stage.resolution, stage.process.patch, low.resolution, low.name)
         except UserError as error:
             raise UserError(f"stage {name}: {error}") from error
         except (ValueError, TypeError) as error:
@@ -278,14 +284,6 @@ def build(config: ConfigDict) -> list[Stage]:
 def rebuild(plain: Mapping[str, Any]) -> list[Stage]:
     """`build` of a configuration that is plain values, such as `Settings.plain`."""
     return build(ConfigDict(plain))
-
-
-def _check_chain(before: Stage, stage: Stage) -> None:
-    if before.resolution * stage.process.patch != stage.resolution:
-        raise ValueError(
-            f"resolution {stage.resolution} is not {stage.process.patch} (patch) times the "
-            f"{before.resolution} of stage {before.name}"
-        )
 
 
 def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
@@ -316,10 +314,12 @@ def _build_stage(config: ConfigDict, name: str, index: int) -> Stage:
     sampler: Sampler = made(sampler_class, "sample", keys_of(sampler_class, SAMPLERS, sample))
     train: TrainSettings = made(TrainSettings, "train", node.train)
     train = replace(train, ema=tuple(train.ema))
-    check_value("resolution", int, node.resolution)
     check_value("dataset.num_classes", int, config.dataset.num_classes)
     model = ({"condition_channels": 3} if process.has_condition else {}) | dict(node.model.items())
-    network = _build_network(model, node.resolution, config.dataset.num_classes)
+    resolution = as_resolution(node.resolution)
+    network = _build_network(model, resolution, config.dataset.num_classes)
+    if train.augment > 0 and not isinstance(resolution, int):
+        raise ValueError(f"train.augment needs squares, not {size_text(resolution)}; use 0")
     if train.augment > 0 and network.num_augment != NUM_LABELS:
         raise ValueError(
             f"train.augment needs model.num_augment={NUM_LABELS}, not {network.num_augment}"
@@ -357,7 +357,7 @@ def _guidance_of(sample: dict[str, Any]) -> tuple[Guidance, Guide | None]:
     return guidance, guide if guide.weights and guide.weight > 1 else None
 
 
-def _build_network(model: dict[str, Any], resolution: int, num_classes: int) -> Network:
+def _build_network(model: dict[str, Any], resolution: Resolution, num_classes: int) -> Network:
     if model.get("dtype", "float32") not in DTYPES:
         raise ValueError(f"model.dtype must be {' or '.join(DTYPES)}, not {model['dtype']!r}")
     kind = model.pop("kind", "unet")

@@ -150,7 +150,7 @@ class Relay:
     ) -> jax.Array:
         """Training loss of each image without augmentation and dropout, float32 [b].
 
-        stage: its name; images: [b, r, r, 3], uint8 or floats in
+        stage: its name; images: [b, h, w, 3], uint8 or floats in
         [-1, 1], at the resolution of the stage; labels: int [b] or
         None; key: of the levels and the noise. Source: docs/math.md
         section 5. Raises UserError for an unknown stage.
@@ -392,7 +392,7 @@ def loss(
 ) -> jax.Array:
     """Training loss of each image of one stage as a pure function: float32 [b].
 
-    images: [b, r, r, c], uint8 or floats in [-1, 1]; labels: int [b]
+    images: [b, h, w, c], uint8 or floats in [-1, 1]; labels: int [b]
     or None; key: of the levels and the noise. No augmentation, no
     dropout. Source: docs/math.md section 5. Raises AssertionError
     (chex) for images of another shape than the network's.

@@ -33,7 +33,8 @@ from relay_jax.diffusion.processes import PROCESSES
 from relay_jax.diffusion.sampler import SAMPLERS, Sampler
 from relay_jax.errors import UserError
 from relay_jax.models.averages import check_averages
-from relay_jax.models.network import Network, describe, init_params, shapes_of
+from relay_jax.models.network import Network, describe, image_shape, init_params, shapes_of
+from relay_jax.resolution import Resolution, reduced
 
 HANDOFFS = ("image", "noise")
 
@@ -131,9 +132,14 @@ class Stage:
     guide_network: Network | None = None
 
     @property
-    def resolution(self) -> int:
-        """Pixels per side of its images."""
+    def resolution(self) -> Resolution:
+        """Of its images."""
         return self.network.resolution
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of its images."""
+        return image_shape(self.network)
 
     @property
     def num_classes(self) -> int:
@@ -146,9 +152,9 @@ class Stage:
         return self.process.starts_from_images
 
     @property
-    def low_resolution(self) -> int:
-        """Pixels per side of the images that it continues, 0 for a first stage."""
-        return self.resolution // self.process.patch if self.starts_from_images else 0
+    def low_resolution(self) -> Resolution:
+        """Of the images that it continues, 0 for a first stage."""
+        return reduced(self.resolution, self.process.patch) if self.starts_from_images else 0
 
     @property
     def alone(self) -> "Stage":
@@ -274,20 +280,15 @@ class Stage:
     ) -> jax.Array:
         """Training loss of each image, float32 [b] (docs/math.md section 5).
 
-        images: sharp, [b, r, r, c], uint8 or floats in [-1, 1];
+        images: sharp, [b, h, w, c], uint8 or floats in [-1, 1];
         labels: int [b] or None. index: int [b], places of the images
         in the whole batch, by default 0, 1, ...: noise, augmentation
         and dropped labels of an image depend on the key and its
         place alone. train: with augmentation, label dropout and
-        dropout, as in training; else without. Raises AssertionError
-        (chex) for images of another shape than the network's.
+        dropout, as in training. AssertionError (chex): another shape.
         """
-        size = (self.resolution, self.resolution, self.network.image_channels)
-        chex.assert_shape(
-            images,
-            (None, *size),
-            custom_message=f"images must be [b, {', '.join(map(str, size))}]",
-        )
+        message = f"images must be [b, {', '.join(map(str, self.image_shape))}]"
+        chex.assert_shape(images, (None, *self.image_shape), custom_message=message)
         images = to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
         index = jnp.arange(images.shape[0]) if index is None else index
         loss_key, dropout_key, label_key, augment_key = jax.random.split(key, 4)

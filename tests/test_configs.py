@@ -423,7 +423,10 @@ def test_what_cannot_work_is_refused_in_one_line_that_names_it(
         ({"stages.base.train.batch": 16.0}, "train.batch must be a whole number, not 16.0"),
         ({"stages.base.train.images": True}, "train.images must be a whole number, not True"),
         ({"stages.base.model.remat": "no"}, "model.remat must be True or False, not 'no'"),
-        ({"stages.base.resolution": "8"}, "resolution must be whole numbers|a whole number"),
+        (
+            {"stages.base.resolution": "8"},
+            r"stages\.\*\.resolution must be a positive whole .* not '8'",
+        ),
         ({"dataset.threads": 10**9}, "dataset.threads must be at most 1,024, not 1000000000"),
         ({"log.every_steps": None}, "log.every_steps must be a whole number, not None"),
         ({"sample.pixel_edit": 3}, "sample.pixel_edit must be a text, not 3"),

@@ -16,10 +16,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of the package beside itself, from below to above. A part is a folder
 # or a module of the top level.
 BELOW: dict[str, set[str]] = {"errors": set(), "configs": set(), "__init__": set()}
+BELOW["resolution"] = set()
 BELOW["runtime"] = {"errors"}
-BELOW["diffusion"] = BELOW["models"] = {"errors"}
-BELOW["data"] = {"errors", "runtime.files"}
-LEAVES = {"errors", "runtime", "diffusion", "models", "data"}
+BELOW["diffusion"] = BELOW["models"] = {"errors", "resolution"}
+BELOW["data"] = {"errors", "resolution", "runtime.files"}
+LEAVES = {"errors", "resolution", "runtime", "diffusion", "models", "data"}
 BELOW["stage"] = LEAVES
 BELOW["values"] = {"errors", "models"}
 BELOW["config"] = LEAVES | {"stage", "configs", "values"}
@@ -149,7 +150,7 @@ def test_few_places_ask_which_process_or_sampler_they_have() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_configurations_import_ml_collections_and_the_default_alone(path: Path) -> None:
     default = set() if path.name == "default.py" else {"relay_jax.configs.default"}
-    assert imports(path) <= {"ml_collections.ConfigDict"} | default
+    assert imports(path) <= {"ml_collections.ConfigDict", "ml_collections.FieldReference"} | default
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

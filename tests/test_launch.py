@@ -68,13 +68,16 @@ status=$(head -n 1 statuses); sed -i 1d statuses; exit "${{status:-0}}" """,
 def test_scripts_are_strict_and_pass_shellcheck(script: Path) -> None:
     assert "set -euo pipefail" in script.read_text().splitlines()
     assert os.access(script, os.X_OK)
-    bundled = Path(sys.executable).with_name(
-        "shellcheck"
-    )  # where pip puts it; PATH may not have it
-    program = str(bundled) if bundled.exists() else shutil.which("shellcheck")
+    passes("shellcheck", script)
+
+
+def passes(linter: str, file: Path) -> None:
+    """Skips where the linter is not installed."""
+    bundled = Path(sys.executable).with_name(linter)  # where pip puts it; PATH may not have it
+    program = str(bundled) if bundled.exists() else shutil.which(linter)
     if not program:
-        pytest.skip("needs shellcheck (requirements-dev.txt)")
-    result = subprocess.run([program, str(script)], capture_output=True, text=True)
+        pytest.skip(f"needs {linter} (requirements-dev.txt)")
+    result = subprocess.run([program, str(file)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -313,3 +316,39 @@ def test_the_jobset_of_gke_is_one_consistent_slice() -> None:
         and job["backoffLimit"] == 0
     )
     assert pod["terminationGracePeriodSeconds"] >= 60
+
+
+def test_the_container_recipe_passes_hadolint() -> None:
+    passes("hadolint", LAUNCH / "Dockerfile")
+
+
+def test_the_container_recipe_copies_what_the_program_needs(tmp_path: Path) -> None:
+    """Its steps without a container: what is copied, which JAX is installed, what is started."""
+    text = (LAUNCH / "Dockerfile").read_text().replace("\\\n", "")
+    steps = [line.partition(" ")[::2] for line in text.splitlines() if line[:1].isupper()]
+    kept = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    for source, place in (value.split() for step, value in steps if step == "COPY"):
+        assert f"!{source}" in kept
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, tmp_path / place)
+        else:
+            shutil.copy(ROOT / source, tmp_path / place)
+    (install,) = (value for step, value in steps if step == "RUN")
+    program(tmp_path, "pip", 'printf "%s\\n" "$@"')
+    for platform, package in (("cpu", "jax>=0.10.0"), ("tpu", "jax[tpu]>=0.10.0")):
+        environ = {"PATH": with_programs(tmp_path), "JAX": platform}
+        words = subprocess.check_output(["sh", "-c", install], env=environ, text=True).split("\n")
+        assert words[:4] == ["install", "--no-cache-dir", "-r", "requirements.txt"]
+        assert words[4].startswith(package + ",")
+    environ = {"PATH": with_programs(tmp_path), "JAX": "gpu"}
+    assert subprocess.run(["sh", "-c", install], env=environ, stderr=-1).returncode == 2
+    (entry,) = (yaml.safe_load(value) for step, value in steps if step == "ENTRYPOINT")
+    spec = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    job = spec["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["command"][:3] == entry == ["python", "-m", "relay_jax.main"]
+    assert container["workingDir"] == dict(steps)["WORKDIR"]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, *entry[1:], "--config=demo:smoke", "--mode=plan"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and "stage relay: 32 px" in done.stdout, done.stderr[-2000:]

@@ -24,6 +24,7 @@ from relay_jax.data.identity import Identity, class_names, identify
 from relay_jax.data.images import EncodedImages
 from relay_jax.data.source import Source, describe_source, draw
 from relay_jax.errors import DataError
+from relay_jax.resolution import Resolution, height_width, pixels_text, smaller
 
 VERSION = 1
 HEADERS, MEMBERS = (
@@ -41,8 +42,8 @@ class Sizes:
     """Of the images whose headers were read.
 
     read: how many; smallest, largest: [width, height] by the shorter
-    side; smaller: how many of them have fewer pixels per side than
-    the largest stage; alpha, turned: with transparency, and lying on
+    side; smaller: how many of them have fewer pixels along a side
+    than the largest stage; alpha, turned: with transparency, and lying on
     a side as they are stored.
     """
 
@@ -130,7 +131,9 @@ class Description:
         return ", ".join(rows).replace("..., ", "... ").replace(", ...", " ...") + span
 
 
-def show_files(what: str, source: EncodedImages, where: str, resolution: int, exact: bool) -> None:
+def show_files(
+    what: str, source: EncodedImages, where: str, resolution: Resolution, exact: bool
+) -> None:
     """Logs what a folder or zip holds that is scored, or that is compared with.
 
     exact: its images are taken as they are, not cropped and resized
@@ -142,16 +145,16 @@ def show_files(what: str, source: EncodedImages, where: str, resolution: int, ex
         parts.append(f"not used: {unused_files(source.unused)}")
     parts += _shown(sizes, source.decoding.background)
     if not exact:
-        parts.append(f"centre crop, resized to {resolution} px")
+        parts.append(f"centre crop, resized to {pixels_text(resolution)}")
     logging.info("%s: %s: %s", what, where, "; ".join(parts))
     if sizes.smaller:
-        logging.warning("%s: %s", what, _enlarged(sizes, source, f"{resolution} px"))
+        logging.warning("%s: %s", what, _enlarged(sizes, source, pixels_text(resolution)))
 
 
 def describe(
     source: Source,
     dataset: Mapping[str, Any],
-    resolutions: Sequence[int],
+    resolutions: Sequence[Resolution],
     seed: int,
 ) -> Description:
     """Describes an open data set. Raises DataError where all images are too small, or unreadable.
@@ -159,7 +162,7 @@ def describe(
     dataset: config.dataset; resolutions: of
     all stages; seed: of the configuration.
     """
-    largest = max(resolutions)
+    largest = max(resolutions, key=height_width)
     known_by = dataset.get("identity", "listing")
     if known_by not in ("listing", "contents"):
         raise DataError(f"dataset.identity must be listing or contents, not {known_by!r:.60}")
@@ -170,8 +173,8 @@ def describe(
     if all_smaller:
         raise DataError(
             f"{dataset.get('path') or dataset['source']} has images of at most "
-            f"{' x '.join(map(str, sizes.largest))} px, the largest stage needs {largest}; use "
-            "larger images or a smaller stage"
+            f"{' x '.join(map(str, sizes.largest))} px, the largest stage needs "
+            f"{pixels_text(largest)}; use larger images or a smaller stage"
         )
     return Description(
         source=describe_source(dataset, largest, seed),
@@ -183,13 +186,14 @@ def describe(
     )
 
 
-def _measure(source: Source, largest: int, seed: int) -> tuple[Sizes, bool]:
+def _measure(source: Source, largest: Resolution, seed: int) -> tuple[Sizes, bool]:
     """Sizes of the images, and whether all of them are smaller than the largest stage."""
     # One size for all, and nothing about
     # the files that could be said.
     if source.resolution is not None and not isinstance(source, EncodedImages):
-        side = [source.resolution] * 2
-        return Sizes(read=len(source), smallest=side, largest=side), source.resolution < largest
+        size = list(height_width(source.resolution)[::-1])
+        all_smaller = smaller(source.resolution, largest)
+        return Sizes(read=len(source), smallest=size, largest=size), all_smaller
     # A member of a zip is read whole
     # to see its header, a file is not.
     most = DECODED
@@ -199,16 +203,16 @@ def _measure(source: Source, largest: int, seed: int) -> tuple[Sizes, bool]:
     with ThreadPoolExecutor(THREADS) as pool:
         headers = list(pool.map(partial(_header, source), positions))
     order = sorted(headers, key=_size_order)
-    smaller = sum(min(header.width, header.height) < largest for header in headers)
+    short = sum(smaller((header.height, header.width), largest) for header in headers)
     sizes = Sizes(
         read=len(headers),
         smallest=[order[0].width, order[0].height],
         largest=[order[-1].width, order[-1].height],
-        smaller=smaller,
+        smaller=short,
         alpha=sum(header.alpha for header in headers),
         turned=sum(header.turned for header in headers),
     )
-    return sizes, smaller == len(headers)
+    return sizes, short == len(headers)
 
 
 def _size_order(header: Header) -> tuple[int, int]:
@@ -233,17 +237,18 @@ def _header(source: Source, position: int) -> Header:
 def _done(
     source: Source,
     dataset: Mapping[str, Any],
-    resolutions: Sequence[int],
+    resolutions: Sequence[Resolution],
     sizes: Sizes,
 ) -> list[str]:
     """What happens to an image between its file and the network, in order."""
-    stages = " and ".join(map(str, sorted(set(resolutions))))
+    rising = sorted(set(resolutions), key=height_width)
+    stages = pixels_text(*rising)
     if source.prepared:
-        done = [f"read as prepared, at {stages} px"]
-    elif source.resolution == max(resolutions) and len(set(resolutions)) == 1:
-        done = [f"as they are, {stages} px"]
+        done = [f"read as prepared, at {stages}"]
+    elif rising == [source.resolution]:
+        done = [f"as they are, {stages}"]
     else:
-        done = [f"centre crop, resized to {stages} px"]
+        done = [f"centre crop, resized to {stages}"]
     done = _shown(sizes, Decoding.from_config(dataset).background) + done
     if dataset.get("x_flip"):
         done.append("half of them mirrored while training")
@@ -279,10 +284,12 @@ def _enlarged(sizes: Sizes, source: Source, what: str) -> str:
     )
 
 
-def _doubts(source: Source, dataset: Mapping[str, Any], largest: int, sizes: Sizes) -> list[str]:
+def _doubts(
+    source: Source, dataset: Mapping[str, Any], largest: Resolution, sizes: Sizes
+) -> list[str]:
     doubts = []
     if sizes.smaller:
-        doubts.append(_enlarged(sizes, source, f"the {largest} px of the largest stage"))
+        doubts.append(_enlarged(sizes, source, f"the {pixels_text(largest)} of the largest stage"))
     # Also where the number agrees with the configuration, which
     # somebody may have set to what an error message named.
     empty = folders_without_images(source)

@@ -1,6 +1,6 @@
 """From an image file to pixels: the operations between a source and a network.
 
-    bytes -> decode_picture -> center_crop_resize -> uint8 [r, r, 3] -> flip_x -> to_float
+    bytes -> decode_picture -> center_crop_resize -> uint8 [h, w, 3] -> flip_x -> to_float
 
 `ImageSource` is the base class of everything that holds images;
 data/source.py says what a source promises and lists those there are.
@@ -21,18 +21,20 @@ from relay_jax.data.decoding import (
     decode_picture,
     read_header,
 )
+from relay_jax.resolution import Resolution, height_width
 
-# Longer pictures than this, compared with their shorter side, are
-# cut before they are resized.
+# Pictures longer than so many times what is left of them are cut
+# before they are resized.
 MAX_ASPECT = 32
 
 
-def center_crop_resize(image: np.ndarray | Image.Image, resolution: int) -> np.ndarray:
-    """Centre crop of uint8 [h, w, 3] or of an RGB picture to uint8 [r, r, 3].
+def center_crop_resize(image: np.ndarray | Image.Image, resolution: Resolution) -> np.ndarray:
+    """Centre crop of uint8 [h, w, 3] or of an RGB picture to the aspect and size of `resolution`.
 
-    ADM's procedure (arXiv 2105.05233): halve with a box filter while
-    the shorter side is at least twice too long, then bicubic, then
-    crop. An image that already fits is returned as it is. A square
+    ADM's procedure (arXiv 2105.05233), which takes squares: halve
+    with a box filter while both sides are at least twice too long,
+    then bicubic, until one side is right, then crop the other. An
+    image that already fits is returned as it is. A square
     power-of-two reduction is a box average but for Pillow's
     rounding: halves go up after each axis, so a halving adds 0 to 1
     levels of 255, on average half a level.
@@ -41,34 +43,35 @@ def center_crop_resize(image: np.ndarray | Image.Image, resolution: int) -> np.n
     # reference statistics of FID were made from images reduced this
     # way. Another filter would be another data set.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    if picture.size == (resolution, resolution):
+    height, width = height_width(resolution)
+    if picture.size == (width, height):
         return np.asarray(image)
-    while min(picture.size) >= 2 * resolution:
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    picture = _not_too_long(picture)
-    scale = resolution / min(picture.size)
+    picture = _not_too_long(picture, width, height)
+    scale = max(width / picture.width, height / picture.height)
     # Python rounds halves to even, as ADM's code does.
     picture = picture.resize(
         (round(picture.width * scale), round(picture.height * scale)),
         Image.Resampling.BICUBIC,
     )
-    top, left = (
-        (picture.height - resolution) // 2,
-        (picture.width - resolution) // 2,
-    )
-    return np.asarray(picture)[top : top + resolution, left : left + resolution]
+    top, left = (picture.height - height) // 2, (picture.width - width) // 2
+    return np.asarray(picture)[top : top + height, left : left + width]
 
 
-def _not_too_long(picture: Image.Image) -> Image.Image:
+def _not_too_long(picture: Image.Image, wanted_width: int, wanted_height: int) -> Image.Image:
     """Without the ends of a picture that is a strip, which the crop would drop in any case."""
     # A strip of 30000 x 1 pixels would be enlarged to millions of
     # columns, of which the crop keeps 256.
     width, height = picture.size
-    most = MAX_ASPECT * min(width, height)
-    if max(width, height) <= most:
+    # So much of it the crop keeps, times a factor: of whole numbers,
+    # which are exact.
+    kept = MAX_ASPECT * min(width * wanted_height, height * wanted_width)
+    widest, highest = max(kept // wanted_height, 1), max(kept // wanted_width, 1)
+    if width <= widest and height <= highest:
         return picture
-    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
-    return picture.crop((left, top, left + min(width, most), top + min(height, most)))
+    left, top = max(width - widest, 0) // 2, max(height - highest, 0) // 2
+    return picture.crop((left, top, left + min(width, widest), top + min(height, highest)))
 
 
 def to_float(pixels: Any) -> Any:
@@ -87,8 +90,7 @@ def flip_x(image: np.ndarray) -> np.ndarray:
 class ImageSource(abc.ABC):
     """What sources have in common: a new one adds `__len__`, `__getitem__` and `fingerprint`.
 
-    resolution: the side of all images in pixels, None where
-    they differ. prepared: cropped and resized for the stages
+    resolution: of all images, None where they differ. prepared: cropped and resized for the stages
     already, so the originals are elsewhere. config_keys: the
     keys of config.dataset that the class is made from, named
     as its parameters.
@@ -96,7 +98,7 @@ class ImageSource(abc.ABC):
 
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
-    resolution: int | None = None
+    resolution: Resolution | None = None
     prepared: ClassVar[bool] = False
     unused: Mapping[str, int] = MappingProxyType({})
     config_keys: ClassVar[tuple[str, ...]] = ("path",)
@@ -135,7 +137,7 @@ class ImageSource(abc.ABC):
         """A number that changes with the bytes of an image's file: its size, or a checksum."""
         return 0
 
-    def at(self, resolution: int) -> Self:
+    def at(self, resolution: Resolution) -> Self:
         """The source that a stage of this resolution reads: the same one."""
         return self
 
@@ -148,7 +150,7 @@ class ImageSource(abc.ABC):
         return f"image {position}"
 
     @classmethod
-    def from_config(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> Self:
+    def from_config(cls, dataset: Mapping[str, Any], resolution: Resolution, seed: int) -> Self:
         """The source that config.dataset describes. Raises DataError.
 
         resolution: of the largest stage. seed: of the configuration.
@@ -156,7 +158,9 @@ class ImageSource(abc.ABC):
         return cls(**{key: dataset[key] for key in cls.config_keys})
 
     @classmethod
-    def describe(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> dict[str, Any]:
+    def describe(
+        cls, dataset: Mapping[str, Any], resolution: Resolution, seed: int
+    ) -> dict[str, Any]:
         """What makes the set the one it is, for the record of a preparation or a report."""
         return {key: dataset[key] for key in cls.config_keys}
 
@@ -171,14 +175,16 @@ class EncodedImages(ImageSource):
     decoding: Decoding = AS_SHOWN
 
     @classmethod
-    def from_config(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> Self:
+    def from_config(cls, dataset: Mapping[str, Any], resolution: Resolution, seed: int) -> Self:
         decoding = Decoding.from_config(dataset)
         source = super().from_config(dataset, resolution, seed)
         source.decoding = decoding
         return source
 
     @classmethod
-    def describe(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> dict[str, Any]:
+    def describe(
+        cls, dataset: Mapping[str, Any], resolution: Resolution, seed: int
+    ) -> dict[str, Any]:
         # Other pixels are another set, for a preparation and for
         # kept features.
         decoding = Decoding.from_config(dataset)

@@ -22,10 +22,11 @@ import numpy as np
 from relay_jax.data.images import center_crop_resize, flip_x
 from relay_jax.data.source import Source
 from relay_jax.errors import DataError
+from relay_jax.resolution import Resolution, height_width
 
 
 class Batch(TypedDict):
-    """image: uint8 [b, r, r, 3]; label: int32 [b], zeros without labels."""
+    """image: uint8 [b, h, w, 3]; label: int32 [b], zeros without labels."""
 
     image: np.ndarray
     label: np.ndarray
@@ -35,12 +36,12 @@ class Batch(TypedDict):
 class Stream:
     """What makes the stream of images the one it is, whoever reads which part of it.
 
-    resolution: of the images, in pixels. batch_size: images of all
+    resolution: of the images. batch_size: images of all
     hosts together; it may exceed the number of images in the source.
     seed: of order and flips. x_flip: mirror half of the images.
     """
 
-    resolution: int
+    resolution: Resolution
     batch_size: int
     seed: int
     x_flip: bool
@@ -164,13 +165,13 @@ class Loader(Iterator[Batch]):
 
 
 def read(
-    source: Source, positions: Sequence[int], resolution: int
+    source: Source, positions: Sequence[int], resolution: Resolution
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, r, r, 3] and labels int32 [n] at `positions`, in that order.
+    """Images uint8 [n, h, w, 3] and labels int32 [n] at `positions`, in that order.
 
     Neither shuffled nor flipped. Raises DataError.
     """
-    images = np.empty((len(positions), resolution, resolution, 3), np.uint8)
+    images = np.empty((len(positions), *height_width(resolution), 3), np.uint8)
     labels = np.empty(len(positions), np.int32)
     source = source.at(resolution)
     for n, position in enumerate(positions):
@@ -182,7 +183,7 @@ def read(
 class _Examples:
     """The source as Grain wants it: one dictionary per position, cropped."""
 
-    def __init__(self, source: Source, resolution: int) -> None:
+    def __init__(self, source: Source, resolution: Resolution) -> None:
         self._source, self._resolution = source.at(resolution), resolution
 
     def __len__(self) -> int:

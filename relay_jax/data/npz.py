@@ -1,6 +1,6 @@
 """ADM's format of image batches (arXiv 2105.05233): one npz, or a folder of them as samples are.
 
-    arr_0    uint8 [n, side, side, 3]
+    arr_0    uint8 [n, h, w, 3]
     arr_1    int [n], classes from 0; there may be none
 
 `np.savez` does not compress: the bytes of image i then begin at a
@@ -33,6 +33,7 @@ from relay_jax.data.files import (
 )
 from relay_jax.data.images import ImageSource
 from relay_jax.errors import DataError, one_line
+from relay_jax.resolution import Resolution, as_resolution
 from relay_jax.runtime.files import digest, file_sha256
 
 IMAGES, LABELS = "arr_0.npy", "arr_1.npy"
@@ -52,7 +53,7 @@ class _File:
 class NpzImages(ImageSource):
     """The images of an npz, or of all npz files of a folder in their order; all of one size."""
 
-    resolution: int
+    resolution: Resolution
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises DataError for files that are missing, damaged or not of this format."""
@@ -75,14 +76,14 @@ class NpzImages(ImageSource):
         for file in self._files:
             if file.shape[1:] != first.shape[1:]:
                 raise DataError(
-                    f"images of different sizes: {file.path} has {file.shape[1]} x "
-                    f"{file.shape[1]} pixels, {first.path} {first.shape[1]} x {first.shape[1]}"
+                    f"images of different sizes: {file.path} has {file.shape[2]} x "
+                    f"{file.shape[1]} pixels, {first.path} {first.shape[2]} x {first.shape[1]}"
                 )
             if (file.labels is None) != (first.labels is None):
                 raise DataError(
                     f"{file.path} and {first.path}: one has classes (arr_1), the other has none"
                 )
-        self.resolution = first.shape[1]
+        self.resolution = as_resolution(first.shape[1:3])
         self._ends = list(itertools.accumulate(file.shape[0] for file in self._files))
         if not self._ends[-1]:
             raise DataError(f"{first.path}: arr_0 holds no images")
@@ -97,7 +98,7 @@ class NpzImages(ImageSource):
         return self._ends[-1]
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        """Image uint8 [r, r, 3] and its label; IndexError outside the set. Raises DataError."""
+        """Image uint8 [h, w, 3] and its label; IndexError outside the set. Raises DataError."""
         number, row = self._place(position)
         file = self._files[number]
         if file.start is None:
@@ -291,14 +292,12 @@ def _memory() -> int:
 
 
 def _check_images(path: Path, images: ArrayHeader) -> None:
-    """Raises DataError for an arr_0 that is not square 8-bit images."""
+    """Raises DataError for an arr_0 that is not 8-bit images."""
     if images.dtype != np.uint8:
         raise DataError(f"{path}: arr_0 must be uint8 in C order, not {images.dtype!s:.40}")
     shape, size = images.shape, math.prod(images.shape)
-    if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
-        raise DataError(
-            f"{path}: arr_0 must be images [n, side, side, 3], not {list(shape[:6])!s:.80}"
-        )
+    if len(shape) != 4 or shape[3] != 3 or not all(shape[1:3]):
+        raise DataError(f"{path}: arr_0 must be images [n, h, w, 3], not {list(shape[:6])!s:.80}")
     if images.fortran and size:
         raise DataError(
             f"{path}: arr_0 must be uint8 in C order, it is in Fortran order; save "

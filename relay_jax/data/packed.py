@@ -36,6 +36,7 @@ from relay_jax.data.files import MAX_CLASSES, refusing, show
 from relay_jax.data.images import ImageSource
 from relay_jax.data.storage import Folder, storage
 from relay_jax.errors import DataError
+from relay_jax.resolution import Resolution, as_resolution, height_width, size_text
 from relay_jax.runtime.files import MAX_TEXT, digest, parse_json, replacing
 
 VERSION = 1
@@ -66,7 +67,7 @@ class Manifest(TypedDict):
     source: dict[str, Any]
     images: int
     class_names: list[str]
-    resolutions: list[int]
+    resolutions: list[Resolution]
     shard_images: int
     shards: dict[str, list[Shard]]
 
@@ -89,9 +90,9 @@ def decode_record(record: bytes) -> tuple[np.ndarray, int]:
     return np.cumsum(differences, axis=1, dtype=np.uint8), label
 
 
-def shard_name(resolution: int, number: int, count: int) -> str:
+def shard_name(resolution: Resolution, number: int, count: int) -> str:
     """Path of a shard below the folder of the set."""
-    return f"{resolution}/{number:05d}-of-{count:05d}.array_record"
+    return f"{size_text(resolution)}/{number:05d}-of-{count:05d}.array_record"
 
 
 @contextlib.contextmanager
@@ -140,7 +141,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         )
     if reason := _contradiction(manifest):
         raise DataError(f"{path}: damaged ({reason}); start the preparation again")
-    return cast(Manifest, manifest)
+    # JSON has no tuples.
+    resolutions = [as_resolution(size) for size in manifest["resolutions"]]
+    return cast(Manifest, {**manifest, "resolutions": resolutions})
 
 
 def is_packed(folder: str | os.PathLike[str]) -> bool:
@@ -169,7 +172,8 @@ def _contradiction(manifest: Mapping[str, Any]) -> str:
         "complete": type(manifest["complete"]) is bool,
         "source": type(manifest["source"]) is dict,
         "class_names": _all(str, manifest["class_names"]),
-        "resolutions": _all(int, manifest["resolutions"]),
+        "resolutions": type(manifest["resolutions"]) is list
+        and all(map(_is_resolution, manifest["resolutions"])),
         "shard_images": _is_count(manifest["shard_images"]),
         "shards": type(manifest["shards"]) is dict
         and all(
@@ -193,6 +197,14 @@ def _is_count(value: object) -> bool:
 
 def _all(kind: type, values: object) -> bool:
     return type(values) is list and all(type(value) is kind for value in values)
+
+
+def _is_resolution(size: object) -> bool:
+    try:
+        as_resolution(size)  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _is_shard(shard: object) -> bool:
@@ -219,9 +231,9 @@ class PackedDataset(ImageSource):
     """
 
     prepared: ClassVar[bool] = True
-    resolution: int
+    resolution: Resolution
 
-    def __init__(self, path: str | os.PathLike[str], resolution: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], resolution: Resolution) -> None:
         """Looks at the size of every file (not in a bucket); `verify` reads them."""
         self.path = os.fspath(path)
         if not self.path:
@@ -241,7 +253,7 @@ class PackedDataset(ImageSource):
         self._choose(resolution)
 
     @classmethod
-    def from_config(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> Self:
+    def from_config(cls, dataset: Mapping[str, Any], resolution: Resolution, seed: int) -> Self:
         return cls(dataset["path"], resolution)
 
     def fingerprint(self) -> str:
@@ -262,7 +274,7 @@ class PackedDataset(ImageSource):
             return None
         return counts if self.num_classes and len(counts) == self.num_classes else None
 
-    def at(self, resolution: int) -> Self:
+    def at(self, resolution: Resolution) -> Self:
         """The same images at another resolution. Raises DataError naming those there are."""
         if resolution == self.resolution:
             return self
@@ -271,14 +283,14 @@ class PackedDataset(ImageSource):
         other._choose(resolution)
         return other
 
-    def _choose(self, resolution: int) -> None:
+    def _choose(self, resolution: Resolution) -> None:
         manifest = self._manifest
-        shards = manifest["shards"].get(str(resolution))
+        shards = manifest["shards"].get(size_text(resolution))
         if shards is None:
-            present = ", ".join(str(r) for r in manifest["resolutions"])
+            present = ", ".join(map(size_text, manifest["resolutions"]))
             raise DataError(
-                f"{self.path}: packed at {present} px, not at {resolution}; prepare it for "
-                "this relay"
+                f"{self.path}: packed at {present} px, not at {size_text(resolution)}; prepare it "
+                "for this relay"
             )
         # In a bucket each look is a request: a thousand files would
         # take minutes.
@@ -336,7 +348,7 @@ class PackedDataset(ImageSource):
         return self._manifest["images"]
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        """Image uint8 [r, r, 3] and its label; IndexError outside the set. Raises DataError."""
+        """Image uint8 [h, w, 3] and its label; IndexError outside the set. Raises DataError."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} is outside 0..{len(self) - 1}")
         number, offset = self._place(position)
@@ -344,11 +356,8 @@ class PackedDataset(ImageSource):
             image, label = decode_record(self._reader(number).read([offset])[0])
             # A record of another set decodes as well: its size or
             # its label gives it away.
-            if image.shape != (
-                self.resolution,
-                self.resolution,
-                3,
-            ) or not 0 <= label < max(self.num_classes, 1):
+            size = height_width(self.resolution)
+            if image.shape != (*size, 3) or not 0 <= label < max(self.num_classes, 1):
                 raise ValueError(
                     f"image of {image.shape[1]}x{image.shape[0]} px with label {label}"
                 )

@@ -50,6 +50,7 @@ from relay_jax.data.packed import (
 from relay_jax.data.source import Source
 from relay_jax.data.storage import Bucket, Folder, storage
 from relay_jax.errors import DataError
+from relay_jax.resolution import Resolution, height_width, pixels_text, size_text
 from relay_jax.runtime.files import cannot_write
 
 # Keys of the source that are not compared where the originals are
@@ -68,7 +69,7 @@ def no_report(done: int, total: int) -> None:
 
 def prepare(
     source: Source,
-    resolutions: Sequence[int],
+    resolutions: Sequence[Resolution],
     out: str | os.PathLike[str],
     *,
     description: Mapping[str, Any],
@@ -87,7 +88,8 @@ def prepare(
     else, and StorageError for a full disk.
     """
     threads = threads or os.cpu_count() or 1
-    if not resolutions or min(resolutions) < 1 or shard_images < 1 or threads < 1:
+    sizes = sorted(set(resolutions), key=height_width)
+    if not sizes or min(height_width(sizes[0])) < 1 or shard_images < 1 or threads < 1:
         raise DataError(f"cannot prepare with {resolutions=} {shard_images=} {threads=}")
     # Resized twice, images would not be those that the statistics
     # and the paper's networks know.
@@ -105,7 +107,7 @@ def prepare(
         source=json.loads(json.dumps(dict(description))),
         images=len(source),
         class_names=list(source.class_names),
-        resolutions=sorted(set(resolutions)),
+        resolutions=sizes,
         shard_images=shard_images,
         shards={},
     )
@@ -180,7 +182,7 @@ class _Preparation:
                         report(done, total)
                 shards[number] = [self._note(name, number) for name in self.names(number)]
         by_resolution = {
-            str(resolution): [shard for row in shards if (shard := row[column])]
+            size_text(resolution): [shard for row in shards if (shard := row[column])]
             for column, resolution in enumerate(self.manifest["resolutions"])
         }
         manifest: Manifest = {
@@ -340,11 +342,11 @@ def _kept(place: Folder, name: str) -> Shard | None:
 def _say_finished(path: str, manifest: Manifest) -> None:
     gigabytes = sum(shard["bytes"] for row in manifest["shards"].values() for shard in row) / 1e9
     logging.info(
-        "%s: %s images at %s px, %.3g GB; train on them with --config.dataset.source=packed "
+        "%s: %s images at %s, %.3g GB; train on them with --config.dataset.source=packed "
         "--config.dataset.path=%s",
         path,
         f"{manifest['images']:,}",
-        " and ".join(map(str, manifest["resolutions"])),
+        pixels_text(*manifest["resolutions"]),
         gigabytes,
         path,
     )

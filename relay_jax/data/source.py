@@ -23,6 +23,7 @@ from relay_jax.data.synthetic import SyntheticShapes
 from relay_jax.data.tfds import TfdsSource
 from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError, UserError, one_line
+from relay_jax.resolution import Resolution, height_width, pixels_text, size_text, smaller
 
 __all__ = [
     "SOURCES",
@@ -47,8 +48,8 @@ class Source(Protocol):
         """One for each class; empty without labels."""
 
     @property
-    def resolution(self) -> int | None:
-        """Side of all images in pixels; None where they differ."""
+    def resolution(self) -> Resolution | None:
+        """Of all images; None where they differ."""
 
     @property
     def prepared(self) -> bool:
@@ -81,7 +82,7 @@ class Source(Protocol):
     def file_stamp(self, position: int) -> int:
         """A number that changes with the bytes of an image's file. Raises DataError."""
 
-    def at(self, resolution: int) -> "Source":
+    def at(self, resolution: Resolution) -> "Source":
         """The source that a stage of this resolution reads. Raises DataError without one."""
 
     def picture(self, position: int) -> tuple[np.ndarray | Image.Image, int]:
@@ -102,7 +103,7 @@ SOURCES: dict[str, type[ImageSource]] = {
 }
 
 
-def open_source(dataset: Mapping[str, Any], resolutions: Sequence[int], seed: int) -> Source:
+def open_source(dataset: Mapping[str, Any], resolutions: Sequence[Resolution], seed: int) -> Source:
     """The data set of a configuration, checked against it.
 
     dataset: config.dataset. resolutions: of all stages, in any
@@ -110,7 +111,8 @@ def open_source(dataset: Mapping[str, Any], resolutions: Sequence[int], seed: in
     one of the resolutions, and UserError for another number of
     classes or images smaller than the largest stage.
     """
-    source_class, largest = _source_class(dataset["source"]), max(resolutions)
+    source_class = _source_class(dataset["source"])
+    largest = max(resolutions, key=height_width)
     try:
         source: Source = source_class.from_config(dataset, largest, seed)
         # A packed set holds each resolution apart: one that is
@@ -128,7 +130,9 @@ def open_source(dataset: Mapping[str, Any], resolutions: Sequence[int], seed: in
     return source
 
 
-def describe_source(dataset: Mapping[str, Any], resolution: int, seed: int) -> dict[str, Any]:
+def describe_source(
+    dataset: Mapping[str, Any], resolution: Resolution, seed: int
+) -> dict[str, Any]:
     """What config.dataset.source reads, as plain values, for records of what was made from it.
 
     dataset: config.dataset; resolution: of the largest stage; seed:
@@ -190,14 +194,15 @@ def _source_class(text: str) -> type[ImageSource]:
     return source_class
 
 
-def _check(source: Source, dataset: Mapping[str, Any], largest: int) -> None:
+def _check(source: Source, dataset: Mapping[str, Any], largest: Resolution) -> None:
     if dataset["num_classes"] and source.num_classes != dataset["num_classes"]:
         raise UserError(wrong_classes(source, dataset))
     # A set of which some images are smaller is warned of, one of
     # which all are is refused (data/description.py); here it is
     # known without reading any.
-    if source.resolution is not None and source.resolution < largest:
+    if source.resolution is not None and smaller(source.resolution, largest):
         raise UserError(
-            f"{dataset['path'] or dataset['source']} has images of {source.resolution} px, the "
-            f"largest stage needs {largest}; use larger images or a smaller stage"
+            f"{dataset['path'] or dataset['source']} has images of "
+            f"{pixels_text(source.resolution)}, the largest stage needs {size_text(largest)}; use "
+            "larger images or a smaller stage"
         )

@@ -19,6 +19,7 @@ import numpy as np
 
 from relay_jax.data.images import ImageSource
 from relay_jax.errors import DataError
+from relay_jax.resolution import Resolution, height_width
 from relay_jax.runtime.files import digest
 
 SHAPES = ("disc", "square", "triangle", "cross")
@@ -27,16 +28,16 @@ TEXTURE_PERIOD = 4.0  # pixels of the native resolution
 
 
 class SyntheticShapes(ImageSource):
-    """`size` images of `resolution` x `resolution` pixels, classes balanced."""
+    """`size` images of `resolution`, classes balanced."""
 
     class_names = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
     num_classes = len(class_names)
     config_keys: ClassVar[tuple[str, ...]] = ("size",)
-    resolution: int
+    resolution: Resolution
 
-    def __init__(self, resolution: int, size: int, seed: int) -> None:
+    def __init__(self, resolution: Resolution, size: int, seed: int) -> None:
         """Raises DataError for impossible arguments."""
-        if resolution < 1 or size < 1 or seed < 0:
+        if min(height_width(resolution)) < 1 or size < 1 or seed < 0:
             raise DataError(
                 f"the synthetic source needs resolution, size >= 1, seed >= 0: {resolution}, "
                 f"{size}, {seed}"
@@ -44,13 +45,15 @@ class SyntheticShapes(ImageSource):
         self.resolution, self.size, self.seed = resolution, size, seed
 
     @classmethod
-    def from_config(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> Self:
+    def from_config(cls, dataset: Mapping[str, Any], resolution: Resolution, seed: int) -> Self:
         # Made at the size of the largest stage, which sets the scale
         # of the texture.
         return cls(resolution, dataset["size"], seed)
 
     @classmethod
-    def describe(cls, dataset: Mapping[str, Any], resolution: int, seed: int) -> dict[str, Any]:
+    def describe(
+        cls, dataset: Mapping[str, Any], resolution: Resolution, seed: int
+    ) -> dict[str, Any]:
         return {"size": dataset["size"], "resolution": resolution, "seed": seed}
 
     def fingerprint(self) -> str:
@@ -69,16 +72,17 @@ class SyntheticShapes(ImageSource):
         return self.size
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        """Image uint8 [r, r, 3] and label 0..7 at `position`; IndexError outside 0..size-1."""
+        """Image uint8 [h, w, 3] and label 0..7 at `position`; IndexError outside 0..size-1."""
         if not 0 <= position < self.size:
             raise IndexError(f"position {position} is outside 0..{self.size - 1}")
         label = int(position) % self.num_classes
         texture, shape = divmod(label, len(SHAPES))
-        r = self.resolution
+        height, width = height_width(self.resolution)
+        r = min(height, width)
         # All random numbers of an image at once: what one of them
         # does cannot shift another's.
         u = np.random.default_rng([self.seed, int(position)]).random(11).tolist()
-        x, y = _grid(r)
+        x, y = _grid(height, width)
 
         # A pastel gradient behind a darker, saturated shape: they
         # differ in brightness whatever the two hues.
@@ -87,13 +91,15 @@ class SyntheticShapes(ImageSource):
             for h, v in ((u[0], 1.0), (u[1], 0.78))
         ]
         angle = 2 * math.pi * u[2]
-        ramp = np.clip(0.5 + (math.cos(angle) * x + math.sin(angle) * y) / r, 0, 1)[..., None]
+        ramp = np.clip(
+            0.5 + (math.cos(angle) * x + math.sin(angle) * y) / max(height, width), 0, 1
+        )[..., None]
         background = colours[0] + ramp * (colours[1] - colours[0])
         colour = np.array(colorsys.hsv_to_rgb(u[3], 0.75, 0.57), np.float32)
 
         radius = r * (0.55 + 0.3 * u[4]) / 2
-        room = r / 2 - radius
-        px, py = x - room * (2 * u[5] - 1), y - room * (2 * u[6] - 1)
+        px = x - (width / 2 - radius) * (2 * u[5] - 1)
+        py = y - (height / 2 - radius) * (2 * u[6] - 1)
         turn = math.radians(30 * u[7] - 15)
         cos, sin = math.cos(turn), math.sin(turn)
         distance = _signed_distance(shape, cos * px + sin * py, cos * py - sin * px, radius)
@@ -116,12 +122,13 @@ class SyntheticShapes(ImageSource):
 
 
 @functools.lru_cache(maxsize=8)
-def _grid(resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres x [1, r] and y [r, 1], in pixels from the image's centre, y downwards."""
-    line = np.arange(resolution, dtype=np.float32) + 0.5 - resolution / 2
+def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel centres x [1, w] and y [h, 1], in pixels from the image's centre, y downwards."""
+    x, y = (np.arange(size, dtype=np.float32) + 0.5 - size / 2 for size in (width, height))
     # Threads share what is cached: nobody may write to it.
-    line.setflags(write=False)
-    return line[None, :], line[:, None]
+    for line in (x, y):
+        line.setflags(write=False)
+    return x[None, :], y[:, None]
 
 
 def _signed_distance(shape: int, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:

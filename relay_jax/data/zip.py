@@ -5,7 +5,7 @@
 
     photographs.zip:cat/1.jpg dog/2.jpg  classes by folder; any size
 
-With `dataset.json` all images are squares of one size. The other
+With `dataset.json` all images have one size. The other
 rules are those of a folder (data/listing.py). Whoever zips the folder
 and not what is in it has all names below one more folder, which is
 left out of them.
@@ -31,6 +31,7 @@ from relay_jax.data.listing import (
     labelled,
 )
 from relay_jax.errors import DataError
+from relay_jax.resolution import as_resolution, height_width
 from relay_jax.runtime.files import MAX_TEXT, digest
 
 __all__ = ["INDEX", "EdmZip"]
@@ -88,12 +89,8 @@ class EdmZip(EncodedImages):
         if not images.folders:
             header = read_header(self.encoded(0)[0], self.where(0))
             # Photographs have all sizes, zipped or not.
-            self.resolution = None if index is None else header.height
-            if self.resolution and header.height != header.width:
-                raise DataError(
-                    f"{self.where(0)}: wrong image size {header.width}x{header.height}; it must be "
-                    "square"
-                )
+            size = as_resolution((header.height, header.width))
+            self.resolution = None if index is None else size
 
     def __len__(self) -> int:
         return len(self._files)
@@ -118,12 +115,13 @@ class EdmZip(EncodedImages):
 
     def picture(self, position: int) -> tuple[Image.Image, int]:
         picture, label = super().picture(position)
-        if self.resolution and picture.size != (self.resolution, self.resolution):
-            raise DataError(
-                f"{self.where(position)}: wrong image size {picture.width}x{picture.height}; the "
-                f"first image of this zip is {self.resolution}x{self.resolution}, and all must be "
-                "alike"
-            )
+        if self.resolution is not None:
+            height, width = height_width(self.resolution)
+            if picture.size != (width, height):
+                raise DataError(
+                    f"{self.where(position)}: wrong image size {picture.width}x{picture.height}; "
+                    f"the first image of this zip is {width}x{height}, and all must be alike"
+                )
         return picture, label
 
     def fingerprint(self) -> str:

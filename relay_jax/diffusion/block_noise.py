@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from relay_jax.diffusion.dct import dct_matrix
+from relay_jax.diffusion.dct import check_patch, dct_matrix
+from relay_jax.resolution import Resolution, height_width
 
 
 def block_noise(gaussian: jax.Array, patch: int) -> jax.Array:
@@ -66,18 +67,20 @@ def relay_noise(
     return gaussian + block_noise_scale * block_noise(block_gaussian, patch)
 
 
-def block_noise_power(resolution: int, patch: int) -> np.ndarray:
-    """Equation (4): float64 [r, r]. Exact, as the covariance of block noise is a product.
+def block_noise_power(resolution: Resolution, patch: int) -> np.ndarray:
+    """Equation (4): float64 [h, w]. Exact, as the covariance of block noise is a product.
 
     Raises ValueError where resolution is not divisible by patch.
     """
-    if patch < 1 or resolution % patch:
-        raise ValueError(f"{resolution} pixels are not divisible into patches of {patch}")
-    distance = np.abs(np.subtract.outer(np.arange(resolution), np.arange(resolution)))
+    height, width = height_width(resolution)
+    check_patch(height, width, patch)
+    return _line_power(height, patch)[:, None] * _line_power(width, patch)[None, :]
+
+
+def _line_power(size: int, patch: int) -> np.ndarray:
+    """P of equation (4), float64 [size]."""
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
     # On a circle the distance to a pixel is taken both ways round.
-    triangle = sum(
-        np.maximum(0, patch - np.abs(distance - turn)) / patch for turn in (0, resolution)
-    )
-    c = dct_matrix(resolution)
-    line = np.einsum("ki,ij,kj->k", c, triangle, c, optimize=True)
-    return line[:, None] * line[None, :]
+    triangle = sum(np.maximum(0, patch - np.abs(distance - turn)) / patch for turn in (0, size))
+    c = dct_matrix(size)
+    return np.einsum("ki,ij,kj->k", c, triangle, c, optimize=True)

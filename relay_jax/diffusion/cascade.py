@@ -23,6 +23,7 @@ from relay_jax.diffusion.limits import check_finite, require
 from relay_jax.diffusion.noise import NoiseFn, Purpose
 from relay_jax.diffusion.precondition import Condition, per_image
 from relay_jax.diffusion.process import EdmProcess
+from relay_jax.resolution import Resolution, height_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +78,5 @@ class Cascade(EdmProcess):
         noise = noise_fn(0, Purpose.INITIAL_GAUSS)
         return Condition(image + self.condition_sigma * noise, sigma)
 
-    def check_resolution(self, resolution: int) -> None:
-        check_patch(resolution, resolution, self.patch)
+    def check_resolution(self, resolution: Resolution) -> None:
+        check_patch(*height_width(resolution), self.patch)

@@ -40,6 +40,7 @@ from relay_jax.diffusion.dct import check_patch, patch_dct, patch_idct
 from relay_jax.diffusion.limits import check_finite, check_levels, require
 from relay_jax.diffusion.noise import Level, NoiseFn, Purpose
 from relay_jax.diffusion.precondition import Condition
+from relay_jax.resolution import Resolution, height_width
 
 
 def _kept_with(process: type, method: str, base: str) -> bool:
@@ -122,9 +123,9 @@ class EdmProcess:
         """Noise per unit of sigma from independent white unit fields [b, h, w, c]."""
         return white
 
-    def noise_power(self, resolution: int) -> np.ndarray:
-        """Power of `noise` at each DCT coefficient of a whole image: float64 [r, r]."""
-        return np.ones((resolution, resolution))
+    def noise_power(self, resolution: Resolution) -> np.ndarray:
+        """Power of `noise` at each DCT coefficient of a whole image: float64 [h, w]."""
+        return np.ones(height_width(resolution))
 
     # Levels that training draws
 
@@ -202,8 +203,8 @@ class EdmProcess:
         ends = self.P_mean - 6 * self.P_std, self.P_mean + 6 * self.P_std
         check_levels(ends, self.sigma_data, self.weight_max)
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raises ValueError for images of resolution x resolution that do not fit."""
+    def check_resolution(self, resolution: Resolution) -> None:
+        """Raises ValueError for images of a size that does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +251,7 @@ class PatchProcess(EdmProcess):
     def inverse(self, coefficients: jax.Array) -> jax.Array:
         return coefficients if self.patch == 1 else patch_idct(coefficients, self.patch)
 
-    def noise_power(self, resolution: int) -> np.ndarray:
+    def noise_power(self, resolution: Resolution) -> np.ndarray:
         return 1 + self.block_noise_scale**2 * block_noise_power(resolution, self.patch)
 
     def draw_level(self, key: jax.Array) -> jax.Array:
@@ -324,8 +325,8 @@ class PatchProcess(EdmProcess):
         low, high = self.P_mean + self.P_std * ndtri(shares)
         check_levels((low, high), self.sigma_data, self.weight_max)
 
-    def check_resolution(self, resolution: int) -> None:
-        check_patch(resolution, resolution, self.patch)
+    def check_resolution(self, resolution: Resolution) -> None:
+        check_patch(*height_width(resolution), self.patch)
 
     # The schedule by u
 

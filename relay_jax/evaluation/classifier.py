@@ -17,6 +17,7 @@ import optax
 from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source, draw_balanced
+from relay_jax.resolution import Resolution
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.stage import Stage
 
@@ -103,11 +104,11 @@ def class_accuracies(
     source: Source,
     images: Mapping[str, np.ndarray],
     classes: np.ndarray,
-    resolution: int,
+    resolution: Resolution,
 ) -> dict[str, float]:
     """Share of the images that a classifier trained on real ones gives the class asked for.
 
-    images: by name, float [n, resolution, resolution, 3], about
+    images: by name, float [n, h, w, 3], about
     [-1, 1]; classes: int [n]. Adds "_real": held-out real
     images, the ceiling.
     """
@@ -137,10 +138,10 @@ def class_check(
     """Class accuracies of a relay's samples, of the first stage's enlarged, and of real images.
 
     images: of the first and last stage by name,
-    float32 [n, r, r, 3]; classes: int [n].
+    float32 [n, h, w, 3]; classes: int [n].
     """
     first, last = stages[0], stages[-1]
-    factor = last.resolution // first.resolution
+    factor = last.image_shape[0] // first.image_shape[0]
     # Enlarged without the later stages: what those add to the class
     # is the difference.
     upsampled = images[first.name].repeat(factor, axis=1).repeat(factor, axis=2)

@@ -9,6 +9,7 @@ from relay_jax.config import Settings
 from relay_jax.data.description import describe
 from relay_jax.data.source import Source, describe_source, open_source
 from relay_jax.evaluation.references import Reference, of_source
+from relay_jax.resolution import Resolution
 from relay_jax.runtime.distributed import is_first
 from relay_jax.workdir import warn_of_changes
 
@@ -30,10 +31,10 @@ def open_data_set(settings: Settings, weights: Mapping[str, Path]) -> tuple[Sour
     return source, _about(settings)
 
 
-def training_set(source: Source, resolution: int, settings: Settings) -> Reference:
+def training_set(source: Source, resolution: Resolution, settings: Settings) -> Reference:
     """The set that is trained on, as the reference of its own samples.
 
-    resolution: of the samples, in pixels.
+    resolution: of the samples.
     """
     return of_source(
         source,
@@ -45,4 +46,4 @@ def training_set(source: Source, resolution: int, settings: Settings) -> Referen
 
 
 def _about(settings: Settings) -> dict[str, Any]:
-    return describe_source(settings.dataset.keys, max(settings.resolutions), settings.seed)
+    return describe_source(settings.dataset.keys, settings.resolutions[-1], settings.seed)

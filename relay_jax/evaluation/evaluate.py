@@ -139,8 +139,7 @@ def evaluate_run(
     lines = scores.notes + notes_on_record(record, len(images))
     report = make_report(scores.all, lines, about, seconds, **more)
     with agree():
-        # Printed before they are written: hours
-        # of work, whatever the disk says.
+        # Printed before they are written: hours of work, whatever the disk says.
         if is_first():
             logging.info("%s", scores)
             write_report(out, report)

@@ -55,7 +55,8 @@ class FeatureExtractor:
     name: as asked for; identity: what a report says of it; outputs: of
     pool, spatial and probabilities those that it has ("pool" always);
     batch: images per call of compute, uint8 [batch, h, w, 3] -> an array
-    [batch, d] per output.
+    [batch, d] per output; side: of the square that it stretches images
+    to, 0 for none.
     """
 
     name: str
@@ -63,6 +64,7 @@ class FeatureExtractor:
     outputs: tuple[str, ...]
     batch: int
     compute: Callable[[np.ndarray], Outputs]
+    side: int = 0
 
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 [n, h, w, 3], n of any size -> float32 [n, d] per output.
@@ -159,6 +161,13 @@ def _run(
     return program(params, jax.device_put(pixels, rows))
 
 
+def _side(network: FeatureNetwork) -> int:
+    """Pixels per side of its input, if it makes squares of all images, else 0."""
+    oblong = jax.ShapeDtypeStruct((1, 32, 48, 3), jnp.uint8)
+    height, width = jax.eval_shape(network.inputs, oblong).shape[1:3]
+    return height if height == width else 0
+
+
 def _network(
     network: FeatureNetwork, mesh: Mesh, batch: int, weights: Path | None
 ) -> FeatureExtractor:
@@ -177,6 +186,7 @@ def _network(
             "resize": network.resize,
         },
         outputs=network.outputs,
+        side=_side(network),
         batch=batch,
         compute=partial(
             _run,

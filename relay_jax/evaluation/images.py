@@ -28,6 +28,7 @@ from relay_jax.data.packed import MANIFEST, PackedDataset, is_packed, read_manif
 from relay_jax.data.source import Source
 from relay_jax.data.zip import EdmZip
 from relay_jax.errors import DataError
+from relay_jax.resolution import Resolution, as_resolution, height_width, pixels_text
 from relay_jax.runtime.distributed import is_first
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.pixels import edit_pixels
@@ -36,17 +37,17 @@ from relay_jax.sampling.request import Request
 AHEAD = 2  # parts decoded beyond the one in use
 
 
-Part = tuple[np.ndarray, np.ndarray]  # positions int [n] in the set, pixels uint8 [n, r, r, 3]
+Part = tuple[np.ndarray, np.ndarray]  # positions int [n] in the set, pixels uint8 [n, h, w, 3]
 
 
 class ImageSet(Protocol):
-    """Images of one size, `resolution` pixels per side.
+    """Images of one size, `resolution`.
 
     identity: what a report says of the set: kind, number of images
     and a hash at least.
     """
 
-    resolution: int
+    resolution: Resolution
     identity: dict[str, Any]
 
     def __len__(self) -> int: ...
@@ -74,14 +75,15 @@ def parts_of(count: int, host: int, hosts: int, batch: int) -> list[np.ndarray]:
     return [positions[number * batch : (number + 1) * batch] for number in range(parts)]
 
 
-def _stack(images: Sequence[np.ndarray], resolution: int) -> np.ndarray:
-    return np.stack(images) if len(images) else np.empty((0, resolution, resolution, 3), np.uint8)
+def _stack(images: Sequence[np.ndarray], resolution: Resolution) -> np.ndarray:
+    empty = np.empty((0, *height_width(resolution), 3), np.uint8)
+    return np.stack(images) if len(images) else empty
 
 
 class SourceImages:
     """Images of a source, decoded in threads ahead of their use.
 
-    exact: every image must have `resolution` pixels per side already;
+    exact: every image must be of `resolution` already;
     else they are cropped and resized as in training. limit: use so many
     of them at most (`choice`), 0 = all.
     """
@@ -89,7 +91,7 @@ class SourceImages:
     def __init__(
         self,
         source: Source,
-        resolution: int,
+        resolution: Resolution,
         identity: dict[str, Any],
         *,
         exact: bool,
@@ -127,11 +129,12 @@ class SourceImages:
         # Images that are scored are taken as they are: a resize here
         # would be scored as well.
         image, _ = self._source[position]
-        if image.shape != (self.resolution, self.resolution, 3):
+        height, width = height_width(self.resolution)
+        if image.shape != (height, width, 3):
             raise DataError(
                 f"images of different sizes: {self._source.where(position)} has "
-                f"{image.shape[1]} x {image.shape[0]} pixels, the first one {self.resolution} x "
-                f"{self.resolution}; all must be alike"
+                f"{image.shape[1]} x {image.shape[0]} pixels, the first one {width} x {height}; "
+                "all must be alike"
             )
         return image
 
@@ -144,8 +147,8 @@ class SourceImages:
         if isinstance(self._source, EncodedImages):
             show_files(what, self._source, where, self.resolution, self._exact)
         else:
-            side = self._source.resolution or self.resolution
-            logging.info("%s: %s: %s images of %d px", what, where, f"{len(self._source):,}", side)
+            size = pixels_text(self._source.resolution or self.resolution)
+            logging.info("%s: %s: %s images of %s", what, where, f"{len(self._source):,}", size)
 
     def share(self, host: int, hosts: int, batch: int) -> Iterator[Part]:
         """As ImageSet says."""
@@ -166,10 +169,10 @@ class SourceImages:
 
 
 class ArrayImages:
-    """Images that are in memory, uint8 [n, r, r, 3], the same on all processes."""
+    """Images that are in memory, uint8 [n, h, w, 3], the same on all processes."""
 
     def __init__(self, pixels: np.ndarray, identity: dict[str, Any]) -> None:
-        self._pixels, self.resolution = pixels, pixels.shape[1]
+        self._pixels, self.resolution = pixels, as_resolution(pixels.shape[1:3])
         self.identity = {**identity, "images": len(pixels)}
 
     def __len__(self) -> int:
@@ -241,16 +244,14 @@ def open_images(path: Path, threads: int, decoding: Decoding = AS_SHOWN) -> Sour
     if kind == "npz":
         source = npz_source(path)
     elif kind == "arrayrecord":
-        largest = max(read_manifest(path)["resolutions"], default=0)
+        largest = max(read_manifest(path)["resolutions"], key=height_width, default=0)
         source = PackedDataset(path, largest)
     else:
         source = EdmZip(path) if kind == "zip" else ImageFolder(path)
         source.decoding = decoding
-    height, width, _ = source[0][0].shape
-    if height != width:
-        raise DataError(f"{source.where(0)} has {width} x {height} pixels; images must be square")
+    resolution = as_resolution(source[0][0].shape[:2])
     identity = {"kind": kind, "path": str(path), "sha256": source.fingerprint()}
-    return SourceImages(source, height, identity, exact=True, threads=threads)
+    return SourceImages(source, resolution, identity, exact=True, threads=threads)
 
 
 def kind_of(path: Path) -> str:

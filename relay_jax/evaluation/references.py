@@ -36,6 +36,7 @@ from relay_jax.evaluation.images import ImageSet, SourceImages, kind_of, npz_sou
 from relay_jax.evaluation.neighbours import NEIGHBOURS
 from relay_jax.evaluation.published import Statistics, read_npz, read_pickle
 from relay_jax.evaluation.statistics import FeatureSet, collect
+from relay_jax.resolution import Resolution, pixels_text, size_text
 from relay_jax.runtime import distributed
 from relay_jax.runtime.distributed import is_first
 from relay_jax.runtime.files import digest, file_sha256, replacing
@@ -73,7 +74,7 @@ class Reference:
 
 def open_reference(
     text: str,
-    resolution: int,
+    resolution: Resolution,
     *,
     data_set: Callable[[], tuple[Source, Mapping[str, Any]]],
     threads: int,
@@ -121,7 +122,7 @@ def open_reference(
 def of_source(
     source: Source,
     description: Mapping[str, Any],
-    resolution: int,
+    resolution: Resolution,
     *,
     threads: int,
     limit: int,
@@ -134,13 +135,13 @@ def of_source(
 def _prepared(
     source: Source,
     identity: dict[str, Any],
-    resolution: int,
+    resolution: Resolution,
     threads: int,
     limit: int,
 ) -> Reference:
     preparation = (
-        f"centre crop and resize to {resolution} px as in training (images of that size stay as "
-        "they are)"
+        f"centre crop and resize to {pixels_text(resolution)} as in training (images of that "
+        "size stay as they are)"
     )
     images = SourceImages(
         source,
@@ -164,7 +165,7 @@ def _of_pickle(path: Path) -> Reference:
     )
 
 
-def _of_npz(path: Path, resolution: int, threads: int, limit: int) -> Reference:
+def _of_npz(path: Path, resolution: Resolution, threads: int, limit: int) -> Reference:
     keys, statistics = read_npz(path)
     if not statistics and "arr_0" not in keys:
         raise DataError(
@@ -190,8 +191,9 @@ def _of_npz(path: Path, resolution: int, threads: int, limit: int) -> Reference:
     # not be those of its images.
     if source.resolution != resolution:
         raise DataError(
-            f"{path} holds images of {source.resolution} px, the samples have {resolution}; a "
-            "reference of their size is needed, or a folder of originals"
+            f"{path} holds images of {pixels_text(source.resolution)}, the samples have "
+            f"{size_text(resolution)}; a reference of their size is needed, or a folder of "
+            "originals"
         )
     images = SourceImages(source, resolution, identity, exact=True, threads=threads, limit=limit)
     return Reference(identity=images.identity, images=images, statistics=statistics)

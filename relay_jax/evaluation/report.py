@@ -26,6 +26,7 @@ from relay_jax.evaluation.images import ImageSet
 from relay_jax.evaluation.metrics import SETTINGS as METRIC_SETTINGS
 from relay_jax.evaluation.references import Reference
 from relay_jax.models.averages import is_width
+from relay_jax.resolution import Resolution, size_text
 from relay_jax.runtime.files import read_json, write_json, write_text
 from relay_jax.runtime.logs import curve_summary, read_curve
 from relay_jax.sampling.seeds import parse_seeds
@@ -121,6 +122,17 @@ def notes_on_record(record: Mapping[str, Any] | None, images: int) -> list[str]:
     if seeds == images:
         return []
     return [f"samples.json speaks of {seeds:,} images, and there are {images:,}."]
+
+
+def notes_on_shape(resolution: Resolution, extractor: FeatureExtractor) -> list[str]:
+    """What a report says of images whose features are those of stretched ones."""
+    if isinstance(resolution, int) or not extractor.side:
+        return []
+    return [
+        f"{extractor.name} needs squares: images of {size_text(resolution)} px were stretched to "
+        f"{extractor.side} x {extractor.side}, so its scores compare with others of this shape "
+        "alone."
+    ]
 
 
 def training_summary(stage: Stage, meta: Mapping[str, Any], folder: Path) -> dict[str, Any]:

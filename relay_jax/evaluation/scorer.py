@@ -19,6 +19,7 @@ from relay_jax.evaluation.references import (
     held_out_features,
     reference_features,
 )
+from relay_jax.evaluation.report import notes_on_shape
 from relay_jax.evaluation.statistics import FeatureSet, collect
 from relay_jax.runtime.distributed import agree, is_first
 
@@ -136,7 +137,7 @@ def evaluate(samples: ImageSet, scorer: Scorer, *, what: str = "samples") -> Sco
             values = score(reference, features, extractor.name)
             real = scorer.real_scores(len(samples))
     clock.lap("scores")
-    lines = notes(features, extractor.name)
+    lines = notes(features, extractor.name) + notes_on_shape(samples.resolution, extractor)
     if real:
         lines.append(
             "Names with _real: as many real images, none of them in the reference, in the place of "

@@ -105,7 +105,7 @@ def _draws_noise(stage: Stage) -> bool:
     # By tracing the sampler and not by its settings: noise that a
     # sampler never adds is never drawn, and a sampler of the user's
     # own is asked alike.
-    noise = _NoiseProbe((1, stage.resolution, stage.resolution, stage.network.image_channels))
+    noise = _NoiseProbe((1, *stage.image_shape))
     state = jax.ShapeDtypeStruct(noise.shape, jnp.float32)
     jax.eval_shape(partial(_walk, stage, noise), state)
     return bool(noise.purposes)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from relay_jax.resolution import size_text
 from relay_jax.runtime.flops import si
 
 
@@ -49,7 +50,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         [
             "# Sweep of samplers",
             "",
-            f"{samples['images']:,} images of {samples['resolution']} px, seeds "
+            f"{samples['images']:,} images of {size_text(samples['resolution'])} px, seeds "
             f"{samples['seeds']}, class rule {samples['class_rule']}; features "
             f"{report['features']['name']}.",
             "",

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from relay_jax.models.unet import UNet
+from relay_jax.resolution import Resolution, height_width
 
 
 class Network(Protocol):
     """The raw network F(x, c_noise, class_labels, augment_labels) of docs/math.md section 5.
 
-    resolution: pixels per side; image_channels: 3. num_classes,
+    resolution: of its images; image_channels: 3. num_classes,
     num_augment: sizes of the label vectors, 0 = none. dtype:
     precision of activations; parameters are float32. remat: whether
     to recompute activations in the backward pass.
@@ -32,10 +33,10 @@ class Network(Protocol):
     before devices exchange them; by default none.
     `condition_channels`: of images that the network is given beside x
     by the keyword `condition`, with the c_noise of their own noise:
-    ([b, r, r, condition_channels], [b]). A cascade needs it.
+    ([b, h, w, condition_channels], [b]). A cascade needs it.
     """
 
-    resolution: int
+    resolution: Resolution
     image_channels: int
     num_classes: int
     num_augment: int
@@ -50,7 +51,7 @@ class Network(Protocol):
         augment_labels: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """x: [b, r, r, image_channels]; c_noise: [b]; labels [b, n] or None (zeros).
+        """x: [b, h, w, image_channels]; c_noise: [b]; labels [b, n] or None (zeros).
 
         Returns the shape of x, float32. train: random layers act,
         with the rng "dropout".
@@ -85,9 +86,14 @@ def describe(network: Network) -> dict[str, Any]:
     return description
 
 
+def image_shape(network: Network) -> tuple[int, int, int]:
+    """(height, width, channels) of its images."""
+    return (*height_width(network.resolution), network.image_channels)
+
+
 def init_params(network: Network, key: jax.Array) -> dict:
     """Fresh parameters, a nested dictionary of float32 arrays."""
-    image = jnp.zeros((1, network.resolution, network.resolution, network.image_channels))
+    image = jnp.zeros((1, *image_shape(network)))
     return network.init(key, image, jnp.zeros((1,)), **blank_condition(network, image))["params"]
 
 

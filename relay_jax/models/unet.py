@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from relay_jax.models.blocks import Conv, GroupNorm, Linear, UNetBlock, group_count
+from relay_jax.resolution import Resolution, height_width, size_text
 
 MAX_BLOCKS = 64  # per level; the published networks have 2 and 3
 
@@ -37,10 +38,10 @@ def noise_embedding(c_noise: jax.Array, channels: int) -> jax.Array:
 class UNet(nn.Module):
     """The raw network F(x, c_noise, class_labels, augment_labels) of docs/math.md section 5.
 
-    resolution: pixels per side. channels: base width.
+    resolution: of its images. channels: base width.
     multipliers: width of each level in units of it, highest
     resolution first. blocks: per level. attention: resolutions
-    (pixels per side) with attention; heads = width //
+    (pixels of the shorter side) with attention; heads = width //
     head_width, none where that is 0. embedding_multiplier: width
     of the embedding in units of `channels`. num_classes,
     num_augment: sizes of the label vectors, 0 = none.
@@ -49,7 +50,7 @@ class UNet(nn.Module):
     the backward pass to save memory.
     """
 
-    resolution: int
+    resolution: Resolution
     channels: int
     multipliers: tuple[int, ...]
     blocks: int
@@ -67,7 +68,6 @@ class UNet(nn.Module):
     def check(self) -> None:
         """Raises ValueError for fields that make no U-Net, naming the key of `model` to change."""
         for name in (
-            "resolution",
             "channels",
             "blocks",
             "head_width",
@@ -75,8 +75,7 @@ class UNet(nn.Module):
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                key = name if name == "resolution" else f"model.{name}"
-                raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+                raise ValueError(f"model.{name} must be a positive whole number, not {value!r}")
         for name, least in (("multipliers", 1), ("attention", 1)):
             for value in getattr(self, name):
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -97,15 +96,15 @@ class UNet(nn.Module):
             raise ValueError(f"model.dropout must lie in [0, 1), not {self.dropout}")
         # Every level but the first halves the image.
         halvings = len(self.multipliers) - 1
-        if halvings < 0 or self.resolution % (1 << halvings):
+        if halvings < 0 or any(side % (1 << halvings) for side in height_width(self.resolution)):
             raise ValueError(
-                f"resolution {self.resolution} cannot be halved {halvings} times "
+                f"resolution {size_text(self.resolution)} cannot be halved {halvings} times "
                 f"(model.multipliers has {halvings + 1})"
             )
         for width in normalised_widths(self.channels, self.multipliers, self.blocks):
             group_count(width)
         widths = {
-            self.resolution >> level: self.channels * multiplier
+            min(self.level_size(level)): self.channels * multiplier
             for level, multiplier in enumerate(self.multipliers)
         }
         for size in self.attention:
@@ -137,7 +136,12 @@ class UNet(nn.Module):
         # and the embedding's layers.
         blocks = sum((2 * self.blocks + 1) * (18 * width + embedding) * width for width in widths)
         weights = blocks + embedding * (embedding + self.num_classes)
-        return max(weights, self.resolution**2 * widths[0])
+        return max(weights, math.prod(height_width(self.resolution)) * widths[0])
+
+    def level_size(self, level: int) -> tuple[int, int]:
+        """Height and width of the images at a level, 0 the highest."""
+        height, width = height_width(self.resolution)
+        return height >> level, width >> level
 
     def travels_in_dtype(self, leaf: jax.Array) -> bool:
         """Whether a parameter is used in `dtype` alone: the kernels of convolutions."""
@@ -155,12 +159,12 @@ class UNet(nn.Module):
         train: bool = False,
         condition: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """x: [b, resolution, resolution, image_channels]; c_noise: [b]. Returns float32 like x.
+        """x: [b, h, w, image_channels]; c_noise: [b]. Returns float32 like x.
 
         class_labels: [b, num_classes]; augment_labels:
         [b, num_augment]; None stands for zeros. train: dropout acts,
         with the rng "dropout". condition: images
-        [b, resolution, resolution, condition_channels] and the c_noise
+        [b, h, w, condition_channels] and the c_noise
         of their noise [b]. Raises ValueError where it is missing, or
         not asked for.
         """
@@ -174,33 +178,33 @@ class UNet(nn.Module):
 
         skips = []
         for level, multiplier in enumerate(self.multipliers):
-            size, width = self.resolution >> level, self.channels * multiplier
-            attention = size in self.attention
+            (h, w), width = self.level_size(level), self.channels * multiplier
+            attention = min(h, w) in self.attention
             if level == 0:
-                x = Conv(width, dtype=self.dtype, name=f"enc_{size}x{size}_conv")(x)
+                x = Conv(width, dtype=self.dtype, name=f"enc_{h}x{w}_conv")(x)
             else:
-                down = self._block(f"enc_{size}x{size}_down", x.shape[-1], resample="down")
+                down = self._block(f"enc_{h}x{w}_down", x.shape[-1], resample="down")
                 x = down(x, embedding, train)
             skips.append(x)
             for i in range(self.blocks):
-                block = self._block(f"enc_{size}x{size}_block{i}", width, attention=attention)
+                block = self._block(f"enc_{h}x{w}_block{i}", width, attention=attention)
                 x = block(x, embedding, train)
                 skips.append(x)
 
         for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            size, width = self.resolution >> level, self.channels * multiplier
-            attention = size in self.attention
+            (h, w), width = self.level_size(level), self.channels * multiplier
+            attention = min(h, w) in self.attention
             if level == len(self.multipliers) - 1:
                 # The lowest level has attention here whether or not
                 # it is listed, as in ADM.
-                in0 = self._block(f"dec_{size}x{size}_in0", width, attention=True)
-                in1 = self._block(f"dec_{size}x{size}_in1", width)
+                in0 = self._block(f"dec_{h}x{w}_in0", width, attention=True)
+                in1 = self._block(f"dec_{h}x{w}_in1", width)
                 x = in1(in0(x, embedding, train), embedding, train)
             else:
-                up = self._block(f"dec_{size}x{size}_up", x.shape[-1], resample="up")
+                up = self._block(f"dec_{h}x{w}_up", x.shape[-1], resample="up")
                 x = up(x, embedding, train)
             for i in range(self.blocks + 1):
-                block = self._block(f"dec_{size}x{size}_block{i}", width, attention=attention)
+                block = self._block(f"dec_{h}x{w}_block{i}", width, attention=attention)
                 x = block(jnp.concatenate([x, skips.pop()], axis=-1), embedding, train)
 
         x = nn.silu(GroupNorm(name="out_norm")(x))

@@ -15,6 +15,7 @@ from relay_jax.models.network import describe
 from relay_jax.models.unet import UNet
 from relay_jax.official.files import Network
 from relay_jax.official.pickle import show
+from relay_jax.resolution import size_text
 
 # Constructor arguments that mean something
 # here; the last two change no weights.
@@ -179,7 +180,7 @@ def heads_at(network: UNet, head_width: int) -> dict[int, int]:
     whether or not it is listed.
     """
     levels = {
-        network.resolution >> i: network.channels * m // head_width
+        min(network.level_size(i)): network.channels * m // head_width
         for i, m in enumerate(network.multipliers)
     }
     listed = {size: heads for size, heads in levels.items() if size in network.attention}
@@ -211,4 +212,5 @@ def in_words(network: UNet) -> str:
     """Resolution and conditioning of a network."""
     classes = f"{network.num_classes} classes" if network.num_classes else "unconditional"
     augment = f"{network.num_augment or 'no'} augmentation labels"
-    return f"{network.resolution} px, {network.image_channels} channels, {classes}, {augment}"
+    size = size_text(network.resolution)
+    return f"{size} px, {network.image_channels} channels, {classes}, {augment}"

@@ -123,9 +123,9 @@ def filters(network: UNet) -> dict[str, np.ndarray]:
 
     They stand in every block that changes the resolution.
     """
-    sizes = [network.resolution >> level for level in range(len(network.multipliers))]
-    blocks = [f"enc.{size}x{size}_down" for size in sizes[1:]]
-    blocks += [f"dec.{size}x{size}_up" for size in sizes[:-1]]
+    sizes = ["x".join(map(str, network.level_size(n))) for n in range(len(network.multipliers))]
+    blocks = [f"enc.{size}_down" for size in sizes[1:]]
+    blocks += [f"dec.{size}_up" for size in sizes[:-1]]
     return {
         f"model.{block}.{layer}.resample_filter": np.full((1, 1, 2, 2), 0.25, np.float32)
         for block in blocks

@@ -38,12 +38,7 @@ from relay_jax.training.step import batch_loss, value_and_gradient
 
 def abstract_batch(stage: Stage, images: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch of `images` images, as the loader gives it."""
-    shape = (
-        images,
-        stage.resolution,
-        stage.resolution,
-        stage.network.image_channels,
-    )
+    shape = (images, *stage.image_shape)
     return {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
@@ -69,10 +64,7 @@ def abstract_state(stage: Stage) -> TrainState:
 def forward_flops(stage: Stage) -> int:
     """FLOPs of one call of the network with one image."""
     network, shape = stage.network, jax.ShapeDtypeStruct
-    image = shape(
-        (1, network.resolution, network.resolution, network.image_channels),
-        jnp.float32,
-    )
+    image = shape((1, *stage.image_shape), jnp.float32)
     labels = shape((1, network.num_classes), jnp.float32) if network.num_classes else None
     variables = {"params": abstract_state(stage).params}
     inputs = (variables, image, shape((1,), jnp.float32), labels)

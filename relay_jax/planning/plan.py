@@ -39,6 +39,7 @@ from relay_jax.planning.tpu_compile import (
     describe,
     require_libtpu,
 )
+from relay_jax.resolution import size_text
 from relay_jax.runtime.files import write_json
 from relay_jax.runtime.flops import DEVICES, Device, si
 from relay_jax.stage import Stage, joined
@@ -279,8 +280,9 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
     names = ("parameters", "optimiser", "ema", "gradients", "copies", "activations")
     kinds = ", ".join(f"{name} {si(need[name])}B" for name in names)
     lines = [
-        f"stage {stage['name']}: {stage['resolution']} px, {stage['parameters'] / 1e6:.2f}M "
-        f"parameters, {stage['dtype']}, remat {'on' if stage['remat'] else 'off'}, "
+        f"stage {stage['name']}: {size_text(stage['resolution'])} px, "
+        f"{stage['parameters'] / 1e6:.2f}M parameters, {stage['dtype']}, "
+        f"remat {'on' if stage['remat'] else 'off'}, "
         f"{stage['images']:,} images in {stage['steps']:,} steps of {stage['batch']:,}, "
         f"{need['images']} per device at once",
         f"  FLOP per image     forward {si(stage['forward_flops'])} "

@@ -15,6 +15,7 @@ from relay_jax.data.loader import read
 from relay_jax.data.source import Source, draw, draw_balanced
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.resolution import size_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,12 +70,11 @@ def choose(source: Source, seed: int, rows: int = ROWS, columns: int = COLUMNS) 
 
 
 def data_figure(rows: list[Row], images: list[np.ndarray], title: str) -> "Figure":
-    """A row for each class. images: for each of the rows, uint8 [n, r, r, 3]."""
+    """A row for each class. images: for each of the rows, uint8 [n, h, w, 3]."""
     columns = max(len(row.positions) for row in rows)
     named = any(row.name for row in rows)
-    figure = style.make_figure(
-        max(0.95 * columns, 4.0), (1.2 if named else 0.95) * len(rows) + 0.9, title
-    )
+    height = 0.95 * style.aspect(images[0][0]) + (0.25 if named else 0)
+    figure = style.make_figure(max(0.95 * columns, 4.0), height * len(rows) + 0.9, title)
     grid = figure.add_gridspec(len(rows), columns, wspace=0.04, hspace=0.04)
     for n, (row, pictures) in enumerate(zip(rows, images, strict=True)):
         for k, picture in enumerate(pictures):
@@ -93,10 +93,10 @@ def plot_data(inputs: Inputs) -> None:
     description: Description = describe(
         source, settings.dataset.keys, settings.resolutions, settings.seed
     ).show()
-    largest = max(settings.resolutions)
+    largest = settings.resolutions[-1]
     rows = choose(source.at(largest), settings.seed)
     images = [read(source, row.positions, largest)[0] for row in rows]
-    title = f"{len(source):,} real images at {largest} px"
+    title = f"{len(source):,} real images at {size_text(largest)} px"
     style.save(data_figure(rows, images, title), inputs.out / "data.png")
     shown = {row.name or str(n): row.positions for n, row in enumerate(rows)}
     inputs.write("data", description.plain() | {"shown": shown})

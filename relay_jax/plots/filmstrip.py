@@ -21,6 +21,7 @@ import numpy as np
 
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.resolution import as_resolution, size_text
 from relay_jax.runtime.devices import in_haste
 from relay_jax.sampling.chain import condition_of, sample_stage
 from relay_jax.stage import Guided, Stage, joined
@@ -166,7 +167,8 @@ def filmstrip_figure(
     """
     widths = [width for frames in strip for width in (style.GAP, *[1.0] * len(frames.steps))]
     widths += [style.GAP, 1.0]
-    figure = style.make_figure(1.15 * sum(widths) + 1, 2.35 * len(rows) + 1, title)
+    height = 2.35 * style.aspect(strip[-1].final[0])
+    figure = style.make_figure(1.15 * sum(widths) + 1, height * len(rows) + 1, title)
     grid = figure.add_gridspec(
         2 * len(rows), len(widths), wspace=0.05, hspace=0.05, width_ratios=widths
     )
@@ -198,9 +200,8 @@ def filmstrip_figure(
 
 def _head(frames: Frames, k: int) -> str:
     """Three lines above a column; the first names the stage at its first step alone."""
-    name = f"{frames.stage}, {frames.final.shape[1]} px" + (
-        " (hand-off)" if frames.from_handoff else ""
-    )
+    size = size_text(as_resolution(frames.final.shape[1:3]))
+    name = f"{frames.stage}, {size} px" + (" (hand-off)" if frames.from_handoff else "")
     handed = frames.steps[k] == frames.total_steps
     step = "handed over" if handed else f"step {frames.steps[k] + 1}/{frames.total_steps}"
     return f"{name if k == 0 else ''}\n{step}\nsigma {frames.sigmas[k]:.3g}"

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.resolution import size_text
 from relay_jax.runtime.files import write_png
 from relay_jax.runtime.logs import read_curve
 from relay_jax.sampling.chain import condition_of, initial_state
@@ -25,7 +26,7 @@ SEEDS = 64  # at most, to choose the rows of the grid from
 def grid(images: np.ndarray, columns: int, side: int = 96) -> np.ndarray:
     """Float images [n, h, w, c] as one picture, uint8 [H, W, c], `columns` to a row.
 
-    Each is shown `side` pixels or more wide, enlarged by whole
+    Each is shown `side` pixels or more high, enlarged by whole
     factors without smoothing: what is seen are the pixels.
     """
     pixels = to_uint8(images)
@@ -82,7 +83,8 @@ def relay_picture(
     """
     last = stages[-1]
     rows = _rows_by_class(classes, last.num_classes)
-    side = min(last.resolution * 3, 96) if last.resolution <= 64 else last.resolution
+    height = last.image_shape[0]
+    side = min(height * 3, 96) if height <= 64 else height
     pictures = []
     for before, stage in zip([None, *stages[:-1]], stages, strict=True):
         # A relay stage on its own, as training has it, has no image
@@ -100,7 +102,7 @@ def relay_picture(
             if stage.handoff == "noise":
                 caption += ", noise redrawn"
             pictures.append((caption, grid(np.asarray(start), GRID_COLUMNS, side)))
-        caption = f"{stage.name}, {stage.resolution} px"
+        caption = f"{stage.name}, {size_text(stage.resolution)} px"
         pictures.append((caption, grid(images[stage.name][rows], GRID_COLUMNS, side)))
     return panels(pictures)
 

@@ -40,6 +40,7 @@ from relay_jax.plots.spectra import (
     radial_bands,
     square_bands,
 )
+from relay_jax.resolution import as_resolution, size_text
 from relay_jax.stage import Stage
 
 if TYPE_CHECKING:
@@ -99,15 +100,15 @@ def candidates(process: EdmProcess, first_level: float, count: int = 12) -> np.n
 
 
 def divergence(start: np.ndarray, forward: np.ndarray, bands: Bands, channels: int) -> float:
-    """Equation (4), nats per image. start, forward: powers [r, r] of whole states."""
+    """Equation (4), nats per image. start, forward: powers [h, w] of whole states."""
     quotient = bands.mean(start) / bands.mean(forward)
     return float(0.5 * channels * np.sum(bands.count * (quotient - 1 - np.log(quotient))))
 
 
 def start_images(process: EdmProcess, low_res: np.ndarray) -> np.ndarray:
-    """Start states without their noise: low_res [n, r/p, r/p, c] up-sampled, [n, r, r, c]."""
-    n, size, _, channels = low_res.shape
-    shape = (n, size * process.patch, size * process.patch, channels)
+    """Start states without their noise: low_res [n, h/p, w/p, c] up-sampled, [n, h, w, c]."""
+    n, height, width, channels = low_res.shape
+    shape = (n, height * process.patch, width * process.patch, channels)
 
     def silence(step: jax.Array | int, purpose: Purpose) -> jax.Array:
         return jnp.zeros(shape)
@@ -116,7 +117,7 @@ def start_images(process: EdmProcess, low_res: np.ndarray) -> np.ndarray:
 
 
 def _blurred(blur: Callable[..., jax.Array], images: np.ndarray, blur_sigma: float) -> np.ndarray:
-    """B_s x0 on the host, [n, r, r, c]. blur: of the process, compiled."""
+    """B_s x0 on the host, [n, h, w, c]. blur: of the process, compiled."""
     parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     return np.concatenate([np.asarray(blur(part, jnp.float32(blur_sigma))) for part in parts])
 
@@ -129,12 +130,12 @@ def compare(
 ) -> list[Comparison]:
     """Equations (1) to (4) at each sigma.
 
-    process: the stage's, as trained; low_res: [m, r/p, r/p, c],
-    images of the stage before; real: [n, r, r, c], n > 1; all
+    process: the stage's, as trained; low_res: [m, h/p, w/p, c],
+    images of the stage before; real: [n, h, w, c], n > 1; all
     float32 in [-1, 1]. Raises ValueError for a sigma that training
     does not reach.
     """
-    resolution, channels = real.shape[1], real.shape[-1]
+    resolution, channels = as_resolution(real.shape[1:3]), real.shape[-1]
     fine, rings = square_bands(resolution), radial_bands(resolution)
     unit = process.noise_power(resolution)
     variance = float(unit.mean())  # of the noise in each pixel, by Parseval's theorem
@@ -316,8 +317,8 @@ def _plot_stage(inputs: Inputs, before: Stage, stage: Stage, name: str) -> None:
         for kind, low_res in images.items()
     ]
     title = (
-        f"Hand-off from {before.name} ({before.resolution} px) to {stage.name} "
-        f"({stage.resolution} px): {kinds[0][0]} against {len(real)} real images"
+        f"Hand-off from {before.name} ({size_text(before.resolution)} px) to {stage.name} "
+        f"({size_text(stage.resolution)} px): {kinds[0][0]} against {len(real)} real images"
     )
     style.save(handoff_figure(kinds, first_level, title), inputs.out / f"{name}.png")
     numbers = {

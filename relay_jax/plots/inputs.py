@@ -15,6 +15,7 @@ from relay_jax.data.loader import read
 from relay_jax.data.source import Source, describe_source, open_source
 from relay_jax.errors import DataError
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
+from relay_jax.resolution import Resolution
 from relay_jax.runtime.checkpoint import has_checkpoint
 from relay_jax.runtime.files import write_json
 from relay_jax.runtime.sharding import make_mesh
@@ -118,8 +119,8 @@ class Inputs:
         # sources are often sorted by class.
         return np.random.default_rng(0).permutation(len(self.source))[:count].tolist()
 
-    def real(self, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [n, r, r, 3] and labels int32 [n]."""
+    def real(self, resolution: Resolution) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [n, h, w, 3] and labels int32 [n]."""
         return read(self.source, self.positions(), resolution)
 
     def seeds(self, most: int) -> list[int]:

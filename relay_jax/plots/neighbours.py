@@ -18,6 +18,7 @@ from relay_jax.data.loader import read
 from relay_jax.data.source import Source
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
+from relay_jax.resolution import as_resolution
 from relay_jax.runtime.logs import Progress
 from relay_jax.sampling.pixels import to_uint8
 
@@ -33,7 +34,7 @@ SEEDS, SEARCHED, COUNT = (
     4,
 )  # samples, real images by default, neighbours of each
 
-Features = Callable[[np.ndarray], np.ndarray]  # uint8 [n, r, r, 3] -> float [n, d]
+Features = Callable[[np.ndarray], np.ndarray]  # uint8 [n, h, w, 3] -> float [n, d]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,15 @@ class Neighbours:
 
 
 def reduce(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Box average of [n, r, r, c] to the largest size of at most `side` that divides r. Same
-    type, rounded."""
-    resolution = pixels.shape[1]
-    factor = next(f for f in range(-(-resolution // side), resolution + 1) if resolution % f == 0)
-    n, c, size = len(pixels), pixels.shape[-1], resolution // factor
-    means = pixels.reshape(n, size, factor, size, factor, c).mean(axis=(2, 4), dtype=np.float32)
+    """Box average of [n, h, w, c] to the largest size of at most `side` that divides h, and w.
+    Same type, rounded."""
+    n, height, width, c = pixels.shape
+    down, across = (
+        next(f for f in range(-(-size // side), size + 1) if size % f == 0)
+        for size in (height, width)
+    )
+    parts = pixels.reshape(n, height // down, down, width // across, across, c)
+    means = parts.mean(axis=(2, 4), dtype=np.float32)
     if pixels.dtype == np.uint8:
         means = np.round(means)
     return means.astype(pixels.dtype)
@@ -137,13 +141,13 @@ def neighbours(
     features: dict[str, Features],
     each: Callable[[int], None],
 ) -> list[Neighbours]:
-    """By pixels, and by every kind of features. samples: uint8 [m, r, r, 3]; positions: [n],
+    """By pixels, and by every kind of features. samples: uint8 [m, h, w, 3]; positions: [n],
     where to look, n >= count.
 
     each: called with the number of images
     read, now and then. Raises DataError.
     """
-    resolution = samples.shape[1]
+    resolution = as_resolution(samples.shape[1:3])
     small: list[np.ndarray] = []
     computed: dict[str, list[np.ndarray]] = {name: [] for name in features}
     # Only what is compared is kept: 10,000
@@ -176,12 +180,13 @@ def neighbours_figure(
 ) -> "Figure":
     """A row per sample: the sample, then its nearest real images by each distance.
 
-    real: [m, k, r, r, 3] for each of the results; rows: what each
+    real: [m, k, h, w, 3] for each of the results; rows: what each
     sample is called.
     """
     counts = [result.positions.shape[1] for result in results]
     columns = 1 + sum(counts)
-    figure = style.make_figure(1.25 * columns + 0.8, 1.5 * len(samples) + 1.2, title)
+    height = 1.5 * style.aspect(samples[0])
+    figure = style.make_figure(1.25 * columns + 0.8, height * len(samples) + 1.2, title)
     widths = [
         1.0,
         *(width for count in counts for width in (style.GAP, *[1.0] * count)),
@@ -230,7 +235,7 @@ def plot_neighbours(inputs: Inputs) -> None:
         each=Progress("neighbours", len(positions)).update,
         features={"random-conv features": lambda pixels: extract(pixels)["pool"]},
     )
-    resolution = samples.shape[1]
+    resolution = as_resolution(samples.shape[1:3])
     # The pixels were not kept while searching; the few that are
     # shown are read again.
     real = []

@@ -18,6 +18,7 @@ from typing import Any
 from relay_jax.plots.chart import Chart, Line
 from relay_jax.plots.page import Figure, Page, Section, Table, write_page
 from relay_jax.plots.report_page import protocol, score_section
+from relay_jax.resolution import height_width, size_text
 from relay_jax.runtime.files import read_json
 from relay_jax.runtime.logs import duration, read_curve
 from relay_jax.stage import Stage
@@ -75,10 +76,10 @@ def _says_something(section: Section) -> bool:
 
 def _subtitle(stages: Sequence[Stage], workdir: Path, report: Mapping[str, Any]) -> str:
     first, *others = stages
-    way = f"Stage {first.name} makes images of {first.resolution} px from noise"
+    way = f"Stage {first.name} makes images of {size_text(first.resolution)} px from noise"
     for stage in others:
         what = "is given them, and makes images" if _is_given(stage) else "continues the diffusion"
-        way += f"; stage {stage.name} {what} at {stage.resolution} px"
+        way += f"; stage {stage.name} {what} at {size_text(stage.resolution)} px"
     if report:
         return f"{way}. Training is finished."
     states = []
@@ -98,7 +99,9 @@ def _is_given(stage: Stage) -> bool:
 def _facts(
     stages: Sequence[Stage], workdir: Path, report: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    facts = [(" → ".join(f"{stage.resolution}" for stage in stages) + " px", "resolutions")]
+    facts = [
+        (" → ".join(f"{size_text(stage.resolution)}" for stage in stages) + " px", "resolutions")
+    ]
     calls = report.get("calls_per_image") or {}
     if calls:
         text = " + ".join(str(count) for count in calls.values())
@@ -125,7 +128,11 @@ def _made(
         grid = workdir / "samples" / f"stage-{stage.name}.png"
         if report and grid.exists():
             figures.append(
-                Figure(name=f"{stage.name}, {stage.resolution} px", picture=grid, pixels=True)
+                Figure(
+                    name=f"{stage.name}, {size_text(stage.resolution)} px",
+                    picture=grid,
+                    pixels=True,
+                )
             )
             continue
         previews = sorted((workdir / stage.name / "grids").glob("*.png"))
@@ -134,14 +141,16 @@ def _made(
             from_real = " from down-sampled real ones" if stage.starts_from_images else ""
             figures.append(
                 Figure(
-                    name=f"{stage.name}, {stage.resolution} px",
+                    name=f"{stage.name}, {size_text(stage.resolution)} px",
                     caption=f"preview{from_real}, after {images:,} images",
                     picture=previews[-1],
                     pixels=True,
                 )
             )
     real = workdir / "samples" / "real.png"
-    figures.append(Figure(name=f"real images, {last.resolution} px", picture=real, pixels=True))
+    figures.append(
+        Figure(name=f"real images, {size_text(last.resolution)} px", picture=real, pixels=True)
+    )
     columns = ""
     if report and last.num_classes:
         shown = [str(name) for name in names[:8]] or [str(n) for n in range(last.num_classes)][:8]
@@ -165,19 +174,19 @@ def _chain(stages: Sequence[Stage], workdir: Path) -> Section:
     for before, stage in pairwise(stages):
         if not stage.starts_from_images:
             continue
-        patch = stage.resolution // before.resolution
+        patch = height_width(stage.resolution)[0] // height_width(before.resolution)[0]
         sigma = filmed.get(stage.name) or float(stage.sampler.levels()[0])
         if _is_given(stage):
             texts.append(
                 f"{stage.name} starts from pure noise again, sigma = {sigma:.3g}; its network is "
-                f"given the {before.resolution} px image beside the state."
+                f"given the {size_text(before.resolution)} px image beside the state."
             )
             continue
         handed = "image" if stage.handoff == "image" else "noisy state"
         texts.append(
-            f"The hand-off: the {before.resolution} px {handed}, every pixel repeated {patch} x "
+            f"The hand-off: the {size_text(before.resolution)} px {handed}, every pixel repeated {patch} x "
             f"{patch}, is what the forward process of {stage.name} makes of an image of "
-            f"{stage.resolution} px when it has taken all detail out of each patch. So "
+            f"{size_text(stage.resolution)} px when it has taken all detail out of each patch. So "
             f"{stage.name} starts there, with noise of sigma = {sigma:.3g}, and removes both "
             "together. It neither starts from pure noise nor is conditioned on the small image."
         )

@@ -16,6 +16,7 @@ from relay_jax.diffusion.block_noise import block_noise_power
 from relay_jax.plots import style
 from relay_jax.plots.inputs import Inputs, Picture
 from relay_jax.plots.spectra import dct_power, frequencies, radial_bands
+from relay_jax.resolution import Resolution, as_resolution, height_width, size_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,14 +37,14 @@ class Ratio:
     """One curve: SNR in decibels by frequency in cycles per image width, each [bands]."""
 
     name: str
-    resolution: int
+    resolution: Resolution
     frequency: np.ndarray
     decibels: np.ndarray
 
 
 def ratio(name: str, images: np.ndarray, noise: np.ndarray) -> Ratio:
-    """Equation (2) of spectra.py. images: [n, r, r, c]; noise: its power [r, r]."""
-    resolution = images.shape[1]
+    """Equation (2) of spectra.py. images: [n, h, w, c]; noise: its power [h, w]."""
+    resolution = as_resolution(images.shape[1:3])
     bands = radial_bands(resolution)
     values = bands.mean(dct_power(images)) / bands.mean(noise)
     # Bands without any signal are minus
@@ -62,16 +63,16 @@ def resolution_ratios(
 ) -> list[Ratio]:
     """White noise on both sets of images, block noise and the stage's noise on the larger ones.
 
-    low: [n, r, r, c], high: [n, p r, p r, c], the same real images;
+    low: [n, h, w, c], high: [n, p h, p w, c], the same real images;
     sigma: level of all noises; stage_noise: power of the stage's
-    noise at sigma 1, [p r, p r]. Source: RDM, section 2.2.
+    noise at sigma 1, [p h, p w]. Source: RDM, section 2.2.
     """
-    small, large = low.shape[1], high.shape[1]
-    patch, power = large // small, sigma**2
-    block = power * block_noise_power(large, patch)
+    patch, power = high.shape[1] // low.shape[1], sigma**2
+    block = power * block_noise_power(high.shape[1:3], patch)
+    small, large = (size_text(as_resolution(images.shape[1:3])) for images in (low, high))
     curves = [
-        ratio(f"{small} px, white noise", low, np.full((small, small), power)),
-        ratio(f"{large} px, white noise", high, np.full((large, large), power)),
+        ratio(f"{small} px, white noise", low, np.full(low.shape[1:3], power)),
+        ratio(f"{large} px, white noise", high, np.full(high.shape[1:3], power)),
         ratio(f"{large} px, block noise of {patch} px", high, block),
     ]
     # A stage of white noise alone would repeat the second curve.
@@ -88,7 +89,8 @@ def snr_figure(pairs: Sequence[tuple[str, list[Ratio]]], title: str) -> "Figure"
         for curve, look in zip(curves, CURVES, strict=False):
             axes.plot(curve.frequency, curve.decibels, label=curve.name, **look)
         small = curves[0].resolution
-        style.mark_line(axes, small / 2, f"end of {small} px ", "grey")
+        end = height_width(small)[1] / 2  # along both axes, as f counts per image width
+        style.mark_line(axes, end, f"end of {size_text(small)} px ", "grey")
         axes.set(ylabel="signal-to-noise ratio, dB", title=name)
         style.frequency_axis(axes, curves[1].frequency[-1])
         axes.legend(loc="lower left")
@@ -105,12 +107,8 @@ def plot_snr(inputs: Inputs) -> None:
         low, high = (to_float(inputs.real(s.resolution)[0]) for s in (before, stage))
         stage_noise = stage.sample_process.noise_power(stage.resolution)
         curves = resolution_ratios(low, high, sigma, stage_noise)
-        pairs.append(
-            (
-                f"{before.resolution} and {stage.resolution} px, sigma {sigma:.3g}",
-                curves,
-            )
-        )
+        sizes = " and ".join(size_text(s.resolution) for s in (before, stage))
+        pairs.append((f"{sizes} px, sigma {sigma:.3g}", curves))
         numbers.append(
             {
                 "stage": stage.name,

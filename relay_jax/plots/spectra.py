@@ -1,7 +1,7 @@
 """Power of images by DCT frequency, in bands; for the pictures `snr` and `handoff`.
 
-With C the orthonormal DCT-II matrix over a whole image of r x r pixels and U = C X C^T:
-(1)  f[k, l] = sqrt(k^2 + l^2) / 2          cycles per image width: equal structure has equal f at
+With C the orthonormal DCT-II matrix over a whole image of h x w pixels and U = C X C^T:
+(1)  f[k, l] = sqrt((k w/h)^2 + l^2) / 2    cycles per image width: equal structure has equal f at
                                             every resolution
 (2)  SNR(f) = mean |U|^2 / mean |noise|^2   over the coefficients of a band around f, images and
                                             channels (RDM, section 2.2)
@@ -17,18 +17,26 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import fft
 
+from relay_jax.resolution import Resolution, height_width
+
 BANDS_PER_OCTAVE = 3
 BATCH = 32  # images transformed at a time
 
 
-def frequencies(resolution: int) -> np.ndarray:
-    """Equation (1): float64 [r, r], cycles per image width."""
-    k = np.arange(resolution) / 2
-    return np.hypot(k[:, None], k[None, :])
+def _lines(resolution: Resolution) -> tuple[np.ndarray, np.ndarray]:
+    """Vertical and horizontal frequencies, [h] and [w], cycles per image width."""
+    height, width = height_width(resolution)
+    return np.arange(height) / 2 * (width / height), np.arange(width) / 2
+
+
+def frequencies(resolution: Resolution) -> np.ndarray:
+    """Equation (1): float64 [h, w], cycles per image width."""
+    vertical, horizontal = _lines(resolution)
+    return np.hypot(vertical[:, None], horizontal[None, :])
 
 
 def dct_power(images: np.ndarray) -> np.ndarray:
-    """Mean |U|^2 over images and channels. images: [n, r, r, c]. Returns float64 [r, r]."""
+    """Mean |U|^2 over images and channels. images: [n, h, w, c]. Returns float64 [h, w]."""
     total = np.zeros(images.shape[1:3])
     # Transformed in float32 and in parts, as coefficients of
     # all images at once would take twice the memory of the
@@ -43,16 +51,16 @@ def dct_power(images: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bands:
-    """Groups of the coefficients of r x r images.
+    """Groups of the coefficients of h x w images.
 
-    label: int [r, r], -1 outside all; count: coefficients of each.
+    label: int [h, w], -1 outside all; count: coefficients of each.
     """
 
     label: np.ndarray
     count: np.ndarray
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        """Mean of values [r, r] over each band, [bands]."""
+        """Mean of values [h, w] over each band, [bands]."""
         inside = self.label >= 0
         return np.bincount(self.label[inside], values[inside], len(self.count)) / self.count
 
@@ -74,15 +82,15 @@ def _octave(frequency: np.ndarray) -> np.ndarray:
     return np.where(frequency > 0, np.maximum(position, 2), -1).astype(int)
 
 
-def radial_bands(resolution: int) -> Bands:
+def radial_bands(resolution: Resolution) -> Bands:
     """Rings of equal f, without f = 0."""
     return _numbered(_octave(frequencies(resolution)))
 
 
-def square_bands(resolution: int) -> Bands:
+def square_bands(resolution: Resolution) -> Bands:
     """Bands of equal vertical and of equal horizontal frequency."""
     # Unlike rings, they distinguish lines from diagonals: the blocks
     # of an up-sampled image are lines, and in rings they would be
     # averaged away.
-    line = _octave(np.arange(resolution) / 2) + 1
-    return _numbered(line[:, None] * (line.max() + 1) + line[None, :])
+    vertical, horizontal = (_octave(line) + 1 for line in _lines(resolution))
+    return _numbered(vertical[:, None] * (horizontal.max() + 1) + horizontal[None, :])

@@ -103,6 +103,11 @@ def mark_line(axes: "Axes", x: float, text: str, color: str) -> None:
     )
 
 
+def aspect(image: np.ndarray) -> float:
+    """Height over width of an image [h, w, c]."""
+    return image.shape[0] / image.shape[1]
+
+
 def show(axes: "Axes", image: np.ndarray) -> None:
     """One image [h, w, 3], floats about [-1, 1] or uint8, without a frame."""
     pixels = image if image.dtype == np.uint8 else to_uint8(image)

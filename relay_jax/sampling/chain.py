@@ -32,6 +32,7 @@ from relay_jax.diffusion.precondition import Condition
 from relay_jax.diffusion.process import NoiseFn
 from relay_jax.diffusion.sampler import Samples, seeded_noise
 from relay_jax.errors import UserError
+from relay_jax.resolution import height_width
 from relay_jax.runtime import distributed
 from relay_jax.runtime.compiling import compiling
 from relay_jax.runtime.devices import jit
@@ -77,8 +78,7 @@ def stage_noise(stage: Stage, seeds: jax.Array) -> NoiseFn:
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(base, seed), stage.index))(
         seeds
     )
-    shape = (stage.resolution, stage.resolution, stage.network.image_channels)
-    return seeded_noise(keys, shape)
+    return seeded_noise(keys, stage.image_shape)
 
 
 def initial_state(stage: Stage, seeds: jax.Array, low_res: jax.Array | None = None) -> jax.Array:
@@ -96,8 +96,8 @@ def initial_state(stage: Stage, seeds: jax.Array, low_res: jax.Array | None = No
     process, sigma = stage.sample_process, float(stage.sampler.levels()[0])
     before = None if low_res is None else jnp.asarray(low_res)
     if before is not None and stage.starts_from_images:
-        side = stage.low_resolution
-        shape = (len(seeds), side, side, stage.network.image_channels)
+        low = height_width(stage.low_resolution)
+        shape = (len(seeds), *low, stage.network.image_channels)
         message = f"low_res must be {list(shape)}"
         chex.assert_shape(before, shape, custom_message=message)
     if stage.handoff == "noise" and before is not None:
@@ -270,8 +270,8 @@ class Chain:
             for dtype in (np.uint32, np.int32)
         ]
         if stage.starts_from_images:
-            side = stage.low_resolution
-            shape = (self.batch, side, side, stage.network.image_channels)
+            low = height_width(stage.low_resolution)
+            shape = (self.batch, *low, stage.network.image_channels)
             inputs.append(jax.ShapeDtypeStruct(shape, np.float32, sharding=rows))
         program: Any = self._programs[stage.name]
         return program.lower(params, *inputs).compile()

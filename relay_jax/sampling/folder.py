@@ -28,6 +28,7 @@ from relay_jax.data.decoding import decode_picture
 from relay_jax.data.files import read_file
 from relay_jax.data.images import to_float
 from relay_jax.errors import UserError, one_line
+from relay_jax.resolution import Resolution, height_width
 from relay_jax.runtime.files import write_png
 
 FORMATS = ("png", "npz", "arrayrecord")
@@ -69,10 +70,10 @@ class ImageFolder(Protocol):
 class PngFolder:
     """One PNG file for each seed. The seeds are shared out over the processes.
 
-    resolution: pixels per side that every image must have; 0: any.
+    resolution: that every image must have; 0: any.
     """
 
-    def __init__(self, out: Path, resolution: int = 0) -> None:
+    def __init__(self, out: Path, resolution: Resolution = 0) -> None:
         self._out, self._resolution = out, resolution
 
     def finished(self, seeds: Iterable[int]) -> set[int]:
@@ -134,12 +135,12 @@ class PngFolder:
         remove_leftovers(self._out)
 
 
-def png_damage(content: bytes, resolution: int = 0) -> str:
+def png_damage(content: bytes, resolution: Resolution = 0) -> str:
     """What is wrong with a PNG file that this program has written, '' if nothing.
 
-    resolution: pixels per side, 0 for any. By the checksums
-    of its chunks: ten times faster than decoding, and any
-    changed bit is seen.
+    resolution: of the image, 0 for any. By the checksums of its
+    chunks: ten times faster than decoding, and any changed bit
+    is seen.
     """
     if content[:8] != b"\x89PNG\r\n\x1a\n":
         return "it is no PNG"
@@ -156,9 +157,9 @@ def png_damage(content: bytes, resolution: int = 0) -> str:
         return "it is not whole"
     if kinds[0] != b"IHDR":
         return "it has no header"
-    sides = {int.from_bytes(content[at : at + 4], "big") for at in (16, 20)}
-    if resolution and sides != {resolution}:
-        return f"it is not {resolution} x {resolution}"
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    if resolution and (height, width) != height_width(resolution):
+        return f"it is not {' x '.join(map(str, height_width(resolution)))}"
     return ""
 
 
@@ -241,8 +242,8 @@ class Background:
             raise self._failed[0]
 
 
-def read_images(folder: Path, seeds: Iterable[int], resolution: int) -> np.ndarray:
-    """PNG images of the given seeds, float32 [n, resolution, resolution, 3] in [-1, 1].
+def read_images(folder: Path, seeds: Iterable[int], resolution: Resolution) -> np.ndarray:
+    """PNG images of the given seeds and size, float32 [n, h, w, 3] in [-1, 1].
 
     Raises UserError for one that is
     missing, damaged or of another size.
@@ -259,10 +260,11 @@ def read_images(folder: Path, seeds: Iterable[int], resolution: int) -> np.ndarr
             ) from error
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
-        if picture.size != (resolution, resolution):
+        height, width = height_width(resolution)
+        if picture.size != (width, height):
             raise UserError(
                 f"{path} has {picture.width} x {picture.height} pixels; this stage continues "
-                f"images of {resolution} x {resolution}"
+                f"images of {width} x {height}"
             )
         images.append(np.asarray(picture))
     return to_float(np.stack(images))

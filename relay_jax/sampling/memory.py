@@ -5,11 +5,13 @@ program that will sample is compiled, and says how much it takes; the
 compilation is not lost, the cache of the run keeps it.
 """
 
+import math
 from typing import Any
 
 from jax.sharding import Mesh
 
 from relay_jax.errors import UserError
+from relay_jax.resolution import height_width
 from relay_jax.stage import Stage
 from relay_jax.values import memory_of_machine
 
@@ -28,7 +30,7 @@ def memory_of_device(mesh: Mesh) -> float:
 def surely_fits(stage: Stage, batch: int, mesh: Mesh) -> bool:
     """Whether `batch` images over all devices are few enough for any network of this width."""
     width = getattr(stage.network, "channels", 256) + 16
-    each = 4 * stage.resolution**2 * width * _SURELY_FITS
+    each = 4 * math.prod(height_width(stage.resolution)) * width * _SURELY_FITS
     return -(-batch // mesh.size) * each < memory_of_device(mesh)
 
 

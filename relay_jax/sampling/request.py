@@ -13,6 +13,7 @@ from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source, describe_source, draw, open_source
 from relay_jax.errors import UserError
+from relay_jax.resolution import Resolution
 from relay_jax.sampling.chain import Inputs
 from relay_jax.sampling.folder import read_images
 from relay_jax.sampling.record import describe_sampling, read_record
@@ -47,8 +48,8 @@ class Request:
         return self.stages[-1].num_classes
 
     @property
-    def low_resolution(self) -> int:
-        """Pixels per side of the images that the first of the stages continues, else 0."""
+    def low_resolution(self) -> Resolution:
+        """Of the images that the first of the stages continues, else 0."""
         return self.stages[0].low_resolution
 
     @property

@@ -41,6 +41,7 @@ from relay_jax.data.packed import (
     record_file,
 )
 from relay_jax.errors import one_line
+from relay_jax.resolution import Resolution, height_width, size_text
 from relay_jax.runtime.files import file_sha256, replacing, write_json
 from relay_jax.sampling.folder import remove, remove_leftovers
 from relay_jax.sampling.seeds import runs_of
@@ -48,15 +49,15 @@ from relay_jax.sampling.seeds import runs_of
 _SHARD_KEYS = Shard.__required_keys__
 
 
-def shard_size(resolution: int) -> int:
+def shard_size(resolution: Resolution) -> int:
     """Images per file: 200 MB at 256 px, 80 MB at 512 px."""
-    return 1000 if resolution <= 256 else 100
+    return 1000 if max(height_width(resolution)) <= 256 else 100
 
 
 class ShardFolder:
     """The files of one format in a folder; the images of unfinished files are in memory."""
 
-    def __init__(self, out: Path, kind: str, resolution: int, num_classes: int) -> None:
+    def __init__(self, out: Path, kind: str, resolution: Resolution, num_classes: int) -> None:
         """kind: npz or arrayrecord. num_classes: 0 if the images have no classes."""
         self.out, self.kind, self.resolution, self.num_classes = (
             out,
@@ -65,7 +66,7 @@ class ShardFolder:
             num_classes,
         )
         self.shard_images = shard_size(resolution)
-        self._files = out / str(resolution) if kind == "arrayrecord" else out
+        self._files = out / size_text(resolution) if kind == "arrayrecord" else out
         self._suffix = {"npz": ".npz", "arrayrecord": ".array_record"}[kind]
         self._lock = threading.Lock()
         # Size and time of files that were found whole, or were
@@ -124,7 +125,7 @@ class ShardFolder:
             self._manifest = {}
             if (self.out / MANIFEST).exists():
                 try:
-                    shards = read_manifest(self.out)["shards"][str(self.resolution)]
+                    shards = read_manifest(self.out)["shards"][size_text(self.resolution)]
                     self._manifest = {s["file"]: s for s in shards if s.keys() >= _SHARD_KEYS}
                 # It is made of the files, and will be made again.
                 except Exception as error:
@@ -141,7 +142,7 @@ class ShardFolder:
             raise ValueError(f"it has {reader.num_records()} records, not {len(seeds)}")
         images = [decode_record(record) for record in reader.read_all()]
         for image, label in images:
-            if image.shape != (self.resolution,) * 2 + (3,) or label < 0:
+            if image.shape != (*height_width(self.resolution), 3) or label < 0:
                 raise ValueError("it holds other images")
         return dict(zip(seeds, images, strict=True))
 
@@ -281,12 +282,12 @@ def _write_npz(
         np.savez(file, *arrays)
 
 
-def check_npz(path: Path, count: int, resolution: int, labels: bool) -> None:
+def check_npz(path: Path, count: int, resolution: Resolution, labels: bool) -> None:
     """Raises an exception of any type for a damaged npz, or one of other images.
 
     Reads it, in pieces, and compares the checksums of the zip.
     """
-    shapes = {"arr_0.npy": ((count, resolution, resolution, 3), np.dtype(np.uint8))}
+    shapes = {"arr_0.npy": ((count, *height_width(resolution), 3), np.dtype(np.uint8))}
     if labels:
         shapes["arr_1.npy"] = ((count,), np.dtype(np.int64))  # type: ignore[assignment]
     with zipfile.ZipFile(path) as archive:
@@ -332,7 +333,7 @@ def merge_npz(folder: ShardFolder, seeds: Iterable[int]) -> Path | None:
     if not parts:
         return None
     count = sum(part.stop - part.start for _, part in parts)
-    shape = (count, folder.resolution, folder.resolution, 3)
+    shape = (count, *height_width(folder.resolution), 3)
     path = folder.out / f"samples_{'x'.join(map(str, shape))}.npz"
     if path.exists():
         try:
@@ -385,7 +386,7 @@ def write_manifest(folder: ShardFolder, source: Mapping[str, Any]) -> Path:
         class_names=[str(label) for label in range(folder.num_classes)],
         resolutions=[folder.resolution],
         shard_images=folder.shard_images,
-        shards={str(folder.resolution): shards},
+        shards={size_text(folder.resolution): shards},
     )
     write_json(path, dict(manifest))
     return path

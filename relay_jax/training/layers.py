@@ -61,8 +61,8 @@ def parts_table(stage: Stage, shapes: Any) -> str:
     shapes: of the parameters (Stage.shapes). Nothing is computed.
     """
     network = plain(stage).network
-    size, batch = (stage.resolution, stage.resolution), stage.train.batch
-    image = jax.ShapeDtypeStruct((batch, *size, network.image_channels), jnp.float32)
+    batch = stage.train.batch
+    image = jax.ShapeDtypeStruct((batch, *stage.image_shape), jnp.float32)
     outputs: dict[str, tuple[str, str]] = {}
     with watched(partial(_note_part, outputs)):
         level = jax.ShapeDtypeStruct((batch,), jnp.float32)

@@ -33,16 +33,12 @@ from relay_jax.errors import Stopped, UserError
 from relay_jax.models.averages import item_of
 from relay_jax.models.network import describe as describe_network
 from relay_jax.models.network import parameter_count
+from relay_jax.resolution import size_text
 from relay_jax.runtime import distributed
 from relay_jax.runtime.checkpoint import Checkpoints, load_ema
 from relay_jax.runtime.flops import matmul_flops
 from relay_jax.runtime.lease import Lease
-from relay_jax.runtime.sharding import (
-    host_rows,
-    replicated,
-    state_shardings,
-    to_devices,
-)
+from relay_jax.runtime.sharding import host_rows, replicated, state_shardings, to_devices
 from relay_jax.stage import Stage
 from relay_jax.training.layers import not_finite, parts_table
 from relay_jax.training.profile import Profiler
@@ -367,9 +363,9 @@ def _describe_start(stage: Stage, mesh: Mesh, shapes: TrainState, step: int) -> 
     if distributed.is_first():
         logging.info("stage %s:\n%s", stage.name, parts_table(stage, shapes.params))
     logging.info(
-        "stage %s: %d px, %.2fM parameters, batch %d, %s, %s",
+        "stage %s: %s px, %.2fM parameters, batch %d, %s, %s",
         stage.name,
-        stage.resolution,
+        size_text(stage.resolution),
         parameter_count(shapes.params) / 1e6,
         stage.train.batch,
         f"{mesh.size} x {jax.devices()[0].device_kind}",

@@ -68,8 +68,8 @@ def test_smaller_images_are_warned_of_and_a_set_of_them_is_refused(pets: Path) -
     ]
     message = error_of(lambda: described(pets, (17, 34)))
     assert message == (
-        f"{pets} has images of at most 16 x 20 px, the largest stage needs 34; use larger images "
-        "or a smaller stage"
+        f"{pets} has images of at most 16 x 20 px, the largest stage needs 34 px; use larger "
+        "images or a smaller stage"
     )
 
 
@@ -78,7 +78,7 @@ def test_folder_and_zip_have_one_rule_for_small_images(tmp_path: Path) -> None:
     (tmp_path / "set" / "a.png").write_bytes(png(colour(1)))
     archive = write_zip(tmp_path / "set.zip", {"a.png": png(colour(1))})
     for place in (tmp_path / "set", archive):
-        with pytest.raises(UserError, match="the largest stage needs 16; use larger images"):
+        with pytest.raises(UserError, match="the largest stage needs 16 px; use larger images"):
             described(place, (16,))
 
 

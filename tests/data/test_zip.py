@@ -69,8 +69,11 @@ def test_zip_defects_are_one_line_that_names_the_file(tmp_path: Path) -> None:
     for broken in ("{", "[]", {"labels": 3}, {"labels": [["a.png"]]}):
         assert "set.zip:dataset.json: not an EDM label list" in error(good, broken)
     oblong, index = {"a.png": png(colour(1)[:, :4])}, {"labels": [["a.png", 0]]}
-    assert "set.zip:a.png: wrong image size 4x8" in error(oblong, index)
-    assert EdmZip(write_zip(path, oblong))[0][0].shape == (8, 4, 3)  # as in a folder
+    assert EdmZip(write_zip(path, oblong, index)).resolution == (8, 4)
+    other = {"a.png": oblong["a.png"], "b.png": good["b.png"]}
+    mixed = EdmZip(write_zip(path, other, {"labels": [["a.png", 0], ["b.png", 0]]}))
+    assert mixed[0][0].shape == (8, 4, 3)
+    assert "wrong image size 8x8; the first image of this zip is 4x8" in error_of(lambda: mixed[1])
 
 
 def test_a_damaged_or_odd_sized_member_is_named_when_it_is_read(tmp_path: Path) -> None:

@@ -202,10 +202,9 @@ def damaged_npz(folder: Path) -> Path:
         (lambda folder: folder / "nowhere", "no such folder or npz"),
         (lambda folder: oblong(folder) / "0.png", "is one image; name the folder"),
         (odd_one, "000002.png has 6 x 6 pixels, the first one 4 x 4"),
-        (oblong, "4 x 6|6 x 4"),
         (save(images=pixels(2)), "arr_0 is missing, it holds images"),
         (save(arr_0=np.zeros((2, 4, 4, 3))), "must be uint8"),
-        (save(arr_0=np.zeros((2, 4, 5, 3), np.uint8)), "must be images [n, side, side, 3]"),
+        (save(arr_0=np.zeros((2, 4, 5, 2), np.uint8)), "must be images [n, h, w, 3]"),
         (save(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "holds no images"),
         (damaged_npz, "damaged"),
         (
@@ -217,7 +216,13 @@ def damaged_npz(folder: Path) -> Path:
 def test_bad_images_are_one_line(tmp_path: Path, make: Callable[[Path], Path], says: str) -> None:
     path = make(tmp_path)
     message = error_of(lambda: everything(open_images(path, 2), 1, 3))
-    assert any(part in message for part in says.split("|")), message
+    assert says in message
+
+
+def test_images_need_not_be_squares(tmp_path: Path) -> None:
+    images = open_images(oblong(tmp_path), 2)
+    assert images.resolution == (4, 6)
+    assert everything(images, 1, 3).shape == (1, 4, 6, 3)
 
 
 @pytest.mark.parametrize("kind", ["npz", "arrayrecord"])
