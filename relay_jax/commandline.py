@@ -25,6 +25,7 @@ from relay_jax.runtime import start
 from relay_jax.runtime.files import expanded
 from relay_jax.runtime.logs import fail
 from relay_jax.sampling.folder import FORMATS
+from relay_jax.weights.unpack import stages_in, weights_run
 from relay_jax.workdir import CONFIG, RENAMED
 
 VERBS = ("train", "sample", "evaluate", "sweep", "average", "prepare", "plan", "plot", "verify")
@@ -64,6 +65,10 @@ for _define, _name, _default, _verbs, _text in (
      "Folder of the run."),
     (_TEXT, "stage", "", "train sample evaluate sweep average plan verify",
      "This stage alone (default: all, in order)."),
+    (_TEXT, "weights", "", "train sample evaluate sweep plot verify",
+     "Weights of all stages: a name of the package (cifar10), a file .safetensors, or a run. "
+     "Without --config and --workdir of a run it is their configuration. --weights.STAGE=DIR "
+     "for those of one stage."),
     (_SWITCH, "debug", False, "train",
      "Name the first layer that is not finite, and keep the batch."),
     (_TEXT, "preset", "", "sample evaluate plan plot",
@@ -138,7 +143,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         # ml_collections looks for the overrides
         # of the configuration in sys.argv.
         sys.argv = with_config(list(argv))
-        for stage in re.findall(rf"^--?{WEIGHTS}(\w+)", "\n".join(sys.argv), re.MULTILINE):
+        for stage in re.findall(r"^--?weights\.(\w+)", "\n".join(sys.argv), re.MULTILINE):
             if WEIGHTS + stage not in flags.FLAGS:
                 verbs = ", ".join(WEIGHTS_VERBS)
                 text = f"[{verbs}] Folder with the weights of stage {stage}."
@@ -186,35 +191,43 @@ def reset() -> None:
 def with_config(argv: list[str]) -> list[str]:
     """The arguments with --config as a file that is there: a name of the package, or the run's own.
 
-    Raises UserError for a configuration that is not there, and for
-    keys of earlier versions.
+    --weights is there for each stage as well. Raises UserError for a
+    configuration or weights that are not there, and for keys of
+    earlier versions.
     """
     texts = {}
     for place, arg in enumerate(argv):
-        match = re.fullmatch(r"--?(config|workdir)(?:=(.*))?", arg, re.DOTALL)
+        match = re.fullmatch(r"--?(config|workdir|weights)(?:=(.*))?", arg, re.DOTALL)
         if match and (match[2] is not None or place + 1 < len(argv)):
             inline = match[2] is not None
             texts[match[1]] = place, inline, match[2] if inline else argv[place + 1]
         for (section, old), new in RENAMED.items():
             if re.match(rf"--?config\.stages\.\w+\.{section}\.{old}\b", arg):
                 raise UserError(f"{section}.{old} is called {section}.{new} now")
+    named = texts["weights"][2] if "weights" in texts else ""
+    run = weights_run(named) if named else None
+    # Before the others: --weights.STAGE of the same command is meant.
+    stages = [f"--{WEIGHTS}{stage}={run / stage}" for stage in stages_in(run)] if run else []
     if "config" in texts:
         place, inline, text = texts["config"]
-        run = run_folder(text)
-        file = f"{workdir_module.__file__}:{run}" if run else config_file(text)
+        other = run_folder(text)
+        file = f"{workdir_module.__file__}:{other}" if other else config_file(text)
         argv[place if inline else place + 1] = ("--config=" if inline else "") + file
-    elif "workdir" in texts:
-        folder = expanded(texts["workdir"][2])
-        if (folder / CONFIG).exists():
+    elif run or "workdir" in texts:
+        folder = expanded(texts["workdir"][2]) if "workdir" in texts else None
+        if folder is None or not (folder / CONFIG).exists():
+            if run is None and texts["workdir"][2]:
+                raise UserError(
+                    f"no run in {folder} ({CONFIG} is missing); name a configuration, such as "
+                    "--config=demo, or correct --workdir"
+                )
+            folder = run
+        if folder is not None:
             # Read once here, because an error inside of the flag's
             # file would name that file.
             workdir_module.open_config(folder)
-            argv.insert(1, f"--config={workdir_module.__file__}:{folder}")
-        elif texts["workdir"][2]:
-            raise UserError(
-                f"no run in {folder} ({CONFIG} is missing); name a configuration, such as "
-                "--config=demo, or correct --workdir"
-            )
+            stages.append(f"--config={workdir_module.__file__}:{folder}")
+    argv[1:1] = stages
     return argv
 
 

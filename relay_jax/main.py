@@ -3,6 +3,7 @@
     python -m relay_jax.main --config=demo --workdir=runs/demo
     python -m relay_jax.main --workdir=runs/demo --mode=sample --seeds=0-63 --out=images
     python -m relay_jax.main --config=imagenet256 --mode=sample --weights.base=A --weights.relay=B
+    python -m relay_jax.main --mode=sample --weights=cifar10 --out=images
 
 --config takes a name of the package or a file; a run in --workdir
 opens itself without one. Bad input ends with one line and exit
@@ -79,6 +80,7 @@ from relay_jax.sampling.weights import with_guides
 from relay_jax.stage import Stage, joined
 from relay_jax.training.snapshots import reconstruct_all, with_averages
 from relay_jax.training.train import may_only_be_read, train, try_places
+from relay_jax.weights.unpack import weights_run
 from relay_jax.workdir import CONFIG, claim_workdir, class_names, parse_weights
 
 flags.adopt_module_key_flags(commandline)  # for --help, which shows those of the main module
@@ -134,6 +136,8 @@ class Command:
     def open_run(self) -> dict[str, Path]:
         """Where each stage's weights are: in the run, unless --weights says otherwise."""
         if self.workdir is None:
+            if value_of("weights"):
+                use_compilation_cache(weights_run(value_of("weights")))
             return self.weights
         self.claim(create=False)
         folders = {stage.name: self.workdir / stage.name for stage in self.settings.stages}

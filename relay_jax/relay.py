@@ -23,13 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from relay_jax.config import (
-    Settings,
-    configurations,
-    load_config,
-    parse_stage,
-    settings_of,
-)
+from relay_jax.config import Settings, configurations, load_config, parse_stage, settings_of
 from relay_jax.diffusion.precondition import Condition, Denoiser
 from relay_jax.errors import UserError
 from relay_jax.models.network import describe, parameter_count
@@ -42,6 +36,7 @@ from relay_jax.sampling.record import plain
 from relay_jax.sampling.seeds import classes_for, parse_class_rule
 from relay_jax.sampling.weights import with_networks_of
 from relay_jax.stage import Guided, Stage, joined, own
+from relay_jax.weights import unpack
 from relay_jax.workdir import (
     CONFIG,
     claim_workdir,
@@ -198,9 +193,10 @@ def load(
     ema: str | float = "",
     sampling: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Relay:
-    """Opens a training run, or converted weights.
+    """Opens a training run, weights of the package ("cifar10"), or converted weights.
 
-    run: the workdir of a run; or a folder of converted stages, a
+    run: the workdir of a run; a name of the package or a file of
+    relay_jax/weights; a folder of converted stages, a
     sub-folder for each; or their folders by stage name, {"base":
     ..., "relay": ...}, FOLDER@STEP for one checkpoint. config: name,
     file or ConfigDict. A run has its own and needs none. Checkpoints
@@ -231,12 +227,15 @@ def _open(
     if isinstance(run, Mapping):
         texts = {name: str(Path(folder).expanduser()) for name, folder in run.items()}
     else:
-        run = Path(run).expanduser()
+        run = unpack.run_of(run)
         if read_config(run) is not None:
             return _load_run(run, config, adapt)
         texts = {f.parent.name: str(f.parent) for f in sorted(run.glob("*/checkpoints"))}
         if not texts:
-            raise UserError(f"{run} is neither a run (no {CONFIG}) nor a folder of stages")
+            raise UserError(
+                f"{run} is neither a run (no {CONFIG}) nor a folder of stages; the package has "
+                f"the weights {', '.join(unpack.names())}"
+            )
     if config is None:
         config = _configuration_of({name: Path(text) for name, text in texts.items()})
     settings = adapt(settings_of(config_of(config)))

@@ -30,9 +30,10 @@ CORE = LEAVES | {"stage", "config", "workdir", "presets", "values"}
 BELOW["sampling"] = CORE
 BELOW["evaluation"] = BELOW["plots"] = CORE | {"sampling", "evaluation", "plots"}
 BELOW["training"] = CORE | {"sampling", "evaluation", "plots"}
-BELOW["relay"] = CORE | {"sampling", "evaluation", "plots", "training"}
+BELOW["weights"] = CORE | {"sampling"}
+BELOW["relay"] = CORE | {"sampling", "evaluation", "plots", "training", "weights"}
 BELOW["official"] = BELOW["planning"] = CORE | {"sampling", "evaluation", "plots", "training"}
-EVERYTHING = BELOW["official"] | {"official", "planning", "relay"}
+EVERYTHING = BELOW["official"] | {"official", "planning", "relay", "weights"}
 BELOW["commandline"] = EVERYTHING
 BELOW["main"] = EVERYTHING | {"commandline"}
 BELOW["tools"] = {"official"}  # the old name of a command

@@ -38,7 +38,7 @@ from relay_jax.config import build, config_file, parse_stage
 from relay_jax.errors import UserError, one_line
 from relay_jax.models.network import describe, parameter_count, shapes_of
 from relay_jax.models.unet import UNet
-from relay_jax.official.files import OfficialFile, read_official, write_safetensors
+from relay_jax.official.files import OfficialFile, read_official
 from relay_jax.official.network import (
     check_same_network,
     heads_at,
@@ -59,6 +59,7 @@ from relay_jax.official.pickle import show
 from relay_jax.runtime.checkpoint import load_ema, read_meta
 from relay_jax.runtime.files import cannot_write, expanded, file_sha256, try_folder
 from relay_jax.runtime.logs import fail, quieten
+from relay_jax.runtime.safetensors import write_safetensors
 from relay_jax.runtime.sharding import make_mesh
 from relay_jax.runtime.single import write_checkpoint
 from relay_jax.stage import Stage
@@ -157,7 +158,7 @@ def export(folder: Path, out: Path, stage: Stage | None = None) -> str:
     # On one device: a split array would
     # be gathered again for the file.
     ema, notes = load_ema(folder, shapes_of(network), make_mesh(devices=jax.devices("cpu")[:1]))
-    write_safetensors(out, to_official(ema) | filters(network))
+    write_safetensors(out, to_official(ema) | filters(network), {"format": "pt"})
     return (
         f"{folder}: ema of step {notes['step']}, {parameter_count(ema):,} parameters, "
         f"{in_words(network)}"

@@ -1,4 +1,4 @@
-"""Official checkpoint files: read without running anything that is in them; and safetensors.
+"""Official checkpoint files: read without running anything that is in them.
 
 Both official formats are pickles of whole module objects which carry
 the SOURCE TEXT of their classes, and an ordinary load executes it.
@@ -7,12 +7,11 @@ torch_files.py knows the formats, and this module finds the networks
 in the result.
 """
 
-import json
 import math
 import mmap
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import numpy as np
 from relay_jax.errors import UserError
 from relay_jax.official.pickle import Record, show
 from relay_jax.official.torch_files import Tensor, is_count, load
-from relay_jax.runtime.files import replacing
 
 MAX_PARTS = 100_000  # tensors and modules of a network
 MAX_DEPTH = 32  # modules within modules
@@ -232,29 +230,3 @@ def read_official(
         MemoryError,
     ) as error:
         raise UserError(f"{path.name} is truncated or damaged ({type(error).__name__})") from error
-
-
-def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """float32 arrays by name, any shapes, as a safetensors file, whole or not at all.
-
-    The format is the length and text of a JSON header, then
-    the raw data: too little to depend on its library for.
-    Raises StorageError.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(state):
-        start, end = end, end + 4 * state[name].size
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(state[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    # Readers map the data into memory
-    # and want it aligned to 8 bytes.
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in sorted(state):
-            file.write(np.ascontiguousarray(state[name], "<f4").data)

@@ -21,10 +21,10 @@ from relay_jax.errors import UserError
 from relay_jax.models.network import describe, shapes_of
 from relay_jax.models.unet import UNet
 from relay_jax.official import convert as command
-from relay_jax.official.files import write_safetensors
 from relay_jax.official.parameters import filters, from_official, official_shapes
 from relay_jax.runtime.checkpoint import Checkpoints, load_ema
 from relay_jax.runtime.files import write_json
+from relay_jax.runtime.safetensors import write_safetensors
 from tests.conftest import mesh_of
 from tests.official import torch_writer as tw
 
@@ -173,7 +173,7 @@ def test_from_a_file_and_back_is_equal_to_the_bit(tmp_path: Path) -> None:
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
-    write_safetensors(tmp_path / "x.safetensors", ARRAYS)
+    write_safetensors(tmp_path / "x.safetensors", ARRAYS, {"format": "pt"})
     state = library.load_file(tmp_path / "x.safetensors")
     assert all(np.array_equal(state[name], value) for name, value in ARRAYS.items())
 
