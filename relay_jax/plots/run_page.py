@@ -184,8 +184,8 @@ def _chain(stages: Sequence[Stage], workdir: Path) -> Section:
             continue
         handed = "image" if stage.handoff == "image" else "noisy state"
         texts.append(
-            f"The hand-off: the {size_text(before.resolution)} px {handed}, every pixel repeated {patch} x "
-            f"{patch}, is what the forward process of {stage.name} makes of an image of "
+            f"The hand-off: the {size_text(before.resolution)} px {handed}, every pixel repeated "
+            f"{patch} x {patch}, is what the forward process of {stage.name} makes of an image of "
             f"{size_text(stage.resolution)} px when it has taken all detail out of each patch. So "
             f"{stage.name} starts there, with noise of sigma = {sigma:.3g}, and removes both "
             "together. It neither starts from pure noise nor is conditioned on the small image."
