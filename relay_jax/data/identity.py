@@ -150,7 +150,11 @@ def _sha256(most: int, path: str) -> str:
 
 
 def summary(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of an identity: enough to refuse other data, and the class names."""
+    """What a checkpoint keeps of an identity: enough to refuse other data, and the class names.
+
+    "content" is '' where it is not known: of weights that were one
+    file (weights/unpack.py).
+    """
     names = [part["name"] for part in identity["parts"]]
     return {
         "images": identity["images"],
@@ -204,7 +208,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if not differences and old["images"] != new["images"]:
         differences.append(f"it has {new['images']:,} images instead of {old['images']:,}")
     # Two sets whose rows agree as far as both have them.
-    if not differences and old["content"] != new["content"]:
+    contents = {old["content"], new["content"]} - {""}
+    if not differences and len(contents) > 1:
         differences.append("its images are others")
     rest = (
         f", and {len(differences) - LISTED} more differences" if len(differences) > LISTED else ""

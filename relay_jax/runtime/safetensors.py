@@ -69,9 +69,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
             start, end = end, end + math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [start, end] or min(shape, default=1) < 0:
                 raise ValueError(f"the place of {name} in it is wrong")
+            if end > len(data):
+                raise ValueError("it is cut off")
             arrays[name] = np.frombuffer(data[start:end], dtype).reshape(shape)
     except (KeyError, TypeError) as error:
         raise ValueError(f"its header is damaged, or has another dtype ({error})") from error
     if end != len(data) or not isinstance(metadata, dict):
-        raise ValueError("it is cut off, or its header is damaged")
+        raise ValueError("it has data without a name, or its header is damaged")
     return arrays, {str(key): str(value) for key, value in metadata.items()}

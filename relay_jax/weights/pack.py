@@ -69,7 +69,6 @@ def pack(settings: Settings, run: Path, out: Path, about: Any = None) -> str:
         params, notes = load_weights(stage, run / stage.name, mesh)
         stages[stage.name] = notes
         if stage.ema:
-            notes["average"] = stage.ema
             # The one that the file has.
             config["stages"][stage.name]["sample"]["ema"] = ""
         for path, leaf in jax.tree.leaves_with_path(params):
@@ -106,6 +105,8 @@ class Request:
 def parse(argv: Sequence[str]) -> Request:
     """A command line as in the module's docstring, program name first. Raises UserError."""
     _FLAGS.unparse_flags()
+    for name in [name for name in _FLAGS if name.startswith("config.")]:
+        delattr(_FLAGS, name)  # of an earlier command line of this process
     words = [word for word in argv[1:] if not word.startswith("-")]
     if len(words) != 1:
         raise UserError(

@@ -114,6 +114,10 @@ def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, tuple[dict, dict
             if not stage.isidentifier():
                 raise ValueError(f"{stage!r} is no name of a stage")
             stages[stage] = {}, {**notes[stage], "step": int(notes[stage]["step"])}
+            if dataset := notes[stage].get("dataset"):
+                # The configuration may name another form of the data,
+                # of which nobody can tell that the images are the same.
+                dataset["content"] = ""
         for name, array in arrays.items():
             stage, *parents, leaf = name.split("/")
             node = stages[stage][0]
