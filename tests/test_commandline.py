@@ -30,6 +30,7 @@ def test_a_verb_takes_its_flags_and_refuses_all_others(
 ) -> None:
     samples = {"debug": "true", "format": "npz", "devices": "8", "utilisation": "0.5"}
     samples |= {"reference_images": "5", "plot_images": "9", "seeds": "0-3", "stage": "base"}
+    samples["weights"] = "cifar10"  # what does not exist is refused before its verb is looked at
     for name, verbs in commandline.USED_BY.items():
         if name in ("config", "mode"):
             continue
