@@ -13,13 +13,19 @@ from relay_jax.config import build, load_config, parse_stage, settings_of
 from relay_jax.official import convert
 from relay_jax.relay import Relay
 from relay_jax.sampling.seeds import parse_seeds
+from relay_jax.weights import pack
 from relay_jax.workdir import claim_workdir
 from tests.conftest import command_line
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = ("python -m relay_jax.main ", "relay-jax ", "python -m relay_jax.official.convert ")
+PROGRAMS = (
+    "python -m relay_jax.main ",
+    "relay-jax ",
+    "python -m relay_jax.official.convert ",
+    "python -m relay_jax.weights.pack ",
+)
 # Commands of earlier versions, which people have in their scripts.
 EARLIER = """
 python -m relay_jax.main --config=configs/demo.py --workdir=runs/demo --mode=sample --seeds=0-63 --out=high --stage=relay --low_res=low
@@ -71,8 +77,17 @@ def test_every_command_is_one_that_the_program_takes(
     if program.endswith("convert "):
         assert convert.parse(["convert", *arguments]).reverse == ("--to-official" in arguments)
         return
+    if program.endswith("pack "):
+        name = "cifar10" if "cifar10" in arguments[0] else "demo"
+        claim_workdir(settings_of(load_config(name)).plain, Path(arguments[0]), create=True)
+        about = next((a for a in arguments if a.startswith("--about=")), None)
+        arguments = [a.replace("relay_jax/", f"{ROOT}/relay_jax/") for a in arguments]
+        assert (pack.parse(["pack", *arguments]).about is None) == (about is None)
+        return
     workdir = re.search(r"--workdir=(\S+)", command)
-    if "--config=" not in command:
+    if "--weights=" in command:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    elif "--config=" not in command:
         assert workdir, "neither a configuration nor a run"
         claim_workdir(settings_of(load_config("demo")).plain, Path(workdir[1]), create=True)
     with command_line(*arguments):
