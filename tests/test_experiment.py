@@ -9,7 +9,6 @@ from benchmarks.experiment import Arm, Experiment, Trial
 from benchmarks.experiments import ablations, calls, equal_compute
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json
-from tests.conftest import command_line, run_main
 
 
 @pytest.mark.parametrize("module", [ablations, calls, equal_compute])
@@ -31,10 +30,11 @@ def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch)
 
     def run(*arguments):
         commands.append(arguments)
-        with command_line(*arguments):
-            run_main()
+        command(*arguments)
 
+    command = experiment.main
     monkeypatch.setattr(experiment, "main", run)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # of the commands, which are other processes
     whole = Experiment(
         name="calls",
         config=str(config),
