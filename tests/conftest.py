@@ -10,9 +10,12 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# The first halves the compilation, which dominates. On a busy machine eight devices on two cores
+# may wait for each other longer than XLA's 40 seconds, after which it ends the process.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0"
-)  # halves the compilation, which dominates
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=200",
+)
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax")
 )
