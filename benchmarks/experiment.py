@@ -119,6 +119,12 @@ class Trial:
         if (self.folder(budget) / "sweep.json").exists():
             return
         images = {f"stages.{s}.train.images": n for s, n in self.images(budget).items()}
+        # One for all trials: the features of the same real images.
+        cache = self.workdir / "cache"
+        if not cache.is_symlink():
+            (self.out / "cache").mkdir(parents=True, exist_ok=True)
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            cache.symlink_to(self.out / "cache")
         # Few: a report is made once for a run, here with the first budget.
         keys = {**self.overrides, **images, "evaluate.samples": 64}
         main(
@@ -326,8 +332,9 @@ def run(argv: Sequence[str]) -> None:
         for trial in trials:
             trial.images(1.0)  # an impossible configuration ends here, before anything is trained
         if not options.collect:
-            for trial in trials:
-                for budget in experiment.budgets:
+            # All arms with the first budget, then all go on: so early tables compare.
+            for budget in experiment.budgets:
+                for trial in trials:
                     trial.run(budget)
     except (UserError, ValueError, AttributeError) as error:
         fail(error)

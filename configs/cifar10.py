@@ -24,19 +24,20 @@ def get_config(variant: str = "") -> ConfigDict:
         num_classes=10,
         hint="make it with EDM's dataset_tool.py, or name yours with --config.dataset.path",
     )
-    # 2.0M and 4.0M parameters: 12 MB in bfloat16.
+    # 0.5M and 1.0M parameters. Of batches of 32 a CPU trains more images per second than of 128,
+    # and at 2e-3 the loss falls faster than at 1e-3 or 4e-3.
     base = default.edm_stage(8)
     base.model.update(
-        channels=64, multipliers=(1, 1), blocks=2, attention=(8, 4), head_width=32, dropout=0.0
+        channels=32, multipliers=(1, 1), blocks=2, attention=(8, 4), head_width=32, dropout=0.0
     )
-    base.train.update(images=1_000_000, batch=256, learning_rate=1e-3, warmup_images=50_000)
+    base.train.update(images=400_000, batch=32, learning_rate=2e-3, warmup_images=5_000)
     base.sample.update(num_steps=18)
 
     relay = default.relay_stage(32, patch=4)
     relay.model.update(
-        channels=64, multipliers=(1, 1, 2), blocks=1, attention=(16, 8), head_width=32, dropout=0.0
+        channels=32, multipliers=(1, 1, 2), blocks=1, attention=(16, 8), head_width=32, dropout=0.0
     )
-    relay.train.update(images=1_000_000, batch=256, learning_rate=1e-3, warmup_images=50_000)
+    relay.train.update(images=180_000, batch=32, learning_rate=2e-3, warmup_images=5_000)
     relay.sample.update(num_steps=80, rho=7.0)
 
     config.stages.base, config.stages.relay = base, relay
@@ -44,9 +45,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log.grid_every_images = 200_000
     config.evaluate.update(samples=1_000, preset="fast")
     config.sample.batch = 500
-    gpu = {
-        "stages.base.model.dtype": "bfloat16",
-        "stages.relay.model.dtype": "bfloat16",
+    # 2.0M and 4.0M parameters: 12 MB in bfloat16.
+    larger = {"model.channels": 64, "model.dtype": "bfloat16", "train.batch": 256}
+    larger |= {"train.learning_rate": 1e-3, "train.warmup_images": 50_000}
+    gpu = {f"stages.{stage}.{key}": larger[key] for stage in ("base", "relay") for key in larger}
+    gpu |= {
         "stages.base.train.images": 6_000_000,
         "stages.relay.train.images": 4_000_000,
         "dataset.workers": 8,

@@ -50,6 +50,14 @@ def tiny_relay() -> ConfigDict:
     return config
 
 
+@pytest.fixture(autouse=True)
+def leaves_the_command_line() -> Iterator[None]:
+    """ml_collections reads sys.argv: what one test leaves there, another one would parse."""
+    before = list(sys.argv)
+    yield
+    assert sys.argv == before
+
+
 @pytest.fixture
 def config() -> ConfigDict:
     return tiny_relay()

@@ -9,6 +9,7 @@ from benchmarks.experiment import Arm, Experiment, Trial
 from benchmarks.experiments import ablations, calls, equal_compute
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json
+from tests.conftest import command_line, run_main
 
 
 @pytest.mark.parametrize("module", [ablations, calls, equal_compute])
@@ -30,11 +31,10 @@ def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch)
 
     def run(*arguments):
         commands.append(arguments)
-        command(*arguments)
+        with command_line(*arguments):
+            run_main()
 
-    command = experiment.main
-    monkeypatch.setattr(experiment, "main", run)
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # of the commands, which are other processes
+    monkeypatch.setattr(experiment, "main", run)  # in this process, which has everything loaded
     whole = Experiment(
         name="calls",
         config=str(config),
@@ -66,6 +66,12 @@ def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch)
     table = (tmp_path / "calls.md").read_text()
     assert table.count("| relay |") == 3 and "as many real images" in table
     assert (tmp_path / "calls.png").exists() and (tmp_path / "grid-relay.png").exists()
+
+
+def test_a_command_that_fails_ends_the_experiment_with_its_status():
+    with pytest.raises(SystemExit) as stopped:
+        experiment.main("--config=nothing")
+    assert stopped.value.code == 2
 
 
 def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():

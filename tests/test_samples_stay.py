@@ -177,7 +177,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_of_the_version_before_continues_to_the_same_weights(workdir: Path) -> None:
-    with command_line(f"--workdir={workdir}"):
+    with command_line(f"--workdir={workdir}", "--config.evaluate.pictures=False"):
         run_main()
     relay = rx.load(workdir)
     with np.load(GOLDEN / "workdir_final.npz") as final:

@@ -17,11 +17,11 @@ CASCADE = {
 EXPERIMENT = Experiment(
     name="equal_compute",
     config="configs/cifar10.py",
-    flops=3e16,
-    budgets=(0.25, 0.5, 1.0),
+    flops=2.5e14,
+    budgets=(0.125, 0.5, 1.0),
     samples=10_000,
     features="efficientnet-lite0",
-    sweep=("safe", "fast", "draft"),
+    sweep=("fast", "safe", "draft"),
     arms=(
         Arm("relay", shares=TWO_STAGES),
         Arm("cascade", shares=TWO_STAGES, overrides=CASCADE),

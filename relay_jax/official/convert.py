@@ -235,7 +235,9 @@ def parse(argv: Sequence[str]) -> Request:
     """A command line as in the module's docstring, program name first. Raises UserError."""
     try:
         _FLAGS.unparse_flags()
-        rest, config = _FLAGS(_usual(argv))[1:], _CONFIG.value
+        argv = _usual(argv)
+        with start.argv_is(argv):
+            rest, config = _FLAGS(argv)[1:], _CONFIG.value
     except UserError:
         raise
     # A configuration file is a program: what it raises is told like

@@ -61,6 +61,7 @@ def abstract_state(stage: Stage) -> TrainState:
 # FLOPs
 
 
+@cache
 def forward_flops(stage: Stage) -> int:
     """FLOPs of one call of the network with one image."""
     network, shape = stage.network, jax.ShapeDtypeStruct
@@ -72,6 +73,7 @@ def forward_flops(stage: Stage) -> int:
     return matmul_flops(jax.make_jaxpr(apply)(*inputs).jaxpr)
 
 
+@cache
 def train_flops(stage: Stage) -> int:
     """FLOPs of the training loss and its gradient, for one image."""
     gradient = partial(value_and_gradient, partial(batch_loss, stage), parts=1)

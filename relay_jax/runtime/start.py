@@ -10,7 +10,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -67,6 +68,17 @@ def refuse_bytes(argv: Sequence[str]) -> None:
                 f"{text} holds bytes that are no UTF-8 text; rename the file or folder, or name "
                 "a link to it"
             ) from None
+
+
+@contextmanager
+def argv_is(argv: Sequence[str]) -> Iterator[None]:
+    """sys.argv is this meanwhile: ml_collections looks there for overrides of a configuration."""
+    before = sys.argv
+    sys.argv = list(argv)
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _stop(_: int, __: FrameType | None) -> None:

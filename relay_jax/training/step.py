@@ -9,13 +9,14 @@ a rare overflow of bfloat16, and ends only after many in a row
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, use_abstract_mesh
 
 from relay_jax.models.averages import is_width, name_of, power_share
 from relay_jax.models.network import in_travel_dtype
@@ -146,9 +147,11 @@ def train_step(
     # uninterrupted one would have.
     step_key = jax.random.fold_in(key, state.step)
     loss_fn = partial(batch_loss, stage, mesh=mesh)
-    value, gradient = value_and_gradient(
-        loss_fn, state.params, batch, step_key, settings.accumulate
-    )
+    # The operations of the network see over how many devices a batch is split.
+    with nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
+        value, gradient = value_and_gradient(
+            loss_fn, state.params, batch, step_key, settings.accumulate
+        )
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     # Off by default: Adam's step does not grow with its gradient, and

@@ -114,11 +114,10 @@ def parse(argv: Sequence[str]) -> Request:
         )
     run = expanded(words[0])
     workdir.open_config(run)
-    # ml_collections looks for the overrides
-    # of the configuration in sys.argv.
-    sys.argv = [argv[0], f"--config={workdir.__file__}:{run}", *argv[1:]]
+    argv = [argv[0], f"--config={workdir.__file__}:{run}", *argv[1:]]
     try:
-        _FLAGS(sys.argv)
+        with start.argv_is(argv):
+            _FLAGS(argv)
         config = _CONFIG.value
         about = read_json(expanded(_ABOUT.value)) if _ABOUT.value else None
     except UserError:

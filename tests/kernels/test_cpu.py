@@ -1,12 +1,15 @@
 """The formulations for CPUs against the plain ones: values, gradients, and where each is used."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import use_abstract_mesh
 
 from relay_jax.models.blocks import UNetBlock
 from relay_jax.models.kernels.cpu import (
@@ -17,6 +20,8 @@ from relay_jax.models.kernels.cpu import (
 )
 from relay_jax.models.kernels.plain import conv_gradients, up_conv, up_conv_gradients
 from relay_jax.models.ops import conv, conv1x1, conv3x3, gradient_once, up_conv3x3, upsample
+from relay_jax.runtime.sharding import batch_sharding, replicated
+from tests.conftest import mesh_of
 
 SHAPES = {
     "tall": (2, 16, 6, 16, 5),
@@ -189,3 +194,30 @@ def test_a_block_of_the_network_uses_them(resample: str) -> None:
 
     assert count(forward) == 2
     assert count(jax.grad(forward, (0, 1))) == 2 + 4 + 1
+
+
+def test_devices_that_share_a_batch_exchange_nothing_inside_of_conditions() -> None:
+    """Else they reach two exchanges in different orders and wait for each other for ever."""
+    mesh, block = mesh_of(2), UNetBlock(16, "")
+    x, embedding = normal(2, 16, 16, 16), normal(2, 8)
+    params = jax.eval_shape(lambda: block.init(jax.random.key(0), x, embedding, False))
+    shardings = (replicated(mesh), batch_sharding(mesh), batch_sharding(mesh))
+
+    def gradient(params: dict, x: jax.Array, embedding: jax.Array) -> dict:
+        return jax.grad(lambda p: jnp.sum(block.apply(p, x, embedding, False) ** 2))(params)
+
+    def inside(function: Callable) -> int:
+        compiled = jax.jit(function, in_shardings=shardings).lower(params, x, embedding).compile()
+        text = compiled.as_text()
+        names = re.findall(r"(?:true|false)_computation=(%[\w.-]+)", text)
+        for group in re.findall(r"branch_computations=\{([^}]*)\}", text):
+            names += group.split(", ")
+        assert names, "the program has no conditions"
+        parts = {part.split(" ")[0]: part for part in re.split(r"\n(?=%|ENTRY)", text)}
+        return sum(" all-reduce" in parts[name] for name in names)
+
+    def in_a_step(*inputs: Any) -> dict:
+        with use_abstract_mesh(mesh.abstract_mesh):  # as training/step.py
+            return gradient(*inputs)
+
+    assert inside(gradient) > 0 == inside(in_a_step)

@@ -72,8 +72,8 @@ def narrow_product_gradients(
     # With the fewer channels as rows, no
     # input has to be transposed in memory.
     if x.shape[-1] <= cotangent.shape[-1]:
-        return by_x, _apart(_narrow_by_wide, x, cotangent)
-    return by_x, _apart(_narrow_by_wide, cotangent, x).T
+        return by_x, _sum_apart(_narrow_by_wide, x, cotangent)
+    return by_x, _sum_apart(_narrow_by_wide, cotangent, x).T
 
 
 def _narrow_by_wide(narrow: jax.Array, wide: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def winograd_gradients(
     if x.shape[-1] < _FEW:
         (by_kernel,) = jax.linear_transpose(partial(_gathered_conv, x), kernel)(cotangent)
     elif _tall(x):
-        by_kernel = _apart(_winograd_by_kernel, x, cotangent)
+        by_kernel = _sum_apart(_winograd_by_kernel, x, cotangent)
     else:
         by_kernel = conv_gradients(x, kernel, cotangent)[1]
     return by_x, by_kernel
@@ -194,7 +194,7 @@ def three_rows_up_gradients(
         return up_conv_gradients(x, kernel, cotangent)
     return (
         _apart(_three_rows_by_x, kernel, cotangent),
-        _apart(_three_rows_by_kernel, x, cotangent),
+        _sum_apart(_three_rows_by_kernel, x, cotangent),
     )
 
 
@@ -310,3 +310,13 @@ def _apart(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
         lambda *_: jnp.full(result.shape, jnp.nan, result.dtype),
         *inputs,
     )
+
+
+def _sum_apart(function: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
+    """_apart for a sum over the batch, which several devices may share (training/step.py)."""
+    # Their exchange would stand in the condition, and devices that
+    # reach two of them in different orders wait for ever.
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return function(*inputs)
+    return _apart(function, *inputs)
