@@ -265,7 +265,7 @@ def test_edms_data_set_is_scored_as_folder_and_as_zip(tmp_path: Path) -> None:
 def test_what_is_scored_and_what_it_is_compared_with_is_described(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")  # wherever other tests have left it
     folder = write_folder(tmp_path / "set", pixels(5))
     Image.new("RGBA", (4, 4)).save(folder / "000000" / "clear.png")
     (folder / "photo.heic").write_bytes(b"")
