@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -21,8 +22,11 @@ from relay_jax.plots import animation, handoff, neighbours, snr
 from relay_jax.plots.data import choose
 from relay_jax.plots.grids import grid
 from relay_jax.plots.inputs import Inputs, Picture, PlotSettings, lacking
+from relay_jax.runtime import distributed
 from relay_jax.runtime.files import write_png
+from relay_jax.runtime.sharding import make_mesh, place, to_host
 from relay_jax.sampling.chain import Chain
+from relay_jax.stage import Stage
 
 ROWS, COLUMNS, SIDE = 4, 8, 64  # of a grid; least pixels of an image in it
 PICTURES: Mapping[str, Picture] = {
@@ -83,18 +87,40 @@ def plot_finished(
 ) -> None:
     """The pictures of PICTURES that can be plotted, in WORKDIR/plots.
 
-    chain: all stages with their weights. In one process. Raises
+    chain: all stages with their weights. All processes must call it:
+    process 0 plots, on its own devices, and the others wait. Raises
     StorageError.
     """
-    inputs = Inputs(
-        settings=settings,
-        folders={stage.name: workdir / stage.name for stage in settings.stages},
-        request=PlotSettings(seeds=range(64)),
-        out=workdir / "plots",
-        opened=source,
-        chain=chain,
-        extractor=extractor,
-    )
+    if distributed.joined():
+        chain = _on_own_devices(chain, settings.stages)
+    with distributed.agree():
+        if distributed.is_first():
+            inputs = Inputs(
+                settings=settings,
+                folders={stage.name: workdir / stage.name for stage in settings.stages},
+                request=PlotSettings(seeds=range(64)),
+                out=workdir / "plots",
+                opened=source,
+                chain=chain,
+                extractor=extractor,
+            )
+            _plot_all(inputs)
+
+
+def _on_own_devices(chain: Chain, stages: Sequence[Stage]) -> Chain:
+    """The same relay on the devices of process 0 alone. All processes must call it."""
+    # The weights may be split over all hosts: gathered by all, kept by one.
+    params = {name: jax.tree.map(to_host, tree) for name, tree in chain.params.items()}
+    if not distributed.is_first():
+        return chain
+    mesh = make_mesh(devices=chain.mesh.local_devices)
+    batch = chain.batch * mesh.size // chain.mesh.size
+    own = Chain(stages, {name: place(tree, mesh) for name, tree in params.items()}, mesh, batch)
+    own.notes = dict(chain.notes)
+    return own
+
+
+def _plot_all(inputs: Inputs) -> None:
     # The film is mostly a compilation, which needs one core; the
     # others are mostly NumPy and matplotlib, which need another.
     with ThreadPoolExecutor(1) as beside:

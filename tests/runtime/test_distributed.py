@@ -95,7 +95,7 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
     write into it."""
     folder = tmp_path_factory.mktemp("runs")
     for processes in (1, 2, 4):
-        alone = (
+        more = (
             [
                 "--stage=relay",
                 "--config.log.grid_every_images=0",
@@ -104,15 +104,15 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
                 "--config.log.profile_steps=1",
             ]
             if processes == 4
-            else []
+            else [f"--config.evaluate.pictures={processes == 2}"]
         )
-        output = run(config, processes, f"--workdir={folder / str(processes)}", *alone)
+        output = run(config, processes, f"--workdir={folder / str(processes)}", *more)
         first = next(line for line in output.splitlines() if "mesh data" in line)
         assert (
             f"mesh data {processes} x fsdp 1" in first
             and f"base 16 = {processes} x {16 // processes}" in first
         )
-        assert output.count("still to train" if alone else "look at") == 1, (
+        assert output.count("still to train" if processes == 4 else "look at") == 1, (
             "several processes spoke"
         )
     return {processes: folder / str(processes) for processes in (1, 2, 4)}
@@ -147,11 +147,17 @@ def test_one_process_writes_pictures_and_report(runs: dict[int, Path]) -> None:
             if p.is_file()
             and p.suffix in (".png", ".json", ".jsonl")
             and "checkpoints" not in p.parts  # each process writes checksums of its parts
+            and "plots" not in p.parts
         )
         for n in (1, 2)
     ]
     assert names[0] == names[1]
     assert len(list(runs[2].glob("base/events.*"))) == 1
+    # Those that need the whole relay are made by process 0, on its own devices.
+    plots = {path.stem for path in (runs[2] / "plots").glob("*.json")}
+    assert plots == {"animation", "handoff", "neighbours", "snr"}
+    assert "Pictures not made" not in (runs[2] / "report.html").read_text()
+    assert "Pictures not made: animation," in (runs[1] / "report.html").read_text()
     for picture in ("samples/grid.png", "relay/grids/000000000048.png"):
         several, one = (np.asarray(Image.open(runs[n] / picture), int) for n in (2, 1))
         assert np.abs(several - one).max() <= 1 and one.std() > 5
