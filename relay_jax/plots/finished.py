@@ -1,6 +1,7 @@
 """What the page of a finished run shows, made at the end of its training from what is loaded.
 
 WORKDIR/samples/stage-STAGE.png, real.png   grids without writing, a column for each class
+WORKDIR/samples/grids.json                  the classes of the samples and of the real images
 WORKDIR/plots/                              some pictures of --mode=plot, with their numbers
 """
 
@@ -15,20 +16,21 @@ from absl import logging
 from relay_jax.config import Settings
 from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
-from relay_jax.data.source import Source
+from relay_jax.data.source import Source, draw
 from relay_jax.errors import DataError
 from relay_jax.evaluation.features import FeatureExtractor
 from relay_jax.plots import animation, handoff, neighbours, snr
-from relay_jax.plots.data import choose
 from relay_jax.plots.grids import grid
 from relay_jax.plots.inputs import Inputs, Picture, PlotSettings, lacking
 from relay_jax.runtime import distributed
-from relay_jax.runtime.files import write_png
+from relay_jax.runtime.files import write_json, write_png
 from relay_jax.runtime.sharding import make_mesh, place, to_host
 from relay_jax.sampling.chain import Chain
 from relay_jax.stage import Stage
 
 ROWS, COLUMNS, SIDE = 4, 8, 64  # of a grid; least pixels of an image in it
+GRIDS = "grids.json"  # beside them: the classes of their images
+LOOKED_AT = 8  # real images for each that is shown, where labels are known of read ones alone
 PICTURES: Mapping[str, Picture] = {
     "snr": snr.PICTURE,
     "handoff": handoff.PICTURE,
@@ -69,13 +71,31 @@ def write_grids(
     shown = in_columns(classes, last.num_classes)
     for name, samples in images.items():
         write_grid(workdir / "samples" / f"stage-{name}.png", samples[shown])
-    rows = choose(source.at(last.resolution), settings.seed, COLUMNS, ROWS)
-    if source.num_classes and all(len(row.positions) == ROWS for row in rows):
-        positions = [row.positions[k] for k in range(ROWS) for row in rows]
-    else:
-        positions = [position for row in rows for position in row.positions]
-    real = read(source, positions[: ROWS * COLUMNS], last.resolution)[0]
+    wanted = classes[shown] if last.num_classes else np.zeros(len(shown), int)
+    positions = real_positions(source, wanted, last, settings.seed)
+    real, labels = read(source, positions, last.resolution)
     write_grid(workdir / "samples" / "real.png", real)
+    grids = {"samples": wanted.tolist(), "real": labels.tolist()} if last.num_classes else {}
+    write_json(workdir / "samples" / GRIDS, grids)
+
+
+def real_positions(source: Source, wanted: np.ndarray, last: Stage, seed: int) -> list[int]:
+    """As many images, of these classes in this order where the set has them: int [n]."""
+    order = draw(len(source), len(source), seed)
+    if not last.num_classes:
+        return order[: len(wanted)].tolist()
+    labels = source.known_labels()
+    if labels is None:
+        # They are stored with the images: some are read for them.
+        order = order[: LOOKED_AT * len(wanted)]
+        members = read(source, order.tolist(), last.resolution)[1]
+    else:
+        members = labels[order]
+    waiting = {label: iter(order[members == label].tolist()) for label in set(wanted.tolist())}
+    chosen = [next(waiting[label], None) for label in wanted.tolist()]
+    others = (position for position in order.tolist() if position not in chosen)
+    filled = (next(others, None) if position is None else position for position in chosen)
+    return [position for position in filled if position is not None]
 
 
 def plot_finished(

@@ -16,6 +16,7 @@ from typing import Any
 
 from relay_jax.plots.chart import Chart, Line
 from relay_jax.plots.commands import commands
+from relay_jax.plots.finished import COLUMNS, GRIDS
 from relay_jax.plots.page import Figure, Page, Section, Table, write_page
 from relay_jax.plots.report_page import protocol, score_section
 from relay_jax.resolution import height_width, size_text
@@ -154,13 +155,24 @@ def _made(
     figures.append(
         Figure(name=f"real images, {size_text(last.resolution)} px", picture=real, pixels=True)
     )
-    columns = ""
-    if report and last.num_classes:
-        shown = [str(name) for name in names[:8]] or [str(n) for n in range(last.num_classes)][:8]
-        columns = f"A column for each class: {', '.join(shown)}."
     return Section(
-        texts=[columns] if columns else [], figures=figures, columns=min(len(figures), 3)
+        texts=_classes(known(workdir / "samples" / GRIDS), names) if report else [],
+        figures=figures,
+        columns=min(len(figures), 3),
     )
+
+
+def _classes(grids: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Which classes the grids of samples and of real images show."""
+    classes, real = _list(grids.get("samples")), _list(grids.get("real"))
+    if not classes:
+        return []
+    called = [str(names[n]) if n < len(names) else str(n) for n in classes]
+    what = "Classes, row by row"
+    if all(classes[n] == classes[n % COLUMNS] for n in range(len(classes))):
+        what, called = "A column for each class", called[:COLUMNS]
+    others = "" if real == classes else " The real images are of any."
+    return [f"{what}: {', '.join(called)}.{others}"]
 
 
 def _chain(stages: Sequence[Stage], workdir: Path) -> Section:
