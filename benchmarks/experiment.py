@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -167,7 +168,12 @@ class Trial:
 def main(*arguments: str) -> None:
     """relay_jax.main in a process of its own. Raises SystemExit with its status."""
     print("+ relay_jax.main", *arguments, flush=True)
-    status = subprocess.call([sys.executable, "-m", "relay_jax.main", *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "relay_jax.main", *arguments])
+    status = None
+    while status is None:
+        # Ctrl-C of a terminal goes to both, and the command saves.
+        with suppress(KeyboardInterrupt):
+            status = process.wait()
     if status:
         raise SystemExit(status)
 
