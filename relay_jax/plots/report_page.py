@@ -76,7 +76,7 @@ def evaluation_page(folder: Path, shown: Shown) -> Path:
         title=f"Evaluation: {folder.absolute().name}",
         subtitle=f"{report['samples']['images']:,} samples against {where}{count}, in "
         f"{report['features']['name']} features",
-        facts=_calls(report),
+        facts=_costs(report),
         sections=[
             Section(figures=[f for f in figures if f.picture and f.picture.exists()], columns=2),
             score_section(report),
@@ -88,10 +88,16 @@ def evaluation_page(folder: Path, shown: Shown) -> Path:
     return write_page(page, folder)
 
 
-def _calls(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _costs(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     calls = report.get("calls_per_image") or {}
+    if not calls:
+        return []
     text = " + ".join(str(count) for count in calls.values())
-    return [(text, "calls of the networks per image")] if calls else []
+    each = report["time"]["seconds"]["samples"] / report["samples"]["images"]
+    return [
+        (text, "calls of the networks per image"),
+        (f"{each:.2g} s", "per image, features and compilation included"),
+    ]
 
 
 def _repeat() -> Section:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from relay_jax.config import settings_of
 from relay_jax.plots.animation import END_MS, HANDOFF_MS, film, frames
-from relay_jax.plots.chart import Axis, Chart, Line
+from relay_jax.plots.chart import Axis, Chart, Line, si_text
 from relay_jax.plots.filmstrip import Frames
 from relay_jax.plots.page import Figure, Page, Section, Table, embedded, render, write_page
 from relay_jax.plots.run_page import run_page, write_run_page
@@ -71,6 +71,7 @@ def test_axes_have_a_few_round_ticks(low: float, high: float, log: bool) -> None
     axis = Axis.over([low, high], log, 0, 100)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 12 and ticks == sorted(ticks)
+    assert "e+" not in " ".join(map(si_text, ticks))
     assert all(-1e-9 <= axis.place(tick) <= 100 + 1e-9 for tick in ticks)
 
 
