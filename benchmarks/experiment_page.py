@@ -80,13 +80,12 @@ def _samples(trials: Sequence["Trial"]) -> Section:
 def _scores(rows: Rows, features: str) -> Section:
     """features: the end of the names of scores, which is left out in the table."""
     head, *cells = table(rows)
-    meanings = [(name.removesuffix(features), words.meaning(name)) for name in score_names(rows)]
     return Section(
         title="Scores",
         texts=findings(rows),
         tables=[Table(head=[name.removesuffix(features) for name in head], rows=cells)],
         points=[
-            *(f"{name}: {meaning}." for name, meaning in meanings if meaning),
+            *words.meanings(score_names(rows)),
             "Errors (±): the larger one of the standard deviation over trainings and the mean "
             "sampling error.",
         ],

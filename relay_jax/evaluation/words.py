@@ -5,7 +5,7 @@ real images in the place of the samples, `NAME_upsampled` that of the
 first stage's images, merely enlarged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 REAL, UPSAMPLED = "_real", "_upsampled"
@@ -61,6 +61,11 @@ def meaning(name: str) -> str:
     better, text = MEANINGS[base]
     of_features = f" in {features} features" if features and base != "FD" else ""
     return f"{text.format(features=features)}{of_features}; {better} is better"
+
+
+def meanings(names: Iterable[str]) -> list[str]:
+    """A line for each score that this module knows."""
+    return [f"{name}: {text}." for name in names if (text := meaning(name))]
 
 
 def sentences(scores: Mapping[str, float]) -> list[str]:

@@ -126,7 +126,11 @@ def sweep_page(folder: Path, contenders: Sequence[Contender]) -> Path:
             figures=[f for f in figures if f.picture and f.picture.exists()],
             columns=2,
         ),
-        Section(title="Scores", tables=[_sweep_table(report)], points=report["notes"]),
+        Section(
+            title="Scores",
+            tables=[_sweep_table(report)],
+            points=[*words.meanings(_score_names(report)), *report["notes"]],
+        ),
         Section(
             title="Scores against calls",
             figures=[Figure(name="sweep", picture=folder / "sweep.png", width=1100)],
@@ -146,8 +150,7 @@ def sweep_page(folder: Path, contenders: Sequence[Contender]) -> Path:
 
 def _sweep_table(report: Mapping[str, Any]) -> Table:
     """A row for each sampler: costs, then scores with their errors."""
-    rows = report["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    rows, names = report["rows"], _score_names(report)
     cells: list[Sequence[str]] = [
         [
             row["sampler"],
@@ -163,6 +166,10 @@ def _sweep_table(report: Mapping[str, Any]) -> Table:
         scores = [_score(name, real.get(name)) for name in names]
         cells.append(["as many real images", "", "", "", *scores])
     return Table(head=["sampler", "calls", "FLOP", "s per image", *names], rows=cells)
+
+
+def _score_names(report: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for row in report["rows"] for name in row["scores"]))
 
 
 def _score(name: str, score: Mapping[str, Any] | None) -> str:

@@ -315,7 +315,9 @@ class Count(Progress):
 
     def close(self) -> None:
         """The task is over, or has failed."""
-        terminal.close()
+        # Of one that took no time the line is that of the task around it.
+        if self._spoken or self._total == math.inf:
+            terminal.close()
 
 
 class PrepareProgress:
