@@ -13,6 +13,7 @@ own; what is finished is not done again, so the same command continues after any
     OUT/NAME.json, NAME.md         all rows: arm, seed, training FLOPs, sampler, calls, scores
     OUT/NAME.png                   scores against training FLOPs, and against calls
     OUT/grid-ARM.png               images of the same seeds
+    OUT/report.html                a page of all that
 """
 
 import argparse
@@ -20,6 +21,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -28,11 +30,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiment_page import write_experiment_page
+from benchmarks.experiment_results import as_markdown, figure, summary
 from relay_jax.config import build, load_config
 from relay_jax.errors import UserError
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json, write_json, write_png, write_text
-from relay_jax.runtime.flops import si
 from relay_jax.runtime.logs import fail
 from relay_jax.stage import Stage
 
@@ -80,6 +83,11 @@ class Trial:
     @property
     def workdir(self) -> Path:
         return self.out / self.arm.name.replace(" ", "-") / f"seed{self.seed}"
+
+    @property
+    def grid(self) -> Path:
+        """Images of the arm's first training."""
+        return self.out / f"grid-{self.workdir.parent.name}.png"
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -166,7 +174,12 @@ class Trial:
 def main(*arguments: str) -> None:
     """relay_jax.main in a process of its own. Raises SystemExit with its status."""
     print("+ relay_jax.main", *arguments, flush=True)
-    status = subprocess.call([sys.executable, "-m", "relay_jax.main", *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "relay_jax.main", *arguments])
+    status = None
+    while status is None:
+        # Ctrl-C of a terminal goes to both, and the command saves.
+        with suppress(KeyboardInterrupt):
+            status = process.wait()
     if status:
         raise SystemExit(status)
 
@@ -174,116 +187,35 @@ def main(*arguments: str) -> None:
 # What comes out
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each arm, budget and sampler: means over the training seeds, and their spread.
-
-    error: the larger one of the standard deviation over seeds and the mean sampling error.
-    """
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        key = (row["arm"], f"{row['training_flops']:.2g}", row["sampler"])
-        groups.setdefault(key, []).append(row)
-    means = []
-    for group in groups.values():
-        scores = {}
-        for name in group[0]["scores"]:
-            values = [row["scores"][name]["value"] for row in group if name in row["scores"]]
-            errors = [row["scores"][name]["error"] or 0.0 for row in group if name in row["scores"]]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            error = max(spread, float(np.mean(errors)))
-            scores[name] = {"value": float(np.mean(values)), "error": error}
-        means.append({**group[0], "scores": scores, "seeds": len(group)})
-    return means
-
-
-def as_markdown(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table: a line for each row of the summary, real images last."""
-    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    head = ["arm", "seeds", "training FLOP", "sampler", "calls", "FLOP per image", *names]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        cells = [row["arm"], row["seeds"], si(row["training_flops"]), row["sampler"], row["calls"]]
-        cells += [si(row["flops"]), *(score(row["scores"].get(name)) for name in names)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    real: Mapping[str, Any] = next((row["real"] for row in rows if row["real"]), {})
-    cells = ["as many real images", *[""] * 5, *(score(real.get(name)) for name in names)]
-    lines.append("| " + " | ".join(cells) + " |")
-    about = import_module(f"benchmarks.experiments.{experiment.name}").__doc__ or ""
-    return "\n".join([about.strip(), "", *lines, ""])
-
-
-def score(value: Mapping[str, Any] | None) -> str:
-    if value is None:
-        return ""
-    error = f" ± {value['error']:.2g}" if value["error"] else ""
-    return f"{value['value']:.4g}{error}"
-
-
-def figure(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Every score against training FLOPs (first sampler) and against calls (last budget)."""
-    from relay_jax.plots import style
-
-    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    picture = style.make_figure(4.2 * len(names), 7.5)
-    for number, name in enumerate(names):
-        by_flops = picture.add_subplot(2, len(names), number + 1)
-        by_calls = picture.add_subplot(2, len(names), len(names) + number + 1)
-        for index, arm in enumerate(arms):
-            own = [row for row in rows if row["arm"] == arm and name in row["scores"]]
-            most = max(row["training_flops"] for row in own)
-            first = [row for row in own if row["sampler"] == own[0]["sampler"]]
-            last = [row for row in own if row["training_flops"] > 0.9 * most]
-            for axes, key, chosen in (
-                (by_flops, "training_flops", first),
-                (by_calls, "calls", last),
-            ):
-                ordered = sorted(chosen, key=lambda row: row[key])
-                values = [row["scores"][name] for row in ordered]
-                axes.errorbar(
-                    [row[key] for row in ordered],
-                    [value["value"] for value in values],
-                    yerr=[value["error"] for value in values],
-                    color=f"C{index}",
-                    marker="o",
-                    capsize=3,
-                    label=arm,
-                )
-        for axes, label in ((by_flops, "training FLOP"), (by_calls, "calls per image")):
-            axes.set(xscale="log", xlabel=label, title=name)
-            axes.grid(alpha=0.3)
-            real = rows[0]["real"].get(name)
-            if real:
-                axes.axhline(real["value"], color="grey", ls=":", label="real images")
-    picture.axes[0].legend(fontsize="small")
-    style.save(picture, out)
-
-
-def grids(trials: Sequence[Trial], out: Path) -> None:
-    """The samples of the first training of each arm, with its whole budget: the same seeds."""
+def grids(trials: Sequence[Trial]) -> None:
+    """The samples of the first training of each arm, of its largest budget: the same seeds."""
     from relay_jax.plots.grids import grid
 
     for trial in trials:
+        if trial.seed != trial.experiment.seeds[0]:
+            continue
         first = trial.samplers[0].replace(":", "-")
-        files = sorted(trial.folder(1.0).glob(f"{first}/*.npz"))
-        if trial.seed == trial.experiment.seeds[0] and files:
-            with np.load(files[0]) as kept:
-                images = kept["exact"][:100].astype(np.float32)
-            write_png(out / f"grid-{trial.workdir.parent.name}.png", grid(images, columns=10))
+        for budget in reversed(trial.experiment.budgets):
+            if files := sorted(trial.folder(budget).glob(f"{first}/*.npz")):
+                with np.load(files[0]) as kept:
+                    images = kept["exact"][:100].astype(np.float32)
+                write_png(trial.grid, grid(images, columns=10))
+                break
 
 
 def collect(experiment: Experiment, trials: Sequence[Trial], out: Path) -> None:
-    """Writes table, rows, curves and grids of what is there."""
+    """Writes table, rows, curves, grids and the page of what is there."""
     rows = [row for trial in trials for row in trial.rows()]
     if not rows:
         fail(f"nothing is scored in {out}")
     means = summary(rows)
     write_json(out / f"{experiment.name}.json", {"rows": rows})
-    text = as_markdown(experiment, means)
+    text = as_markdown(experiment.name, means)
     write_text(out / f"{experiment.name}.md", text)
     figure(means, out / f"{experiment.name}.png")
-    grids(trials, out)
+    grids(trials)
     print(f"\n{text}\nwritten to {out}")
+    print(f"look at {write_experiment_page(experiment, trials, means, out)}", flush=True)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from relay_jax.configs import demo
 from relay_jax.errors import DataError
+from relay_jax.runtime import counting
 
 gc.set_threshold(100_000, 50, 100)  # as relay_jax.main does
 
@@ -111,6 +112,29 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with command_line(f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"):
         run_main()
     return folder / "run"
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float | None]]:
+    """What is counted from now on (runtime/counting.py): its name -> [total, how much was done].
+
+    Finished ones alone.
+    """
+    ended: dict[str, list[float | None]] = {}
+
+    class Task:
+        def __init__(self, what: str, total: float | None, unit: str) -> None:
+            self.what, self.numbers = f"{what}, {unit}", [total, 0.0]
+
+        def update(self, done: float) -> None:
+            self.numbers[1] = round(done, 9)
+
+        def close(self) -> None:
+            ended[self.what] = self.numbers
+
+    monkeypatch.setattr(counting, "_show", None)
+    counting.show_by(Task)
+    return ended
 
 
 def error_of(action: Callable[[], object]) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import experiment
 from benchmarks.experiment import Arm, Experiment, Trial
+from benchmarks.experiment_results import findings, summary, table
 from benchmarks.experiments import ablations, calls, equal_compute
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json
@@ -23,7 +24,7 @@ def test_every_arm_can_be_built_and_trains_with_the_same_flops(module, tmp_path)
         assert list(images) == list(arm.shares)
 
 
-def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch):
+def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch, capsys):
     config = tmp_path / "config.py"
     made = "from tests.conftest import tiny_relay\n\n\n"
     config.write_text(made + "def get_config(_=''):\n    return tiny_relay()\n")
@@ -57,14 +58,20 @@ def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch)
     assert len(commands) == 4
 
     experiment.collect(whole, [trial], tmp_path)
+    assert capsys.readouterr().out.endswith(f"look at {tmp_path / 'report.html'}\n")
+    page = (tmp_path / "report.html").read_text()
+    assert "Experiment: calls" in page and page.count("<img") == 2 and "Not finished" not in page
+    assert page.count("<td>relay</td>") == 4  # three rows of scores, one of the arm
+    assert "FD-random-conv with the most training: relay " in page
+    assert "base 50%, relay 50%" in page
+    assert " --collect</pre>" in page
     rows = read_json(tmp_path / "calls.json")["rows"]
     assert [row["sampler"] for row in rows] == ["draft", "draft", "fast"]
     assert [row["images"]["relay"] for row in rows] == [32, 64, 64]
     assert rows[-1]["training_flops"] == sum(
         each[name] * images for name, images in rows[-1]["images"].items()
     )
-    table = (tmp_path / "calls.md").read_text()
-    assert table.count("| relay |") == 3 and "as many real images" in table
+    assert (tmp_path / "calls.md").read_text().count("| relay |") == 3
     assert (tmp_path / "calls.png").exists() and (tmp_path / "grid-relay.png").exists()
 
 
@@ -79,7 +86,22 @@ def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():
         score = {"FD": {"value": value, "error": error}}
         return {"arm": "a", "training_flops": 1e9, "sampler": "fast", "scores": score}
 
-    (wide,) = experiment.summary([row(1.0, 0.1), row(3.0, 0.1)])
+    (wide,) = summary([row(1.0, 0.1), row(3.0, 0.1)])
     assert wide["scores"]["FD"] == {"value": 2.0, "error": pytest.approx(2**0.5)}
-    (narrow,) = experiment.summary([row(2.0, 0.5), row(2.0, 0.3)])
+    (narrow,) = summary([row(2.0, 0.5), row(2.0, 0.3)])
     assert narrow["scores"]["FD"] == {"value": 2.0, "error": 0.4}
+
+
+def test_real_images_are_beside_the_arms():
+    def row(arm, flops, sampler, value):
+        scores = {"FD": {"value": value, "error": 0.5}}
+        costs = {"training_flops": flops, "flops": 1e9, "calls": 9, "seeds": 1}
+        return {"arm": arm, "sampler": sampler, "scores": scores, "real": {}, **costs}
+
+    rows = [row("a", 1e9, "safe", 9.0), row("a", 2e9, "safe", 7.0), row("a", 2e9, "fast", 8.0)]
+    rows.append(row("b", 2e9, "safe", 6.0))
+    assert len(table(rows)) == 5  # a head, and nothing that was not scored
+    assert findings(rows) == ["FD with the most training: a 7 ± 0.5, b 6 ± 0.5."]
+    rows[0]["real"] = {"FD": {"value": 3.0, "error": 0.1}}
+    assert table(rows)[-1] == ["as many real images", "", "", "", "", "", "3 ± 0.1"]
+    assert findings(rows)[0].endswith("b 6 ± 0.5; real images 3 ± 0.1.")

@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {"errors": set(), "configs": set(), "__init__": set
 BELOW["resolution"] = set()
 BELOW["runtime"] = {"errors"}
 BELOW["diffusion"] = BELOW["models"] = {"errors", "resolution"}
-BELOW["data"] = {"errors", "resolution", "runtime.files"}
+BELOW["data"] = {"errors", "resolution", "runtime.files", "runtime.counting"}
 LEAVES = {"errors", "resolution", "runtime", "diffusion", "models", "data"}
 BELOW["stage"] = LEAVES
 BELOW["values"] = {"errors", "models"}

@@ -25,6 +25,7 @@ from relay_jax.data.images import EncodedImages
 from relay_jax.data.source import Source, describe_source, draw
 from relay_jax.errors import DataError
 from relay_jax.resolution import Resolution, height_width, pixels_text, smaller
+from relay_jax.runtime.counting import counted
 
 VERSION = 1
 HEADERS, MEMBERS = (
@@ -201,7 +202,8 @@ def _measure(source: Source, largest: Resolution, seed: int) -> tuple[Sizes, boo
         most = HEADERS if os.path.isfile(source.where(0)) else MEMBERS
     positions = draw(len(source), most, seed).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
-        headers = list(pool.map(partial(_header, source), positions))
+        read = pool.map(partial(_header, source), positions)
+        headers = list(counted(read, "measuring the images", len(positions), "images"))
     order = sorted(headers, key=_size_order)
     short = sum(smaller((header.height, header.width), largest) for header in headers)
     sizes = Sizes(

@@ -34,6 +34,7 @@ from relay_jax.data.listing import (
     labelled,
 )
 from relay_jax.errors import DataError, StorageError, one_line
+from relay_jax.runtime.counting import Add, counted, counting
 from relay_jax.runtime.files import MAX_TEXT, digest, write_text
 
 VERSION = 2
@@ -111,7 +112,8 @@ class ImageFolder(EncodedImages):
         # terabytes. The price is that a copy with new times has
         # another hash.
         rows = []
-        for file in map(self.where, range(len(self))):
+        files = map(self.where, range(len(self)))
+        for file in counted(files, f"looking at {os.path.basename(self.path)}", len(self)):
             try:
                 status = os.stat(file)
             except OSError as error:
@@ -167,18 +169,24 @@ def list_images(root: str) -> Listing:
     try:
         file = cache_file(root)
     except RuntimeError:  # no home folder
-        return _Scan(root).listing()
+        return _scan(root)[0]
     kept = _load(file, root)
     if kept is not None:
         return kept
     before = time.time()
-    scan = _Scan(root)
-    listing = scan.listing()
-    newest = max(max(stamp[1:]) for stamp in scan.stamps.values()) / 1e9
-    untimed = any(stamp[1] <= 0 for stamp in scan.stamps.values())
+    listing, stamps = _scan(root)
+    newest = max(max(stamp[1:]) for stamp in stamps.values()) / 1e9
+    untimed = any(stamp[1] <= 0 for stamp in stamps.values())
     if len(listing) >= CACHED_IMAGES and newest < before - SETTLED_SECONDS and not untimed:
-        _save(file, root, listing, scan.stamps)
+        _save(file, root, listing, stamps)
     return listing
+
+
+def _scan(root: str) -> tuple[Listing, dict[str, Stamp]]:
+    """The images below `root`, and the stamps of its folders. Raises OSError."""
+    with counting(f"listing {os.path.basename(os.path.abspath(root))}", unit="images") as add:
+        scan = _Scan(root, add)
+        return scan.listing(), scan.stamps
 
 
 def cache_file(root: str) -> Path:
@@ -194,8 +202,8 @@ class _Scan:
     # Before, so that a file which arrives during the scan leaves a
     # stamp that no longer holds.
 
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self, root: str, add: Add) -> None:
+        self._root, self._add = root, add
         self.stamps: dict[str, Stamp] = {}
         self._unused: dict[str, int] = {}
 
@@ -223,6 +231,7 @@ class _Scan:
                     count(self._unused, SPECIAL)
                 elif is_image(entry.name):
                     images.append(entry.name)
+                    self._add(1)
                 elif folder or entry.name not in (INDEX, RECORD):
                     count(self._unused, ending(entry.name))
         return images, folders

@@ -18,7 +18,7 @@ recognised by its files.
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 
 from relay_jax.data.source import Source
 from relay_jax.errors import DataError, one_line
+from relay_jax.runtime.counting import counting
 from relay_jax.runtime.files import digest, file_sha256
 
 Identity = dict[str, Any]
@@ -81,26 +82,32 @@ def _hash_files(
     contents: bool,
 ) -> None:
     """Adds the hashes of names, sizes and contents to each part."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    sized_each, sampled_each = (max(most // len(parts), 1) for most in (SIZES, SAMPLED))
+    counts = [len(members) for members in rows]
+    looks = sum(min(n, sized_each) + min(n, sampled_each) + n * contents for n in counts)
+    with ThreadPoolExecutor(THREADS) as pool, counting("looking at the data", looks) as add:
+
+        def each(look: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+            for value in pool.map(look, items):
+                add(1)
+                yield value
+
         for part, members in zip(parts, rows, strict=True):
             positions = members.tolist()
             names = [_below(source.file_name(position), part["name"]) for position in positions]
-            sized = _some(names, SIZES // len(parts))
-            sampled = _some(names, SAMPLED // len(parts))
+            sized = _some(names, sized_each)
+            sampled = _some(names, sampled_each)
             # Sorted by name: whatever the order of a class, the
             # files are the same.
             part["names"] = _short(sorted(names))
-            sizes = pool.map(source.file_stamp, [positions[n] for n in sized])
+            sizes = each(source.file_stamp, [positions[n] for n in sized])
             part["sizes"] = _short(sorted(zip([names[n] for n in sized], sizes, strict=True)))
-            heads = pool.map(
-                partial(_sha256, HEAD),
-                [source.where(positions[n]) for n in sampled],
-            )
+            heads = each(partial(_sha256, HEAD), [source.where(positions[n]) for n in sampled])
             part["samples"] = _short(sorted(zip([names[n] for n in sampled], heads, strict=True)))
             if contents:
                 paths = [source.where(position) for position in positions]
                 part["contents"] = _short(
-                    sorted(zip(names, pool.map(partial(_sha256, 0), paths), strict=True))
+                    sorted(zip(names, each(partial(_sha256, 0), paths), strict=True))
                 )
 
 
@@ -108,13 +115,13 @@ def _some(names: Sequence[str], most: int) -> list[int]:
     """Which of the files of a class are looked at: always the same ones of the same names."""
     # By a hash of the name: what is added to another class must not
     # change the choice.
-    if len(names) <= max(most, 1):
+    if len(names) <= most:
         return list(range(len(names)))
     order = sorted(
         range(len(names)),
         key=lambda n: (zlib.crc32(os.fsencode(names[n])), names[n]),
     )
-    return order[: max(most, 1)]
+    return order[:most]
 
 
 def _below(name: str, class_name: str) -> str:

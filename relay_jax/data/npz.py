@@ -34,6 +34,7 @@ from relay_jax.data.files import (
 from relay_jax.data.images import ImageSource
 from relay_jax.errors import DataError, one_line
 from relay_jax.resolution import Resolution, as_resolution
+from relay_jax.runtime.counting import counted, counting
 from relay_jax.runtime.files import digest, file_sha256
 
 IMAGES, LABELS = "arr_0.npy", "arr_1.npy"
@@ -71,7 +72,7 @@ class NpzImages(ImageSource):
                 f"{self.path}: no npz files in this folder; for image files use "
                 "--config.dataset.source=folder"
             )
-        self._files = [_open(file) for file in files]
+        self._files = [_open(file) for file in counted(files, "opening npz files", len(files))]
         first = self._files[0]
         for file in self._files:
             if file.shape[1:] != first.shape[1:]:
@@ -120,18 +121,20 @@ class NpzImages(ImageSource):
     def fingerprint(self) -> str:
         """Hash of the bytes of the file, or of the hashes of all. Raises DataError."""
         sums = []
-        for file in self._files:
-            try:
-                sums.append(file_sha256(file.path))
-            except OSError as error:
-                raise DataError(f"{file.path}: cannot be read ({one_line(error)})") from error
+        size = sum(file.path.stat().st_size for file in self._files if file.path.is_file())
+        with counting("hashing the images", size / 1e6, "MB") as add:
+            for file in self._files:
+                try:
+                    sums.append(file_sha256(file.path, add))
+                except OSError as error:
+                    raise DataError(f"{file.path}: cannot be read ({one_line(error)})") from error
         return digest(sums) if Path(self.path).is_dir() else sums[0]
 
     def verify(self) -> None:
         """Compares every file with its checksums. Raises DataError for the first that differs."""
         # Reading one image cannot do it: the zip has one checksum
         # for all images of a file.
-        for file in self._files:
+        for file in counted(self._files, "comparing checksums", len(self._files)):
             with (
                 refusing(f"{file.path}: damaged"),
                 zipfile.ZipFile(file.path) as archive,

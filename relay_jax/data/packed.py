@@ -37,6 +37,7 @@ from relay_jax.data.images import ImageSource
 from relay_jax.data.storage import Folder, storage
 from relay_jax.errors import DataError
 from relay_jax.resolution import Resolution, as_resolution, height_width, size_text
+from relay_jax.runtime.counting import counted
 from relay_jax.runtime.files import MAX_TEXT, digest, parse_json, replacing
 
 VERSION = 1
@@ -294,7 +295,8 @@ class PackedDataset(ImageSource):
             )
         # In a bucket each look is a request: a thousand files would
         # take minutes.
-        for shard in [] if self.path.startswith("gs://") else shards:
+        looked_at = [] if self.path.startswith("gs://") else shards
+        for shard in counted(looked_at, f"opening {Path(self.path).name}", len(looked_at)):
             file = Path(self.path, shard["file"])
             try:
                 size = file.stat().st_size
@@ -375,7 +377,7 @@ class PackedDataset(ImageSource):
 
     def verify(self) -> None:
         """Compares every file at this resolution with its checksum. Raises DataError."""
-        for shard in self._shards:
+        for shard in counted(self._shards, "comparing checksums", len(self._shards)):
             file = os.path.join(self.path, shard["file"])
             with refusing(f"{file}: cannot be read", "; prepare or copy it again"):
                 sha256 = storage(self.path).checksum(shard["file"])[1]

@@ -51,6 +51,7 @@ from relay_jax.data.source import Source
 from relay_jax.data.storage import Bucket, Folder, storage
 from relay_jax.errors import DataError
 from relay_jax.resolution import Resolution, height_width, pixels_text, size_text
+from relay_jax.runtime.counting import counted
 from relay_jax.runtime.files import cannot_write
 
 # Keys of the source that are not compared where the originals are
@@ -198,10 +199,11 @@ class _Preparation:
         """By number and resolution what is noted of files that are there and whole, else None."""
         # An object is read into memory as a whole, a file is not.
         threads = 2 if isinstance(self.place, Bucket) else self.threads
+        width = len(self.manifest["resolutions"])
         names = itertools.chain.from_iterable(map(self.names, range(self.count)))
         with ThreadPoolExecutor(threads) as pool:
-            shards = list(pool.map(partial(_kept, self.place), names))
-        width = len(self.manifest["resolutions"])
+            kept = pool.map(partial(_kept, self.place), names)
+            shards = list(counted(kept, "comparing checksums", self.count * width))
         return [shards[start : start + width] for start in range(0, len(shards), width)]
 
     def _forget(self, number: int) -> list[str]:

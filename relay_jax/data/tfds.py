@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from relay_jax.data.files import read_file, refusing, several
 from relay_jax.data.images import EncodedImages
 from relay_jax.errors import DataError, one_line
+from relay_jax.runtime.counting import counting
 from relay_jax.runtime.files import MAX_TEXT, digest, parse_json
 
 _OWN_CLASSES = "tensorflow_datasets.core.features."
@@ -64,10 +65,13 @@ class TfdsSource(EncodedImages):
         try:
             # We decode ourselves: TFDS switches decoders where
             # OpenCV is installed, and leaves grey and CMYK alone.
-            self._records: Sequence[Mapping[str, Any]] = builder.as_data_source(
-                split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-            self._length = len(self._records)
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            # One call, which looks at every file.
+            with counting(f"opening {name}"):
+                self._records: Sequence[Mapping[str, Any]] = builder.as_data_source(
+                    split, decoders=decoders
+                )
+                self._length = len(self._records)
         except NotImplementedError as error:
             raise DataError(
                 f"{folder}: holds {builder.info.file_format.value} files, which need TensorFlow; "

@@ -32,6 +32,7 @@ from relay_jax.data.listing import (
 )
 from relay_jax.errors import DataError
 from relay_jax.resolution import as_resolution, height_width
+from relay_jax.runtime.counting import counting
 from relay_jax.runtime.files import MAX_TEXT, digest
 
 __all__ = ["INDEX", "EdmZip"]
@@ -57,8 +58,10 @@ class EdmZip(EncodedImages):
             raise DataError(
                 f"{self.path}: no such file; put a zip there in the format of EDM's dataset_tool.py"
             )
+        # One call, for the whole directory.
         with (
             refusing(f"{self.path}: not a readable zip file"),
+            counting(f"listing {os.path.basename(self.path)}"),
             zipfile.ZipFile(self.path) as archive,
         ):
             members = [member for member in archive.infolist() if not member.is_dir()]

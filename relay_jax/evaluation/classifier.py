@@ -18,6 +18,7 @@ from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source, draw_balanced
 from relay_jax.resolution import Resolution
+from relay_jax.runtime.counting import counted
 from relay_jax.sampling.pixels import to_uint8
 from relay_jax.stage import Stage
 
@@ -67,7 +68,7 @@ class Classifier:
         opt_state = optimizer.init(params)
         step = jax.jit(partial(self._step, optimizer))
         rng = np.random.default_rng(seed)
-        for _ in range(epochs):
+        for _ in counted(range(epochs), "training the classifier", epochs, "epochs"):
             order = rng.permutation(len(images))
             # The incomplete last batch is left out: it would be
             # compiled once more.

@@ -318,8 +318,12 @@ class Shown:
 
     def some_of(self, images: ImageSet) -> np.ndarray | None:
         """`count` images of a set of files, spread over it. Raises DataError."""
-        every = max(len(images) // self.count, 1)
-        return next((pixels for _, pixels in images.share(0, every, self.count)), None)
+        # Not every n-th one: classes may take turns.
+        total = len(images)
+        positions = choice(total, self.count).tolist()
+        # Of so many hosts each has one image.
+        parts = [next(iter(images.share(position, total, 1)))[1] for position in positions]
+        return np.concatenate(parts) if parts else None
 
 
 class _Watched:

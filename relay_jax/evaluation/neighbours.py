@@ -13,20 +13,15 @@ in expectation. One image far from all others has a large ball, which makes prec
 is drawn; density counts how many balls agree, and coverage takes only balls of real images.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from absl import logging
 
 from relay_jax.evaluation.statistics import BLOCK, FeatureSet, blocks, comparable
-from relay_jax.runtime.logs import duration
+from relay_jax.runtime.counting import Add, counting
 
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 SETTINGS = {"neighbours": NEIGHBOURS, "density_neighbours": DENSITY_NEIGHBOURS}
-EVERY_SECONDS = 5.0  # between lines of progress
-
-Progress = Callable[[float], None]
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -34,19 +29,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1) - 2 * (a @ b.T), 0)
 
 
-class _Work:
-    """Pairs of points compared so far, reported as a share of all."""
-
-    def __init__(self, pairs: int, progress: Progress | None) -> None:
-        self._pairs, self._progress, self._done = pairs, progress, 0
-
-    def add(self, pairs: int) -> None:
-        self._done += pairs
-        if self._progress is not None:
-            self._progress(self._done / self._pairs)
-
-
-def _radii(features: np.ndarray, ranks: Sequence[int], block: int, work: _Work) -> np.ndarray:
+def _radii(features: np.ndarray, ranks: Sequence[int], block: int, add: Add) -> np.ndarray:
     """Squared distance of each point to its nearest other ones of these ranks: float32 [k, n]."""
     radii, most = [], max(ranks)
     for rows in blocks(features, block):
@@ -60,7 +43,7 @@ def _radii(features: np.ndarray, ranks: Sequence[int], block: int, work: _Work) 
         # float32 as in the official code: points on the border of a
         # ball count the same.
         radii.append(np.sort(nearest, axis=1)[:, list(ranks)].astype(np.float32))
-        work.add(len(rows) * len(features))
+        add(len(rows) * len(features) / 1e6)
     return np.concatenate(radii).T
 
 
@@ -70,15 +53,13 @@ def neighbour_scores(
     neighbours: int = NEIGHBOURS,
     density_neighbours: int = DENSITY_NEIGHBOURS,
     block: int = BLOCK,
-    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Equations (1) to (4) of features ref [n, d] and sample [m, d], by name.
 
     n, m > neighbours; where n is not above density_neighbours, without (3) and (4). The official
     protocol of (1) and (2) takes 10,000 reference images. block: points per tile of distances
-    (2048: 32 MB); memory grows with its square, not with n. progress: called with the share of the
-    work that is done, after every row of tiles. Raises ValueError for too few points, other shapes
-    and numbers that are not finite.
+    (2048: 32 MB); memory grows with its square, not with n. Raises ValueError for too few points,
+    other shapes and numbers that are not finite.
     """
     ref, sample = comparable(ref, sample)
     if min(neighbours, density_neighbours) < 1:
@@ -88,26 +69,27 @@ def neighbour_scores(
             f"{len(ref)} and {len(sample)} images are too few for {neighbours} neighbours; "
             f"each set needs at least {neighbours + 1}"
         )
-    work = _Work(len(ref) ** 2 + len(sample) ** 2 + len(ref) * len(sample), progress)
+    pairs = len(ref) ** 2 + len(sample) ** 2 + len(ref) * len(sample)
     dense = len(ref) > density_neighbours
     ranks = [neighbours, density_neighbours if dense else neighbours]
-    radii_ref, radii_dense = _radii(ref, ranks, block, work)
-    (radii_sample,) = _radii(sample, [neighbours], block, work)
     ref_inside, sample_inside = np.zeros(len(ref), bool), np.zeros(len(sample), bool)
     covered, balls = np.zeros(len(ref), bool), 0
-    for i, a in enumerate(blocks(ref, block)):
-        rows = slice(i * block, i * block + len(a))
-        # Each tile of distances serves all: precision looks along
-        # one axis, recall the other.
-        for j, b in enumerate(blocks(sample, block)):
-            columns = slice(j * block, j * block + len(b))
-            distance = _squared_distances(a, b)
-            sample_inside[columns] |= (distance <= radii_ref[rows, None]).any(axis=0)
-            ref_inside[rows] |= (distance <= radii_sample[columns]).any(axis=1)
-            held = distance <= radii_dense[rows, None]
-            covered[rows] |= held.any(axis=1)
-            balls += int(np.count_nonzero(held))
-        work.add(len(a) * len(sample))
+    with counting("neighbours", pairs / 1e6, "million pairs") as add:
+        radii_ref, radii_dense = _radii(ref, ranks, block, add)
+        (radii_sample,) = _radii(sample, [neighbours], block, add)
+        for i, a in enumerate(blocks(ref, block)):
+            rows = slice(i * block, i * block + len(a))
+            # Each tile of distances serves all: precision looks along
+            # one axis, recall the other.
+            for j, b in enumerate(blocks(sample, block)):
+                columns = slice(j * block, j * block + len(b))
+                distance = _squared_distances(a, b)
+                sample_inside[columns] |= (distance <= radii_ref[rows, None]).any(axis=0)
+                ref_inside[rows] |= (distance <= radii_sample[columns]).any(axis=1)
+                held = distance <= radii_dense[rows, None]
+                covered[rows] |= held.any(axis=1)
+                balls += int(np.count_nonzero(held))
+            add(len(a) * len(sample) / 1e6)
     scores = {"precision": float(sample_inside.mean()), "recall": float(ref_inside.mean())}
     if dense:
         scores["density"] = balls / (density_neighbours * len(sample))
@@ -132,18 +114,4 @@ def neighbour_shares(reference: FeatureSet, samples: FeatureSet) -> dict[str, fl
         return {}
     # One metric for four scores: they share
     # the distances, which take minutes.
-    return neighbour_scores(reference.rows, samples.rows, progress=_Lines())
-
-
-class _Lines:
-    """A console line now and then, with the time left."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = time.monotonic()
-
-    def __call__(self, share: float) -> None:
-        now = time.monotonic()
-        if now - self._last > EVERY_SECONDS:
-            self._last = now
-            remaining = (now - self._begun) * (1 - share) / share
-            logging.info("neighbours: %.0f%%, %s left", 100 * share, duration(remaining))
+    return neighbour_scores(reference.rows, samples.rows)

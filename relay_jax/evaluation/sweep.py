@@ -40,6 +40,7 @@ from relay_jax.evaluation.scorer import Scorer, evaluate
 from relay_jax.evaluation.statistics import FeatureSet, feature_stats
 from relay_jax.evaluation.sweep_images import Contender, KeptImages
 from relay_jax.evaluation.sweep_report import as_markdown
+from relay_jax.runtime.counting import counted
 from relay_jax.runtime.distributed import agree, is_first
 from relay_jax.runtime.files import write_json, write_text
 from relay_jax.runtime.sharding import describe, make_mesh
@@ -342,7 +343,7 @@ def jackknife(
     # groups are shared by all samplers.
     group = np.random.default_rng(0).permutation(len(rows)) % GROUPS
     values: dict[str, list[float]] = {}
-    for number in range(GROUPS):
+    for number in counted(range(GROUPS), "errors of the scores", GROUPS, "groups"):
         rest = group != number
         part = FeatureSet(
             count=int(rest.sum()),

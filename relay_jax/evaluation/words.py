@@ -5,7 +5,7 @@ real images in the place of the samples, `NAME_upsampled` that of the
 first stage's images, merely enlarged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 REAL, UPSAMPLED = "_real", "_upsampled"
@@ -15,9 +15,14 @@ MEANINGS = {
     "FID": ("lower", "Frechet distance of Inception features from the reference"),
     "sFID": ("lower", "Frechet distance of spatial Inception features from the reference"),
     "FD": ("lower", "Frechet distance of {features} features from the reference; not FID"),
+    "MIND": ("lower", "sliced Wasserstein distance from the reference"),
+    "KID": ("lower", "kernel distance from the reference (0 for real images but for chance)"),
     "IS": ("higher", "inception score: objects are clear and of many kinds"),
     "precision": ("higher", "share of the samples that lie among real images (fidelity)"),
     "recall": ("higher", "share of the real images that lie among samples (diversity)"),
+    "density": ("higher", "how densely real images lie around the samples, 1 for real ones "
+                "(fidelity)"),
+    "coverage": ("higher", "share of the real images with a sample nearby (diversity)"),
     "class_accuracy": ("higher", "share of the samples of which a small classifier, trained on "
                        "real images, says the class that was asked for"),
 }  # fmt: skip
@@ -56,6 +61,11 @@ def meaning(name: str) -> str:
     better, text = MEANINGS[base]
     of_features = f" in {features} features" if features and base != "FD" else ""
     return f"{text.format(features=features)}{of_features}; {better} is better"
+
+
+def meanings(names: Iterable[str]) -> list[str]:
+    """A line for each score that this module knows."""
+    return [f"{name}: {text}." for name in names if (text := meaning(name))]
 
 
 def sentences(scores: Mapping[str, float]) -> list[str]:
@@ -97,7 +107,7 @@ def sentences(scores: Mapping[str, float]) -> list[str]:
 
 def number(name: str, value: float) -> str:
     """Shares in per cent, others in three digits."""
-    if name.startswith(("class_accuracy", "precision", "recall")):
+    if name.startswith(("class_accuracy", "precision", "recall", "coverage")):
         # 99.9% is another message than 100%.
         return f"{100 * value:.1f}%" if value > 0.99 else f"{100 * value:.0f}%"
     return f"{value:.3g}"

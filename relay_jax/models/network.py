@@ -10,7 +10,6 @@ or by `package.module:Class` as `model.kind`.
 
 import dataclasses
 import math
-from functools import cache
 from typing import Any, Protocol
 
 import jax
@@ -106,7 +105,6 @@ def blank_condition(network: Network, image: Any) -> dict[str, Any]:
     return {"condition": (jnp.zeros((*image.shape[:3], channels)), jnp.zeros(image.shape[:1]))}
 
 
-@cache
 def shapes_of(network: Network) -> Any:
     """The shapes of the parameters of a network; nothing is computed."""
     return jax.eval_shape(lambda: init_params(network, jax.random.key(0)))

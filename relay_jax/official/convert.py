@@ -57,6 +57,7 @@ from relay_jax.official.parameters import (
 )
 from relay_jax.official.pickle import show
 from relay_jax.runtime.checkpoint import load_ema, read_meta
+from relay_jax.runtime.counting import Add, counting
 from relay_jax.runtime.files import cannot_write, expanded, file_sha256, try_folder
 from relay_jax.runtime.logs import fail, quieten
 from relay_jax.runtime.safetensors import write_safetensors
@@ -93,16 +94,22 @@ def convert(source: Path, out: Path, weights: str = "ema", stage: Stage | None =
         check_parameters(pickled.params, network)
     except UserError as error:
         raise UserError(f"{source.name} does not fit: {error}") from error
+    with counting(f"hashing {source.name}", source.stat().st_size / 1e6, "MB") as add:
+        sha256 = file_sha256(source, add)
     meta = {
         "source": source.name,
-        "sha256": file_sha256(source),
+        "sha256": sha256,
         "weights": weights,
         "images": official.images_seen,
         "network": describe(network),
     }
-    copy = partial(_on_cpu, official, jax.devices("cpu")[0])
-    params = jax.tree.map(copy, from_official(pickled.params))
-    _write_checkpoint(out, params, meta)
+    arrays = from_official(pickled.params)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    with counting(f"converting {weights}", size / 1e6, "MB") as add:
+        copy = partial(_on_cpu, official, jax.devices("cpu")[0], add)
+        params = jax.tree.map(copy, arrays)
+    with counting(f"writing {out.name}"):
+        _write_checkpoint(out, params, meta)
     images = "not noted" if meta["images"] is None else format(meta["images"], ",")
     ignored = ", ".join(unused_arguments(pickled))
     return (
@@ -112,8 +119,9 @@ def convert(source: Path, out: Path, weights: str = "ema", stage: Stage | None =
     )
 
 
-def _on_cpu(official: OfficialFile, device: jax.Device, value: np.ndarray) -> jax.Array:
+def _on_cpu(official: OfficialFile, device: jax.Device, add: Add, value: np.ndarray) -> jax.Array:
     placed = jax.device_put(value, device).block_until_ready()
+    add(value.nbytes / 1e6)
     # One parameter at a time: the file must not stay in memory
     # beside its copy.
     official.release()
@@ -157,7 +165,9 @@ def export(folder: Path, out: Path, stage: Stage | None = None) -> str:
         )
     # On one device: a split array would
     # be gathered again for the file.
-    ema, notes = load_ema(folder, shapes_of(network), make_mesh(devices=jax.devices("cpu")[:1]))
+    with counting(f"reading {folder.name}"):
+        mesh = make_mesh(devices=jax.devices("cpu")[:1])
+        ema, notes = load_ema(folder, shapes_of(network), mesh)
     write_safetensors(out, to_official(ema) | filters(network), {"format": "pt"})
     return (
         f"{folder}: ema of step {notes['step']}, {parameter_count(ema):,} parameters, "

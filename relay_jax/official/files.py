@@ -21,6 +21,7 @@ import numpy as np
 from relay_jax.errors import UserError
 from relay_jax.official.pickle import Record, show
 from relay_jax.official.torch_files import Tensor, is_count, load
+from relay_jax.runtime.counting import counting
 
 MAX_PARTS = 100_000  # tensors and modules of a network
 MAX_DEPTH = 32  # modules within modules
@@ -138,14 +139,16 @@ def _network(module: Any, what: str, size: int) -> Network:
     # A network pickled without its preconditioning lacks the first
     # part of the usual names.
     prefix = "model." if module.class_name == "DhariwalUNet" else ""
-    for name, tensor, _ in _tensors(module):
-        name = prefix + name
-        elements += math.prod(tensor.size)
-        # Tensors may share one storage: a small file could claim any
-        # number of large ones.
-        if name in params or 2 * elements > size:
-            raise UserError(f"parameter {show(name)} of {what} occurs twice, or its data does")
-        params[name] = tensor.array()
+    with counting(f"reading {what}", unit="MB") as add:
+        for name, tensor, _ in _tensors(module):
+            name = prefix + name
+            elements += math.prod(tensor.size)
+            # Tensors may share one storage: a small file could claim any
+            # number of large ones.
+            if name in params or 2 * elements > size:
+                raise UserError(f"parameter {show(name)} of {what} occurs twice, or its data does")
+            params[name] = tensor.array()
+            add(params[name].nbytes / 1e6)
     arguments = _plain(module.state.get("_init_kwargs"))
     if module.state.get("_init_args") or not isinstance(arguments, dict) or not params:
         raise UserError(f"{what} has no parameters, or no constructor arguments with names")

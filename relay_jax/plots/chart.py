@@ -130,7 +130,7 @@ class Axis:
 
 def si_text(value: float) -> str:
     """A tick in few characters: 60k, 0.05."""
-    return si(value).replace(" ", "") if abs(value) >= 10_000 else f"{value:.3g}"
+    return si(value).replace(" ", "") if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def _points(line: Line, log_x: bool, log_y: bool) -> list[tuple[float, float]]:

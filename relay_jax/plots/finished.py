@@ -1,6 +1,7 @@
 """What the page of a finished run shows, made at the end of its training from what is loaded.
 
 WORKDIR/samples/stage-STAGE.png, real.png   grids without writing, a column for each class
+WORKDIR/samples/grids.json                  the classes of the samples and of the real images
 WORKDIR/plots/                              some pictures of --mode=plot, with their numbers
 """
 
@@ -8,23 +9,28 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
 
 from relay_jax.config import Settings
 from relay_jax.data.images import to_float
 from relay_jax.data.loader import read
-from relay_jax.data.source import Source
+from relay_jax.data.source import Source, draw
 from relay_jax.errors import DataError
 from relay_jax.evaluation.features import FeatureExtractor
 from relay_jax.plots import animation, handoff, neighbours, snr
-from relay_jax.plots.data import choose
 from relay_jax.plots.grids import grid
 from relay_jax.plots.inputs import Inputs, Picture, PlotSettings, lacking
-from relay_jax.runtime.files import write_png
+from relay_jax.runtime import distributed
+from relay_jax.runtime.files import write_json, write_png
+from relay_jax.runtime.sharding import make_mesh, place, to_host
 from relay_jax.sampling.chain import Chain
+from relay_jax.stage import Stage
 
 ROWS, COLUMNS, SIDE = 4, 8, 64  # of a grid; least pixels of an image in it
+GRIDS = "grids.json"  # beside them: the classes of their images
+LOOKED_AT = 8  # real images for each that is shown, where labels are known of read ones alone
 PICTURES: Mapping[str, Picture] = {
     "snr": snr.PICTURE,
     "handoff": handoff.PICTURE,
@@ -65,13 +71,31 @@ def write_grids(
     shown = in_columns(classes, last.num_classes)
     for name, samples in images.items():
         write_grid(workdir / "samples" / f"stage-{name}.png", samples[shown])
-    rows = choose(source.at(last.resolution), settings.seed, COLUMNS, ROWS)
-    if source.num_classes and all(len(row.positions) == ROWS for row in rows):
-        positions = [row.positions[k] for k in range(ROWS) for row in rows]
-    else:
-        positions = [position for row in rows for position in row.positions]
-    real = read(source, positions[: ROWS * COLUMNS], last.resolution)[0]
+    wanted = classes[shown] if last.num_classes else np.zeros(len(shown), int)
+    positions = real_positions(source, wanted, last, settings.seed)
+    real, labels = read(source, positions, last.resolution)
     write_grid(workdir / "samples" / "real.png", real)
+    grids = {"samples": wanted.tolist(), "real": labels.tolist()} if last.num_classes else {}
+    write_json(workdir / "samples" / GRIDS, grids)
+
+
+def real_positions(source: Source, wanted: np.ndarray, last: Stage, seed: int) -> list[int]:
+    """As many images, of these classes in this order where the set has them: int [n]."""
+    order = draw(len(source), len(source), seed)
+    if not last.num_classes:
+        return order[: len(wanted)].tolist()
+    labels = source.known_labels()
+    if labels is None:
+        # They are stored with the images: some are read for them.
+        order = order[: LOOKED_AT * len(wanted)]
+        members = read(source, order.tolist(), last.resolution)[1]
+    else:
+        members = labels[order]
+    waiting = {label: iter(order[members == label].tolist()) for label in set(wanted.tolist())}
+    chosen = [next(waiting[label], None) for label in wanted.tolist()]
+    others = (position for position in order.tolist() if position not in chosen)
+    filled = (next(others, None) if position is None else position for position in chosen)
+    return [position for position in filled if position is not None]
 
 
 def plot_finished(
@@ -83,18 +107,40 @@ def plot_finished(
 ) -> None:
     """The pictures of PICTURES that can be plotted, in WORKDIR/plots.
 
-    chain: all stages with their weights. In one process. Raises
+    chain: all stages with their weights. All processes must call it:
+    process 0 plots, on its own devices, and the others wait. Raises
     StorageError.
     """
-    inputs = Inputs(
-        settings=settings,
-        folders={stage.name: workdir / stage.name for stage in settings.stages},
-        request=PlotSettings(seeds=range(64)),
-        out=workdir / "plots",
-        opened=source,
-        chain=chain,
-        extractor=extractor,
-    )
+    if distributed.joined():
+        chain = _on_own_devices(chain, settings.stages)
+    with distributed.agree():
+        if distributed.is_first():
+            inputs = Inputs(
+                settings=settings,
+                folders={stage.name: workdir / stage.name for stage in settings.stages},
+                request=PlotSettings(seeds=range(64)),
+                out=workdir / "plots",
+                opened=source,
+                chain=chain,
+                extractor=extractor,
+            )
+            _plot_all(inputs)
+
+
+def _on_own_devices(chain: Chain, stages: Sequence[Stage]) -> Chain:
+    """The same relay on the devices of process 0 alone. All processes must call it."""
+    # The weights may be split over all hosts: gathered by all, kept by one.
+    params = {name: jax.tree.map(to_host, tree) for name, tree in chain.params.items()}
+    if not distributed.is_first():
+        return chain
+    mesh = make_mesh(devices=chain.mesh.local_devices)
+    batch = chain.batch * mesh.size // chain.mesh.size
+    own = Chain(stages, {name: place(tree, mesh) for name, tree in params.items()}, mesh, batch)
+    own.notes = dict(chain.notes)
+    return own
+
+
+def _plot_all(inputs: Inputs) -> None:
     # The film is mostly a compilation, which needs one core; the
     # others are mostly NumPy and matplotlib, which need another.
     with ThreadPoolExecutor(1) as beside:

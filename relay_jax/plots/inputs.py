@@ -87,6 +87,8 @@ class Inputs:
     @cached_property
     def trained(self) -> list[Stage]:
         """The stages that have a checkpoint."""
+        if self.chain is not None:
+            return list(self.stages)
         return [
             stage
             for stage in self.stages

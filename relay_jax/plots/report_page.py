@@ -76,7 +76,7 @@ def evaluation_page(folder: Path, shown: Shown) -> Path:
         title=f"Evaluation: {folder.absolute().name}",
         subtitle=f"{report['samples']['images']:,} samples against {where}{count}, in "
         f"{report['features']['name']} features",
-        facts=_calls(report),
+        facts=_costs(report),
         sections=[
             Section(figures=[f for f in figures if f.picture and f.picture.exists()], columns=2),
             score_section(report),
@@ -88,10 +88,16 @@ def evaluation_page(folder: Path, shown: Shown) -> Path:
     return write_page(page, folder)
 
 
-def _calls(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _costs(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     calls = report.get("calls_per_image") or {}
+    if not calls:
+        return []
     text = " + ".join(str(count) for count in calls.values())
-    return [(text, "calls of the networks per image")] if calls else []
+    each = report["time"]["seconds"]["samples"] / report["samples"]["images"]
+    return [
+        (text, "calls of the networks per image"),
+        (f"{each:.2g} s", "per image, features and compilation included"),
+    ]
 
 
 def _repeat() -> Section:
@@ -120,7 +126,11 @@ def sweep_page(folder: Path, contenders: Sequence[Contender]) -> Path:
             figures=[f for f in figures if f.picture and f.picture.exists()],
             columns=2,
         ),
-        Section(title="Scores", tables=[_sweep_table(report)], points=report["notes"]),
+        Section(
+            title="Scores",
+            tables=[_sweep_table(report)],
+            points=[*words.meanings(_score_names(report)), *report["notes"]],
+        ),
         Section(
             title="Scores against calls",
             figures=[Figure(name="sweep", picture=folder / "sweep.png", width=1100)],
@@ -140,8 +150,7 @@ def sweep_page(folder: Path, contenders: Sequence[Contender]) -> Path:
 
 def _sweep_table(report: Mapping[str, Any]) -> Table:
     """A row for each sampler: costs, then scores with their errors."""
-    rows = report["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    rows, names = report["rows"], _score_names(report)
     cells: list[Sequence[str]] = [
         [
             row["sampler"],
@@ -157,6 +166,10 @@ def _sweep_table(report: Mapping[str, Any]) -> Table:
         scores = [_score(name, real.get(name)) for name in names]
         cells.append(["as many real images", "", "", "", *scores])
     return Table(head=["sampler", "calls", "FLOP", "s per image", *names], rows=cells)
+
+
+def _score_names(report: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for row in report["rows"] for name in row["scores"]))
 
 
 def _score(name: str, score: Mapping[str, Any] | None) -> str:

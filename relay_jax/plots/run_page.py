@@ -9,13 +9,14 @@ training.
 What is missing is left out, so that a page can be made at any time.
 """
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from relay_jax.plots.chart import Chart, Line
+from relay_jax.plots.commands import commands
+from relay_jax.plots.finished import COLUMNS, GRIDS
 from relay_jax.plots.page import Figure, Page, Section, Table, write_page
 from relay_jax.plots.report_page import protocol, score_section
 from relay_jax.resolution import height_width, size_text
@@ -24,7 +25,6 @@ from relay_jax.runtime.logs import duration, read_curve
 from relay_jax.stage import Stage
 from relay_jax.workdir import class_names
 
-MAIN = "python -m relay_jax.main"
 # Pictures that the page shows in full; others of --mode=plot are folded.
 SHOWN = ("animation", "snr", "neighbours")
 GAP_SECONDS = 600  # between lines of a curve; a longer one was a pause
@@ -46,7 +46,11 @@ def run_page(stages: Sequence[Stage], workdir: Path) -> Page:
         _training(stages, workdir),
         _handoff(stages, workdir),
         _neighbours(workdir),
-        Section(title="Go on", commands=commands(workdir, names, bool(report))),
+        Section(
+            title="Go on",
+            texts=_not_made(stages, workdir) if report else [],
+            commands=commands(workdir, names, bool(report)),
+        ),
         _further(workdir),
         *([protocol(report)] if report else []),
     ]
@@ -151,13 +155,24 @@ def _made(
     figures.append(
         Figure(name=f"real images, {size_text(last.resolution)} px", picture=real, pixels=True)
     )
-    columns = ""
-    if report and last.num_classes:
-        shown = [str(name) for name in names[:8]] or [str(n) for n in range(last.num_classes)][:8]
-        columns = f"A column for each class: {', '.join(shown)}."
     return Section(
-        texts=[columns] if columns else [], figures=figures, columns=min(len(figures), 3)
+        texts=_classes(known(workdir / "samples" / GRIDS), names) if report else [],
+        figures=figures,
+        columns=min(len(figures), 3),
     )
+
+
+def _classes(grids: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Which classes the grids of samples and of real images show."""
+    classes, real = _list(grids.get("samples")), _list(grids.get("real"))
+    if not classes:
+        return []
+    called = [str(names[n]) if n < len(names) else str(n) for n in classes]
+    what = "Classes, row by row"
+    if all(classes[n] == classes[n % COLUMNS] for n in range(len(classes))):
+        what, called = "A column for each class", called[:COLUMNS]
+    others = "" if real == classes else " The real images are of any."
+    return [f"{what}: {', '.join(called)}.{others}"]
 
 
 def _chain(stages: Sequence[Stage], workdir: Path) -> Section:
@@ -363,34 +378,13 @@ def _further(workdir: Path) -> Section:
     return Section(title="More pictures", figures=figures, folded=True)
 
 
-def next_commands(workdir: Path, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(what it does, command) of what people do with a finished run, the first ones first."""
-    place = shlex.quote(str(workdir))
-    run = f"{MAIN} --workdir={place}"
-    label = f" --class={shlex.quote(str(names[0]))}" if names else ""
-    return [
-        (
-            f"Sample one class, {names[0]}:" if names else "Sample:",
-            f"{run} --mode=sample --seeds=0-63{label} --out=images",
-        ),
-        (
-            "Train the same relay on your own images, a folder of them:",
-            f"{MAIN} --config={place} --workdir=runs/mine --config.dataset.source=folder "
-            "--config.dataset.path=DIR --config.dataset.num_classes=0",
-        ),
-        ("Add all pictures to the page:", f"{run} --mode=plot"),
-        ("Score more samples:", f"{run} --mode=evaluate --seeds=0-1023 --out=reports/more"),
-        ("Compare samplers:", f"{run} --mode=sweep --sweep=official,safe,fast,draft"),
-        ("Repeat the run from the beginning:", f"{MAIN} --config={place} --workdir=runs/again"),
-    ]
-
-
-def commands(workdir: Path, names: Sequence[str], finished: bool) -> list[tuple[str, str]]:
-    """(what it does, command) for the page."""
-    if finished:
-        return next_commands(workdir, names)
-    run = f"{MAIN} --workdir={shlex.quote(str(workdir))}"
-    return [
-        ("Continue the training, wherever it was stopped:", run),
-        ("See the pictures that the run allows so far:", f"{run} --mode=plot"),
-    ]
+def _not_made(stages: Sequence[Stage], workdir: Path) -> list[str]:
+    """What the page of a finished run would have, and has not."""
+    names = ["animation", "neighbours"]
+    # A cascade or a single stage continues nothing.
+    if any(stage.process.has_handoff for stage in stages):
+        names += ["snr", "handoff"]
+    missing = [name for name in names if not list((workdir / "plots").glob(f"{name}*.json"))]
+    if not missing:
+        return []
+    return [f"Pictures not made: {', '.join(missing)}; --mode=plot makes them, or says why not."]

@@ -25,6 +25,7 @@ from absl import logging
 from PIL import Image
 
 from relay_jax.errors import StorageError, UserError, one_line
+from relay_jax.runtime.counting import Add
 
 MAX_TEXT = 2**28  # bytes of a text that is read whole; a log of a million lines has less
 MAX_DEPTH = 100  # levels of nested JSON, far below what Python can recurse into
@@ -352,10 +353,14 @@ def append_jsonl(path: Path, value: dict) -> None:
     )
 
 
-def file_sha256(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
+def file_sha256(path: Path | str, add: Add = lambda more: None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. add: told of every MB. Raises OSError."""
+    state = hashlib.sha256()
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            state.update(part)
+            add(len(part) / 1e6)
+    return state.hexdigest()
 
 
 def digest(value: object) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags, logging
 
 from relay_jax.errors import Stopped, StorageError, one_line
-from relay_jax.runtime import distributed, terminal
+from relay_jax.runtime import counting, distributed, terminal
 from relay_jax.runtime.files import cannot_write, mend_jsonl, read_jsonl, write_text
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -30,6 +30,7 @@ def quieten() -> None:
 
     --verbosity brings absl's prefixes back.
     """
+    counting.show_by(Count)
     handler = logging.get_absl_handler()
     handler.addFilter(_is_wanted)
     if not flags.FLAGS["verbosity"].present:
@@ -229,11 +230,13 @@ class Progress:
     between the lines of `update`.
     """
 
+    _unit, _per_second = "images", "img/s"
+
     def __init__(
         self,
         what: str,
-        total: int,
-        done: int = 0,
+        total: float,
+        done: float = 0,
         *,
         clock: Callable[[], float] = time.monotonic,
         of_rate: Callable[[float], str] = lambda rate: "",
@@ -248,14 +251,14 @@ class Progress:
         self._extra = self._brief = ""
         self._rate = self._overall = 0.0
 
-    def update(self, done: int) -> None:
+    def update(self, done: float) -> None:
         """A line if `every` seconds have passed since the last, and at the end of a long loop."""
         waited = self._clock() - self._last
         ends = done >= self._total and (self._spoken or self._steady) and done > self._last_done
-        if waited > self._every or ends or (terminal.is_terminal() and waited > LIVE_SECONDS):
+        if waited > self._every or ends or (waited > LIVE_SECONDS and terminal.is_terminal()):
             self.line(done)
 
-    def line(self, done: int, extra: str = "", brief: str = "") -> float:
+    def line(self, done: float, extra: str = "", brief: str = "") -> float:
         """Says where the loop is, and returns the rate since the last time, images per second.
 
         brief: what the live line has in the place of of_rate's words.
@@ -276,11 +279,10 @@ class Progress:
         if terminal.is_terminal():
             self.show(done)
         elif distributed.is_first():
-            place = f"{done:,} of {self._total:,} images"
-            logging.info("%s", self._text(done, place, self._of_rate(rate)))
+            logging.info("%s", self._text(done, " of ", self._of_rate(rate)))
         return rate
 
-    def show(self, done: int) -> None:
+    def show(self, done: float) -> None:
         """Moves the live line on, on a terminal; the rates are those of the last `line`."""
         if not terminal.is_terminal():
             return
@@ -288,15 +290,34 @@ class Progress:
             terminal.close()
         else:
             # Short, for terminals of 80 columns.
-            place = f"{done:,}/{self._total:,} images"
-            terminal.show(self._text(done, place, self._brief), done, self._total)
+            terminal.show(self._text(done, "/", self._brief), done, self._total)
 
-    def _text(self, done: int, place: str, further: str) -> str:
-        parts = [f"{self._what}: {place}"]
+    def _text(self, done: float, of: str, further: str) -> str:
+        total = f"{of}{self._total:,.0f}" if self._total < math.inf else ""
+        parts = [f"{self._what}: {done:,.0f}{total} {self._unit}"]
         if self._spoken:
             left = (self._total - done) / self._overall if self._overall > 0 else math.inf
-            parts += [self._extra, f"{self._rate:.4g} img/s", further, f"{duration(left)} left"]
+            parts += [self._extra, f"{self._rate:.4g} {self._per_second}", further]
+            parts += [f"{duration(left)} left"] if total else []
         return ", ".join(part for part in parts if part)
+
+
+class Count(Progress):
+    """Progress of anything that is counted (counting.py); total: None where nobody knows it."""
+
+    def __init__(self, what: str, total: float | None, unit: str) -> None:
+        super().__init__(what, math.inf if total is None else total)
+        self._unit, self._per_second = unit, f"{unit}/s"
+        # What cannot be counted may be one call of a library: this
+        # is all that is seen of it.
+        if total is None and terminal.is_terminal():
+            terminal.show(what, 0, math.inf)
+
+    def close(self) -> None:
+        """The task is over, or has failed."""
+        # Of one that took no time the line is that of the task around it.
+        if self._spoken or self._total == math.inf:
+            terminal.close()
 
 
 class PrepareProgress:

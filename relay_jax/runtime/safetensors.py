@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from relay_jax.runtime.counting import counting
 from relay_jax.runtime.files import parse_json, replacing
 
 DTYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -41,10 +42,15 @@ def write_safetensors(
     # Readers map the data into memory
     # and want it aligned to 8 bytes.
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        counting(f"writing {path.name}", end / 1e6, "MB") as add,
+    ):
         file.write(struct.pack("<Q", len(text)) + text)
         for name in sorted(arrays):
             file.write(np.asarray(arrays[name]).tobytes())
+            add(arrays[name].nbytes / 1e6)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

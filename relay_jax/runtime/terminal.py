@@ -5,6 +5,7 @@ Elsewhere, in a file or a pipe, there is no live line: `Progress`
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}|"
+_NO_BAR = "{desc}{bar}"  # nothing but blanks, where the end is not known
 _shown: "tqdm | None" = None  # there is one line
 
 
@@ -29,8 +31,11 @@ def is_terminal() -> bool:
     return watched and distributed.is_first()
 
 
-def show(text: str, done: int, total: int) -> None:
-    """Shows the live line, or changes it: a few times per second at most."""
+def show(text: str, done: float, total: float) -> None:
+    """Shows the live line, or changes it: a few times per second at most.
+
+    total: math.inf where it is not known.
+    """
     global _shown
     if _shown is None:
         # Imported here: most commands run where nobody watches.
@@ -40,15 +45,18 @@ def show(text: str, done: int, total: int) -> None:
             desc=text,
             total=total,
             initial=done,
-            bar_format=_BAR,
+            bar_format=_BAR if total < math.inf else _NO_BAR,
             nrows=20,
             leave=False,
             file=sys.stderr,
             mininterval=0.1,
         )
-    _shown.total, _shown.ncols = total, _width()
+    _shown.total, _shown.bar_format = (total, _BAR) if total < math.inf else (None, _NO_BAR)
+    _shown.ncols = _width()
     _shown.set_description_str(text, refresh=False)
     _shown.update(done - _shown.n)
+    if not done:
+        _shown.refresh()  # whatever was shown just now: the next change may come late
 
 
 def _width() -> int:

@@ -25,10 +25,11 @@ from relay_jax.errors import Stopped, UserError
 from relay_jax.evaluation.evaluate import StageEvaluation, generate_first, summarize
 from relay_jax.evaluation.features import FeatureExtractor, file_of, make_extractor
 from relay_jax.evaluation.words import sentences
+from relay_jax.plots.commands import next_commands
 from relay_jax.plots.finished import plot_finished, write_grids
 from relay_jax.plots.grids import grid, loss_curves, relay_picture
 from relay_jax.plots.page import PAGE
-from relay_jax.plots.run_page import next_commands, write_run_page
+from relay_jax.plots.run_page import write_run_page
 from relay_jax.presets import with_preset
 from relay_jax.runtime import distributed
 from relay_jax.runtime.devices import training_devices
@@ -201,9 +202,7 @@ def finish(
             loss_curves(logs, workdir / "loss.png")
             write_grids(settings, source, images, classes, workdir)
     report = summarize(generated, chain, source, extractor, settings, workdir)
-    if distributed.joined():
-        logging.info("more pictures for the page: --mode=plot, in one process")
-    elif settings.evaluate.pictures:
+    if settings.evaluate.pictures:
         plot_finished(settings, source, chain, extractor, workdir)
     with distributed.agree():
         if distributed.is_first():

@@ -40,6 +40,7 @@ from ml_collections import config_flags
 from relay_jax import workdir
 from relay_jax.config import Settings, settings_of
 from relay_jax.errors import UserError, one_line
+from relay_jax.runtime.counting import counting
 from relay_jax.runtime.files import expanded, read_json, try_folder
 from relay_jax.runtime.logs import fail, quieten
 from relay_jax.runtime.safetensors import write_safetensors
@@ -66,7 +67,8 @@ def pack(settings: Settings, run: Path, out: Path, about: Any = None) -> str:
                 f"stage {stage.name}: the weights of a guide are not packed; leave it out by "
                 f"--config.stages.{stage.name}.sample.guide="
             )
-        params, notes = load_weights(stage, run / stage.name, mesh)
+        with counting(f"reading {stage.name}"):
+            params, notes = load_weights(stage, run / stage.name, mesh)
         stages[stage.name] = notes
         if stage.ema:
             # The one that the file has.

@@ -51,6 +51,28 @@ def test_the_block_says_what_is_there_and_what_is_done_to_it(pets: Path) -> None
     assert kept["sizes"]["smallest"] == [8, 8] and kept["identity"]["images"] == 3
 
 
+def test_what_looks_at_many_files_says_how_far_it_is(
+    pets: Path, tmp_path: Path, tasks: dict[str, list[float | None]]
+) -> None:
+    described(pets, num_classes=2)
+    assert tasks == {
+        "listing pets, images": [None, 3],
+        "measuring the images, images": [3, 3],
+        "looking at the data, files": [6, 6],  # sizes, and first bytes
+    }
+    tasks.clear()
+    described(pets, num_classes=2, identity="contents")
+    assert tasks["looking at the data, files"] == [9, 9]
+    tasks.clear()
+    open_source(dataset_keys("folder", path=str(pets), num_classes=2), (4,), 0).fingerprint()
+    assert tasks["looking at pets, files"] == [3, 3]
+    tasks.clear()
+    archive = tmp_path / "pets.zip"
+    write_zip(archive, {f"cat/{n}.png": png(colour(n)) for n in range(2)})
+    described(archive)
+    assert tasks["listing pets.zip, files"] == [None, 0]
+
+
 def test_a_photograph_on_its_side_is_counted_as_it_is_shown(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

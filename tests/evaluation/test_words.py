@@ -39,19 +39,21 @@ def test_published_scores_have_no_counterparts() -> None:
 
 
 def test_every_score_is_one_row_with_its_counterparts() -> None:
-    table = {row.name: row for row in rows(DEMO | {"KID-mine": 0.00123})}
+    table = {row.name: row for row in rows(DEMO | {"KID-mine": 0.00123, "own-mine": 3.0})}
     assert list(table) == [
         "FD-random-conv",
         "precision-random-conv",
         "recall-random-conv",
         "class_accuracy",
         "KID-mine",
+        "own-mine",
     ]
     accuracy = table["class_accuracy"]
     assert (accuracy.value, accuracy.real, accuracy.upsampled) == ("95%", "99.9%", "42%")
     assert table["KID-mine"][1:4] == ("0.00123", "", "")
     assert "random-conv" in table["FD-random-conv"].meaning
-    assert "fidelity" in table["precision-random-conv"].meaning and meaning("KID-mine") == ""
+    assert "fidelity" in table["precision-random-conv"].meaning and meaning("own-mine") == ""
+    assert meaning("KID-mine").endswith("for chance) in mine features; lower is better")
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,28 @@ def test_a_converted_file_is_a_stage(
         assert part in report
 
 
+def test_every_part_of_a_conversion_says_how_far_it_is(
+    tmp_path: Path, tasks: dict[str, list[float | None]]
+) -> None:
+    path, out = write(tmp_path / "state.pt"), tmp_path / "base"
+    command.convert(path, out)
+    size = path.stat().st_size / 1e6
+    assert list(tasks) == [
+        "reading ema, MB",
+        "hashing state.pt, MB",
+        "converting ema, MB",
+        "writing base, files",
+    ]
+    assert tasks["hashing state.pt, MB"] == pytest.approx([size, size])
+    total, done = tasks["converting ema, MB"]
+    assert done == pytest.approx(total) and 0.5 * size < done < size
+    tasks.clear()
+    command.export(out, tmp_path / "back.safetensors")
+    assert list(tasks) == ["reading base, files", "writing back.safetensors, MB"]
+    total, done = tasks["writing back.safetensors, MB"]
+    assert done == pytest.approx(total) and done > 0
+
+
 def test_from_a_file_and_back_is_equal_to_the_bit(tmp_path: Path) -> None:
     net = arrays_of(seed=1)
     path = write(tmp_path / "state.pt", net=net)

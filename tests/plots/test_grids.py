@@ -8,6 +8,9 @@ import pytest
 from PIL import Image
 
 from relay_jax.config import build
+from relay_jax.data.loader import read
+from relay_jax.data.synthetic import SyntheticShapes
+from relay_jax.plots.finished import COLUMNS, ROWS, in_columns, real_positions
 from relay_jax.plots.grids import grid, loss_curves, panels, relay_picture
 from relay_jax.sampling.chain import initial_state
 from relay_jax.sampling.pixels import to_uint8
@@ -104,3 +107,27 @@ def test_each_stage_has_a_panel_even_before_its_first_line(tmp_path: Path) -> No
     )
     assert pixels(tmp_path / "x.png").shape == (400, 1100, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "x.png"]
+
+
+class Stored(SyntheticShapes):
+    """Labels that are known of images that were read alone."""
+
+    def known_labels(self) -> None:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize("source", [SyntheticShapes(8, 400, 0), Stored(8, 400, 0)])
+def test_real_images_are_as_many_and_of_the_same_classes(source: SyntheticShapes) -> None:
+    last = build(tiny_relay())[-1]
+    for count in (12, 100):
+        classes = np.arange(count) % 8
+        wanted = classes[in_columns(classes, 8)]
+        assert len(wanted) == min(count, ROWS * COLUMNS)
+        positions = real_positions(source, wanted, last, seed=0)
+        np.testing.assert_array_equal(read(source, positions, 8)[1], wanted)
+        assert len(set(positions)) == len(positions)
+    # A class of which there are not enough is filled up with others.
+    few = SyntheticShapes(8, 24, 0)
+    positions = real_positions(few, np.zeros(20, int), last, seed=0)
+    assert len(set(positions)) == 20 and read(few, positions[:1], 8)[1] == [0]
+    assert len(real_positions(few, np.zeros(32, int), last, seed=0)) == 24

@@ -16,7 +16,7 @@ from PIL import Image
 
 from relay_jax.config import settings_of
 from relay_jax.plots.animation import END_MS, HANDOFF_MS, film, frames
-from relay_jax.plots.chart import Axis, Chart, Line
+from relay_jax.plots.chart import Axis, Chart, Line, si_text
 from relay_jax.plots.filmstrip import Frames
 from relay_jax.plots.page import Figure, Page, Section, Table, embedded, render, write_page
 from relay_jax.plots.run_page import run_page, write_run_page
@@ -71,6 +71,7 @@ def test_axes_have_a_few_round_ticks(low: float, high: float, log: bool) -> None
     axis = Axis.over([low, high], log, 0, 100)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 12 and ticks == sorted(ticks)
+    assert "e+" not in " ".join(map(si_text, ticks))
     assert all(-1e-9 <= axis.place(tick) <= 100 + 1e-9 for tick in ticks)
 
 
@@ -148,6 +149,10 @@ def test_a_run_has_a_page_whatever_there_is_of_it(tiny_run: Path, tmp_path: Path
     run = tmp_path / "run & <b>"
     shutil.copytree(tiny_run, run)
     stages = settings_of(open_config(run)).stages
+    grids = {"samples": [0, 1, 2, 3, 4, 5, 6, 7, 1], "real": [0]}
+    (run / "samples" / "grids.json").write_text(json.dumps(grids))
+    text = render(run_page(stages, run))
+    assert "Classes, row by row: stripes disc, " in text and "real images are of any" in text
     (run / "report.json").unlink()
     text = render(run_page(stages, run))
     assert "Still training: base has seen 96 of 96 images" in text
@@ -167,6 +172,7 @@ def test_a_training_ends_with_a_page_and_plots_add_to_it(tiny_run: Path, tmp_pat
     before = (run / "report.html").read_text()
     scores = json.loads((run / "report.json").read_text())["scores"]
     assert all(name in before for name in scores if not name.endswith(("_real", "_upsampled")))
+    assert "A column for each class: stripes disc, stripes square, " in before
     assert before.count("<img") == 3 and before.count("<svg") == 2  # two stages and real images
     with command_line(f"--workdir={run}", "--mode=plot", "--plot=snr,curves"):
         run_main()

@@ -94,7 +94,10 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
     """The whole relay, trained by one and two processes. Do not write into it."""
     folder = tmp_path_factory.mktemp("runs")
     profile = ["--config.log.profile_first=2", "--config.log.profile_steps=1"]
-    for processes, more in ((1, []), (2, profile)):
+    for processes, more in (
+        (1, ["--config.evaluate.pictures=False"]),
+        (2, ["--config.evaluate.pictures=True", *profile]),
+    ):
         output = run(config, processes, f"--workdir={folder / str(processes)}", *more)
         first = next(line for line in output.splitlines() if "mesh data" in line)
         assert (
@@ -134,11 +137,17 @@ def test_one_process_writes_pictures_and_report(runs: dict[int, Path]) -> None:
             if p.is_file()
             and p.suffix in (".png", ".json", ".jsonl")
             and "checkpoints" not in p.parts  # each process writes checksums of its parts
+            and "plots" not in p.parts
         )
         for n in (1, 2)
     ]
     assert names[0] == names[1]
     assert len(list(runs[2].glob("base/events.*"))) == 1
+    # Those that need the whole relay are made by process 0, on its own devices.
+    plots = {path.stem for path in (runs[2] / "plots").glob("*.json")}
+    assert plots == {"animation", "handoff", "neighbours", "snr"}
+    assert "Pictures not made" not in (runs[2] / "report.html").read_text()
+    assert "Pictures not made: animation," in (runs[1] / "report.html").read_text()
     for picture in ("samples/grid.png", "relay/grids/000000000048.png"):
         several, one = (np.asarray(Image.open(runs[n] / picture), int) for n in (2, 1))
         assert np.abs(several - one).max() <= 1 and one.std() > 5

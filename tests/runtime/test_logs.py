@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -16,9 +17,17 @@ from absl import logging
 from PIL import Image
 
 from relay_jax.errors import StorageError
-from relay_jax.runtime import distributed
+from relay_jax.runtime import counting, distributed
 from relay_jax.runtime.files import read_jsonl
-from relay_jax.runtime.logs import Progress, ScalarLog, curve_summary, duration, fail, read_curve
+from relay_jax.runtime.logs import (
+    Count,
+    Progress,
+    ScalarLog,
+    curve_summary,
+    duration,
+    fail,
+    read_curve,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,25 @@ def test_a_steady_loop_tells_its_rate_since_the_beginning(lines: list[str]) -> N
     assert progress.line(200) == 10
     assert progress.line(300) == pytest.approx(200 / 10.5)  # the second half was waiting already
     assert lines[0] == "sample: 200 of 300 images, 10 img/s, 0:10 left"
+
+
+def test_what_has_no_known_end_says_how_much_is_done(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "_show", None)
+    with counting.counting("listing x") as add:  # of a library: nobody shows it
+        add(1)
+    counting.show_by(Count)
+    assert list(counting.counted("abc", "a short loop")) == ["a", "b", "c"]
+    assert not lines
+    count = Count("listing x", None, "images")
+    monkeypatch.setattr(count, "_every", -1.0)
+    count.update(1200)
+    whole = Count("hashing a.pt", 12.5, "MB")
+    monkeypatch.setattr(whole, "_every", -1.0)
+    whole.update(5.1)
+    assert re.fullmatch(r"listing x: 1,200 images, \S+ images/s", lines[0]), lines
+    assert re.fullmatch(r"hashing a.pt: 5 of 12 MB, \S+ MB/s, 0:00 left", lines[1]), lines
 
 
 def test_no_progress_and_no_time_are_no_errors(lines: list[str]) -> None:

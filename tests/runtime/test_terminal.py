@@ -21,9 +21,9 @@ from relay_jax.runtime.ending import to_the_end
 ROOT = Path(__file__).parents[2]
 # A loop of ten seconds, with a log line in the middle; `logging` as the program has it.
 SCRIPT = """
-import sys
+import time
 from absl import app, logging
-from relay_jax.runtime import logs
+from relay_jax.runtime import counting, logs
 def main(_):
     logs.quieten()
     logs.PACKAGE = ""  # this script's lines are wanted too
@@ -37,6 +37,11 @@ def main(_):
         progress.show(done)
         if done == 500:
             logging.warning("something")
+    with counting.counting("listing photographs", unit="images") as add:
+        logs.LIVE_SECONDS = 0.0
+        for _ in range(2):
+            time.sleep(0.15)
+            add(1000)
     logging.info("finished")
 app.run(main)
 """
@@ -81,6 +86,9 @@ def test_a_terminal_has_one_live_line_and_whole_log_lines_above_it() -> None:
     written = in_a_terminal()
     seen = r"\rbase: \d00/1,000 images, loss 0.5, \S+ img/s, loader 1%, \d:\d\d left +\d+%\|"
     assert re.search(seen, written), written
+    # Where the end is not known, there is no bar.
+    assert re.search(r"\rlisting photographs +\r", written), written
+    assert re.search(r"\rlisting photographs: 2,000 images, \S+ images/s +\r", written), written
     # The log line begins where the live line was, and takes no part of it.
     lines = [line.rpartition("\r")[2] for line in written.replace("\r\n", "\n").split("\n")]
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
