@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.every_images = 100_000
     config.log.grid_every_images = 200_000
     config.evaluate.update(samples=1_000, preset="fast")
-    config.sample.batch = 500
+    config.sample.batch = 32  # on a CPU four times as fast as 500
     # 2.0M and 4.0M parameters: 12 MB in bfloat16.
     larger = {"model.channels": 64, "model.dtype": "bfloat16", "train.batch": 256}
     larger |= {"train.learning_rate": 1e-3, "train.warmup_images": 50_000}
@@ -53,6 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "stages.base.train.images": 6_000_000,
         "stages.relay.train.images": 4_000_000,
         "dataset.workers": 8,
+        "sample.batch": 500,
     }
     if variant == "single":
         single = default.edm_stage(32)
