@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stages.base, config.stages.relay = base, relay
     config.checkpoint.every_images = 100_000
     config.log.grid_every_images = 200_000
-    config.evaluate.update(samples=1_000, preset="fast")
+    config.evaluate.update(samples=1_000, preset="fast", class_check=True)
     config.sample.batch = 32  # on a CPU four times as fast as 500
     # 2.0M and 4.0M parameters: 12 MB in bfloat16.
     larger = {"model.channels": 64, "model.dtype": "bfloat16", "train.batch": 256}

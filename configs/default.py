@@ -215,7 +215,7 @@ def get_config() -> ConfigDict:
             ),
             evaluate=dict(
                 samples=64,  # images of a report: --mode=evaluate, and when all stages are trained
-                class_check=False,  # score the samples with a small classifier of real images
+                class_check=False,  # score the samples with a classifier of real images
                 # random-conv | efficientnet-lite0 | dinov2-vitl14 | inception |
                 # package.module:function
                 features="random-conv",

@@ -20,7 +20,7 @@ from relay_jax.config import Settings
 from relay_jax.data.decoding import Decoding
 from relay_jax.data.source import Source
 from relay_jax.errors import UserError
-from relay_jax.evaluation.classifier import class_check
+from relay_jax.evaluation.classifier import about_classifier, class_check
 from relay_jax.evaluation.dataset import open_data_set, training_set
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from relay_jax.evaluation.images import (
@@ -267,11 +267,10 @@ def summarize(
     values, lines = scores.all, list(scores.notes)
     clock.lap("distances")
     if settings.evaluate.class_check and last.num_classes and len(stages) > 1:
-        values |= class_check(source, stages, generated.images, generated.classes)
+        values |= class_check(source, stages, generated.images, generated.classes, extractor)
         lines.append(
-            "class_accuracy: share of the samples that a small classifier, trained on real "
-            "images, gives the class that was asked for; _upsampled: of the first stage's images, "
-            "enlarged; _real: of held-out real images."
+            f"{about_classifier(extractor)}; _upsampled: of the first stage's images, enlarged; "
+            "_real: of held-out real images."
         )
         clock.lap("classifier")
     training = {s.name: training_summary(s, chain.notes[s.name], workdir / s.name) for s in stages}

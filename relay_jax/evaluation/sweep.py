@@ -28,10 +28,10 @@ from relay_jax.data.decoding import Decoding
 from relay_jax.data.images import to_float
 from relay_jax.data.source import Source
 from relay_jax.errors import UserError
-from relay_jax.evaluation.classifier import class_accuracies
+from relay_jax.evaluation.classifier import about_classifier, class_accuracies
 from relay_jax.evaluation.dataset import open_data_set
 from relay_jax.evaluation.evaluate import Comparison
-from relay_jax.evaluation.features import make_extractor
+from relay_jax.evaluation.features import FeatureExtractor, make_extractor
 from relay_jax.evaluation.images import ImageSet, open_images
 from relay_jax.evaluation.metrics import ratios, score
 from relay_jax.evaluation.references import open_reference
@@ -109,7 +109,7 @@ def sweep(
     table.score(scorer)
     with agree():
         if settings.evaluate.class_check and stages[-1].num_classes:
-            table.classify(data.source)
+            table.classify(data.source, extractor)
         about = {
             "samples": _about_samples(contenders[0], first, baseline),
             "samplers": {c.name: _samplers(c) for c in contenders},
@@ -270,14 +270,14 @@ class _Table:
         quantiles = np.quantile(distances, (0.5, 0.9))
         return {"median": float(quantiles[0]), "ninth_decile": float(quantiles[1])}
 
-    def classify(self, source: Source) -> None:
+    def classify(self, source: Source, extractor: FeatureExtractor) -> None:
         """Class accuracies, with binomial errors."""
         images: dict[str, np.ndarray] = {}
         for row in self.rows:
             pixels, classes = self._kept[row["sampler"]].pixels()
             images[row["sampler"]] = to_float(pixels)
         resolution = self._baseline.contender.request.stages[-1].resolution
-        values = class_accuracies(source, images, classes, resolution)
+        values = class_accuracies(source, images, classes, resolution, extractor)
         base = _share(values[self._baseline.contender.name], len(classes))
         for row in self.rows:
             share = _share(values[row["sampler"]], len(classes))
@@ -291,9 +291,8 @@ class _Table:
         if self.real is not None:
             self.real["scores"]["class_accuracy"] = _share(values["_real"], len(classes))
         self.notes.append(
-            "class_accuracy: share of the samples that a small classifier, trained on real images, "
-            "gives the class that was asked for; its errors are binomial, and those of "
-            "differences as if the seeds were not the same."
+            f"{about_classifier(extractor)}; its errors are binomial, and those of differences as "
+            "if the seeds were not the same."
         )
 
 

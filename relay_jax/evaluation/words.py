@@ -23,7 +23,7 @@ MEANINGS = {
     "density": ("higher", "how densely real images lie around the samples, 1 for real ones "
                 "(fidelity)"),
     "coverage": ("higher", "share of the real images with a sample nearby (diversity)"),
-    "class_accuracy": ("higher", "share of the samples of which a small classifier, trained on "
+    "class_accuracy": ("higher", "share of the samples of which a classifier, trained on "
                        "real images, says the class that was asked for"),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def sentences(scores: Mapping[str, float]) -> list[str]:
     if "class_accuracy" in scores:
         line = (
             f"{_of(scores, 'class_accuracy')} of the samples show the class that was asked for, "
-            "says a small classifier"
+            "says a classifier"
         )
         others = []
         if f"class_accuracy{REAL}" in scores:

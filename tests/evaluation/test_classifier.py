@@ -1,4 +1,4 @@
-"""The small classifier learns classes that are easy to tell apart, and scores samples with them."""
+"""Classifiers learn classes that are easy to tell apart, and score samples with them."""
 
 from functools import partial
 
@@ -7,7 +7,8 @@ import pytest
 
 from relay_jax.data.images import ImageSource
 from relay_jax.evaluation import classifier
-from relay_jax.evaluation.classifier import Classifier, class_accuracies
+from relay_jax.evaluation.classifier import Classifier, about_classifier, class_accuracies
+from relay_jax.evaluation.features import FeatureExtractor
 
 
 class Colours(ImageSource):
@@ -40,10 +41,32 @@ def test_classes_that_are_easy_to_tell_apart_are_learned() -> None:
     assert np.mean(classes == unseen.labels) > 0.98
 
 
+def extractor(name: str) -> FeatureExtractor:
+    """Features: the mean of each channel, and four that say nothing."""
+
+    def compute(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        means = pixels.mean((1, 2)) / 255
+        return {"pool": np.concatenate([means, pixels[:, :2, :2, 0].reshape(-1, 4) / 255], 1)}
+
+    return FeatureExtractor(name=name, identity={}, outputs=("pool",), batch=32, compute=compute)
+
+
+RANDOM = extractor("random-conv")
+
+
+def test_a_linear_layer_on_features_sees_the_classes_asked_for() -> None:
+    samples = Colours(200, 2)
+    classes = np.where(np.arange(200) < 150, samples.labels, (samples.labels + 1) % 3)
+    trained = extractor("trained")
+    accuracies = class_accuracies(Colours(480, 3), {"": samples.images}, classes, 8, trained)
+    assert accuracies["_real"] == 1 and accuracies[""] == 0.75
+    assert "linear layer on the features of trained" in about_classifier(trained)
+
+
 def test_samples_of_another_class_than_asked_for_are_seen() -> None:
     samples = Colours(60, 2)
     classes = np.where(np.arange(60) < 45, samples.labels, (samples.labels + 1) % 3)
-    accuracies = class_accuracies(Colours(480, 3), {"": samples.images}, classes, 8)
+    accuracies = class_accuracies(Colours(480, 3), {"": samples.images}, classes, 8, RANDOM)
     assert set(accuracies) == {"", "_real"}
     assert accuracies["_real"] > 0.95 and abs(accuracies[""] - 0.75) < 0.05
 
@@ -67,7 +90,7 @@ def test_of_a_large_sorted_set_all_classes_are_learned_and_held_out(
     monkeypatch.setattr(classifier, "HELD_OUT_IMAGES", 60)
     source, shown = Sorted(3000, 3), []
     monkeypatch.setattr(classifier, "Classifier", partial(Remembering, shown))
-    accuracies = class_accuracies(source, {}, np.zeros(0), 8)
+    accuracies = class_accuracies(source, {}, np.zeros(0), 8, RANDOM)
     assert np.bincount(shown[0]).tolist() == [80, 80, 80]
     assert accuracies["_real"] > 0.95
 

@@ -19,7 +19,7 @@ DEMO = {
 
 def test_the_demos_scores_are_three_sentences() -> None:
     assert sentences(DEMO) == [
-        "95% of the samples show the class that was asked for, says a small classifier (99.9% of "
+        "95% of the samples show the class that was asked for, says a classifier (99.9% of "
         "real images, 42% of the first stage's images, enlarged).",
         "FD-random-conv is 0.0669, and 0.0583 for as many real images: lower is better; it is not "
         "FID.",
