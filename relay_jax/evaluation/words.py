@@ -2,13 +2,13 @@
 
 A score is named `NAME` or `NAME-FEATURES`; `NAME_real` is the same of
 real images in the place of the samples, `NAME_upsampled` that of the
-first stage's images, merely enlarged.
+first stage's images, merely enlarged; `NAME_ratio` the score as a multiple of `NAME_real`.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-REAL, UPSAMPLED = "_real", "_upsampled"
+REAL, UPSAMPLED, RATIO = "_real", "_upsampled", "_ratio"
 
 # By the name before the features: which way is better, and what is measured.
 MEANINGS = {
@@ -58,6 +58,8 @@ def meaning(name: str) -> str:
     base, _, features = name.partition("-")
     if base not in MEANINGS:
         return ""
+    if name.endswith(RATIO):
+        return "as a multiple of that of as many real images; 1 is ideal"
     better, text = MEANINGS[base]
     of_features = f" in {features} features" if features and base != "FD" else ""
     return f"{text.format(features=features)}{of_features}; {better} is better"

@@ -54,6 +54,7 @@ def test_every_score_is_one_row_with_its_counterparts() -> None:
     assert "random-conv" in table["FD-random-conv"].meaning
     assert "fidelity" in table["precision-random-conv"].meaning and meaning("own-mine") == ""
     assert meaning("KID-mine").endswith("for chance) in mine features; lower is better")
+    assert meaning("FD-mine_ratio") == "as a multiple of that of as many real images; 1 is ideal"
 
 
 @pytest.mark.parametrize(
