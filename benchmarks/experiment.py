@@ -56,7 +56,9 @@ class Arm:
 class Experiment:
     """flops: of the training of one arm, all stages. budgets: shares of it after which an arm is
     scored, rising to 1. sweep: ways to sample, as --sweep takes them; the first one is scored at
-    every budget, all of them at the last. seeds: of the trainings."""
+    every budget, all of them at the last. seeds: of the trainings. reference_images: real images
+    that samples are compared with; as many as there are samples must be left beside them (of
+    CIFAR-10's 50,000, 10,000), which are scored as if they were samples."""
 
     name: str
     config: str
@@ -68,6 +70,7 @@ class Experiment:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     budgets: tuple[float, ...] = (1.0,)
     seeds: tuple[int, ...] = (0,)
+    reference_images: int = 40_000
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Trial:
             f"--sweep={','.join(samplers)}",
             f"--seeds=0-{self.experiment.samples - 1}",
             f"--features={self.experiment.features}",
-            "--reference_images=0",
+            f"--reference_images={self.experiment.reference_images}",
         )
 
     def rows(self) -> list[dict[str, Any]]:
