@@ -249,9 +249,9 @@ def run(argv: Sequence[str]) -> None:
     experiment = import_module(f"benchmarks.experiments.{options.name}").EXPERIMENT
     asked = {key: getattr(options, key) for key in ("flops", "samples", "features")}
     experiment = replace(experiment, **{k: v for k, v in asked.items() if v is not None})
-    arms = [arm for arm in experiment.arms if options.arm in ("", arm.name)]
-    if not arms:
-        fail(f"--arm knows {', '.join(arm.name for arm in experiment.arms)}, not {options.arm}")
+    arms = [arm.name for arm in experiment.arms]
+    if options.arm and options.arm not in arms:
+        fail(f"--arm knows {', '.join(arms)}, not {options.arm}")
     added: dict[str, Any] = {"dataset.path": options.data} if options.data else {}
     for text in options.set:
         key, equals, value = text.partition("=")
@@ -262,7 +262,12 @@ def run(argv: Sequence[str]) -> None:
         except ValueError:
             added[key] = value
     out = options.out.expanduser().absolute()
-    trials = [Trial(experiment, arm, seed, out, added) for arm in arms for seed in experiment.seeds]
+    # The table is of all of them, whichever arm is run.
+    trials = [
+        Trial(experiment, arm, seed, out, added)
+        for arm in experiment.arms
+        for seed in experiment.seeds
+    ]
     try:
         for trial in trials:
             trial.images(1.0)  # an impossible configuration ends here, before anything is trained
@@ -270,7 +275,8 @@ def run(argv: Sequence[str]) -> None:
             # All arms with the first budget, then all go on: so early tables compare.
             for budget in experiment.budgets:
                 for trial in trials:
-                    trial.run(budget)
+                    if options.arm in ("", trial.arm.name):
+                        trial.run(budget)
     except (UserError, ValueError, AttributeError) as error:
         fail(error)
     collect(experiment, trials, out)

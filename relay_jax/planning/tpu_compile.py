@@ -195,7 +195,7 @@ def analyse(compiled: Any, parts: int) -> dict[str, Any]:
     without_estimate: other operations for which it gives none.
     effort: jax_exec_time_optimization_effort, 0 unless
     JAX_EXEC_TIME_OPTIMIZATION_EFFORT says otherwise; less compiles
-    faster, to a slower program.
+    faster, to a slower program. JAX 0.11 no longer has it.
     """
     memory, cost, text = (
         compiled.memory_analysis(),
@@ -220,7 +220,7 @@ def analyse(compiled: Any, parts: int) -> dict[str, Any]:
         "parts": parts,
         "cycles": cycles,
         "without_estimate": unknown,
-        "effort": jax.config.jax_exec_time_optimization_effort,
+        "effort": getattr(jax.config, "jax_exec_time_optimization_effort", 0.0),
     }
 
 
