@@ -105,6 +105,8 @@ def figure(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         by_calls = picture.add_subplot(len(names), 2, 2 * number + 2)
         for index, arm in enumerate(arms):
             own = [row for row in rows if row["arm"] == arm and name in row["scores"]]
+            if not own:
+                continue
             most = max(row["training_flops"] for row in own)
             first = [row for row in own if row["sampler"] == own[0]["sampler"]]
             last = [row for row in own if row["training_flops"] > 0.9 * most]

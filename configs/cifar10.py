@@ -2,10 +2,12 @@
 
 Command:   python -m relay_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
                --config.dataset.path=data/cifar10-train-32x32.zip
-Hardware:  a CPU draws samples; training on a CPU, and whole trainings on a GPU: not yet measured.
-           Two and a half minutes of training on an H200 (2.6M and 1.4M images, bfloat16, beside
-           other trainings) gave the weights of --weights=cifar10.
-Score:     those weights: KID 0.017 in features of EfficientNet-Lite0 (docs/experiments.md).
+Hardware:  two CPU cores: 600 images per second of the first stage and 160 of the relay, which is
+           half an hour; its score is not yet measured, after a quarter of it KID is 0.11 (features
+           of EfficientNet-Lite0, docs/experiments.md) and no object can be seen.
+           :gpu, a whole training: not yet measured. Two and a half minutes of it on an H200 (2.6M
+           and 1.4M images, beside other trainings) gave the weights of --weights=cifar10.
+Score:     those weights: KID 0.017.
 Variants:  :gpu for one GPU, half an hour; :single is one stage at 32 px, without a relay, and
            --config.stages.relay.process.kind=cascade an ordinary super-resolution stage
            (baselines, docs/running.md).

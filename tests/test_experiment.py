@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import experiment
 from benchmarks.experiment import Arm, Experiment, Trial
-from benchmarks.experiment_results import findings, summary, table
+from benchmarks.experiment_results import figure, findings, summary, table
 from benchmarks.experiments import ablations, calls, equal_compute
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json
@@ -92,7 +92,7 @@ def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():
     assert narrow["scores"]["FD"] == {"value": 2.0, "error": 0.4}
 
 
-def test_real_images_are_beside_the_arms():
+def test_real_images_are_beside_the_arms(tmp_path):
     def row(arm, flops, sampler, value):
         scores = {"FD": {"value": value, "error": 0.5}}
         costs = {"training_flops": flops, "flops": 1e9, "calls": 9, "seeds": 1}
@@ -105,3 +105,6 @@ def test_real_images_are_beside_the_arms():
     rows[0]["real"] = {"FD": {"value": 3.0, "error": 0.1}}
     assert table(rows)[-1] == ["as many real images", "", "", "", "", "", "3 ± 0.1"]
     assert findings(rows)[0].endswith("b 6 ± 0.5; real images 3 ± 0.1.")
+    rows[-1]["scores"] = {**rows[-1]["scores"], "KID": {"value": 0.1, "error": 0.01}}
+    figure(rows, tmp_path / "curves.png")  # an arm without a score that another one has
+    assert (tmp_path / "curves.png").exists()
