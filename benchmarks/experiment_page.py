@@ -70,7 +70,7 @@ def _samples(trials: Sequence["Trial"]) -> Section:
         for trial in trials
         if trial.grid.exists()
     ]
-    texts = ["The same seeds and classes of every arm, after the whole training."]
+    texts = ["The same seeds and classes of every arm, after its most training so far."]
     missing = [trial.arm.name for trial in trials if not trial.grid.exists()]
     if missing:
         texts.append(f"Not finished yet: {', '.join(missing)}.")
