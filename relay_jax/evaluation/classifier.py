@@ -152,8 +152,8 @@ def class_accuracies(
     pixels, labels = read(source, positions, resolution)
     real = to_float(pixels)
     shown = real[held_out:], labels[held_out:], source.num_classes
-    is_random = extractor.name == "random-conv"
-    classify = Classifier(*shown) if is_random else LinearProbe(*shown, extractor)
+    trained = extractor.is_trained
+    classify = LinearProbe(*shown, extractor) if trained else Classifier(*shown)
     # Through 8 bits, as the real images have come: the classifier
     # must not see the difference.
     sets = {name: (to_float(to_uint8(x)), classes) for name, x in images.items()}
@@ -167,7 +167,7 @@ def class_accuracies(
 def about_classifier(extractor: FeatureExtractor) -> str:
     """What class_accuracy is, for the notes of a report."""
     kind = "a small classifier"
-    if extractor.name != "random-conv":
+    if extractor.is_trained:
         kind = f"a linear layer on the features of {extractor.name}"
     return (
         f"class_accuracy: share of the samples that {kind}, trained on real images, gives the "

@@ -43,6 +43,7 @@ from relay_jax.runtime.sharding import batch_sharding, padded, replicated
 
 DEVICE_BATCH = 64
 NETWORKS = {network.name: network for network in (INCEPTION, LITE0, DINOV2)}
+RANDOM = "random-conv"
 RANDOM_LAYERS = ((4, 16), (3, 32), (3, 64))  # side of the kernel, features
 
 Outputs = Mapping[str, jax.Array | np.ndarray]
@@ -65,6 +66,11 @@ class FeatureExtractor:
     batch: int
     compute: Callable[[np.ndarray], Outputs]
     side: int = 0
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its features were learned, and so may tell classes."""
+        return self.name != RANDOM
 
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 [n, h, w, 3], n of any size -> float32 [n, d] per output.
@@ -243,9 +249,9 @@ def _random_conv(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtract
     kernels, rows = random_weights(), batch_sharding(mesh)
     sha256 = hashlib.sha256(b"".join(k.astype("<f4").tobytes() for k in kernels)).hexdigest()
     return FeatureExtractor(
-        name="random-conv",
+        name=RANDOM,
         identity={
-            "name": "random-conv",
+            "name": RANDOM,
             "version": 1,
             "sha256": sha256,
             "resize": "none",
@@ -263,7 +269,7 @@ def _random_conv(mesh: Mesh, batch: int, weights: Path | None) -> FeatureExtract
 
 # (mesh of this process's devices, images at a time, file of weights) -> extractor
 FEATURES: dict[str, Callable[[Mesh, int, Path | None], FeatureExtractor]] = {
-    "random-conv": _random_conv,
+    RANDOM: _random_conv,
     **{name: partial(_network, network) for name, network in NETWORKS.items()},
 }
 

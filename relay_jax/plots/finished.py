@@ -80,7 +80,10 @@ def write_grids(
 
 
 def real_positions(source: Source, wanted: np.ndarray, last: Stage, seed: int) -> list[int]:
-    """As many images, of these classes in this order where the set has them: int [n]."""
+    """Positions of as many images, of these classes in this order where the set has them.
+
+    wanted: int [n]. Fewer than n for a smaller set.
+    """
     order = draw(len(source), len(source), seed)
     if not last.num_classes:
         return order[: len(wanted)].tolist()

@@ -14,7 +14,7 @@ from relay_jax.data.identity import identify
 from relay_jax.data.loader import read
 from relay_jax.data.source import Source, describe_source, open_source
 from relay_jax.errors import DataError
-from relay_jax.evaluation.features import FeatureExtractor, make_extractor
+from relay_jax.evaluation.features import RANDOM, FeatureExtractor, make_extractor
 from relay_jax.resolution import Resolution
 from relay_jax.runtime.checkpoint import has_checkpoint
 from relay_jax.runtime.files import write_json
@@ -151,9 +151,9 @@ class Inputs:
 
     def random_conv(self) -> FeatureExtractor:
         """Random convolutions: features that see structure, and need no download."""
-        if self.extractor is not None and self.extractor.name == "random-conv":
+        if self.extractor is not None and not self.extractor.is_trained:
             return self.extractor
-        return make_extractor("random-conv", weights=None, mesh=self.mesh)
+        return make_extractor(RANDOM, weights=None, mesh=self.mesh)
 
     def describe(self) -> dict[str, Any]:
         """Which real images the numbers are from, for the JSON of a picture."""

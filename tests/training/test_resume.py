@@ -17,7 +17,7 @@ import pytest
 
 from tests.supervised import end, start, supervise, wait_until
 
-STEPS, EVERY, BATCH, KILLS = 400, 2, 4, 12
+STEPS, EVERY, BATCH, KILLS = 800, 2, 4, 21
 RARE = f"--config.checkpoint.every_images={STEPS * BATCH}"  # only at the end
 CONFIG = f"""
 from relay_jax.configs import demo
@@ -58,8 +58,8 @@ def test_an_interrupted_run_ends_bit_identical(record: dict, run: str) -> None:
 
 
 def test_the_run_was_killed_often_and_in_the_middle_of_saves(record: dict) -> None:
-    assert record["kills"] == KILLS
-    assert record["during_save"] >= 2, "move the moments"
+    assert record["kills"] == KILLS >= 20
+    assert record["during_save"] >= 4, "move the moments"
     assert len(set(record["steps"])) >= 5, "always killed at the same place"
 
 
