@@ -8,6 +8,7 @@ published metric.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax
@@ -105,17 +106,14 @@ class Classifier:
 
 
 class LinearProbe:
-    """A linear layer on features, fitted to images [n, h, w, 3] and labels int [n] when it is made.
+    """A linear layer on features [n, d], fitted to them and labels int [n] when it is made.
 
-    Ridge regression to the classes as unit vectors. Called like a
-    `Classifier`; images in [-1, 1].
+    Ridge regression to the classes as unit vectors. Called with features [m, d] it returns their
+    classes, int [m].
     """
 
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray, num_classes: int, extractor: FeatureExtractor
-    ) -> None:
-        self._extractor = extractor
-        rows = self._features(images)
+    def __init__(self, features: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+        rows = features.astype(np.float64)
         self._mean = rows.mean(0)
         rows -= self._mean
         covariance = rows.T @ rows / len(rows)
@@ -124,11 +122,8 @@ class LinearProbe:
         right = rows.T @ targets / len(rows)
         self._weights = np.linalg.solve(covariance + ridge * np.eye(len(covariance)), right)
 
-    def _features(self, images: np.ndarray) -> np.ndarray:
-        return self._extractor(to_uint8(images))["pool"].astype(np.float64)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return np.argmax((self._features(images) - self._mean) @ self._weights, axis=-1)
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        return np.argmax((features - self._mean) @ self._weights, axis=-1)
 
 
 def class_accuracies(
@@ -137,12 +132,14 @@ def class_accuracies(
     classes: np.ndarray,
     resolution: Resolution,
     extractor: FeatureExtractor,
+    rows: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Share of the images that a classifier trained on real ones gives the class asked for.
 
     images: by name, float [n, h, w, 3], about [-1, 1];
     classes: int [n]. extractor: whose features it sees, if they
-    are not random ones. Adds "_real": held-out real images, the
+    are not random ones. rows: features of the images, [n, d] by
+    name, where they are known. Adds "_real": held-out real images, the
     ceiling.
     """
     # All classes equally often in either part: most sets are sorted
@@ -150,17 +147,19 @@ def class_accuracies(
     positions = draw_balanced(source, TRAINING_IMAGES + HELD_OUT_IMAGES, 0).tolist()
     held_out = len(positions) // 5
     pixels, labels = read(source, positions, resolution)
-    real = to_float(pixels)
-    shown = real[held_out:], labels[held_out:], source.num_classes
-    trained = extractor.is_trained
-    classify = LinearProbe(*shown, extractor) if trained else Classifier(*shown)
     # Through 8 bits, as the real images have come: the classifier
     # must not see the difference.
-    sets = {name: (to_float(to_uint8(x)), classes) for name, x in images.items()}
-    sets["_real"] = (real[:held_out], labels[:held_out])
+    sets = {name: to_uint8(x) for name, x in images.items()}
+    sets |= {"_real": pixels[:held_out], "_shown": pixels[held_out:]}
+    if extractor.is_trained:
+        seen = {n: rows[n] if n in rows else extractor(x)["pool"] for n, x in sets.items()}
+    else:
+        seen = {name: to_float(x) for name, x in sets.items()}
+    kind = LinearProbe if extractor.is_trained else Classifier
+    classify = kind(seen.pop("_shown"), labels[held_out:], source.num_classes)
+    expected = dict.fromkeys(images, classes) | {"_real": labels[:held_out]}
     return {
-        name: round(float(np.mean(classify(x) == expected)), 4)
-        for name, (x, expected) in sets.items()
+        name: round(float(np.mean(classify(x) == expected[name])), 4) for name, x in seen.items()
     }
 
 

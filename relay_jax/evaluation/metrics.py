@@ -16,7 +16,7 @@ A new metric is a function of two `FeatureSet`s, in a file of its own,
 and a line in METRICS, or DISTANCES.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from absl import logging
@@ -162,19 +162,26 @@ def score_name(name: str, features: str) -> str:
     return f"{name.replace('FID', 'FD')}-{features}"
 
 
-def score(reference: FeatureSet, samples: FeatureSet, features: str) -> dict[str, float]:
+def score(
+    reference: FeatureSet,
+    samples: FeatureSet,
+    features: str,
+    but: Collection[str] = (),
+) -> dict[str, float]:
     """Every score of METRICS that both sets have what it takes for, by its `score_name`.
 
-    features: name of the extractor. Raises DataError, for instance
+    features: name of the extractor; but: metrics that are left out. Raises DataError, for instance
     for too few images.
     """
     scores: dict[str, float] = {}
-    for metric in (DISTANCES | METRICS).values():
+    for name, metric in (DISTANCES | METRICS).items():
+        if name in but:
+            continue
         try:
             values = metric(reference, samples)
         except ValueError as error:
             raise DataError(f"{features} features of {samples.count} samples: {error}") from error
-        scores |= {score_name(name, features): value for name, value in values.items()}
+        scores |= {score_name(each, features): value for each, value in values.items()}
     return scores
 
 

@@ -4,18 +4,11 @@
     OUT/SAMPLER/                the images of each (sweep_images.py): a
                                 finished sampler is not run again
 
-Scores are those of --mode=evaluate. Standard errors are those of a
-jackknife over the samples: the images are divided at random into G = 10
-groups, and with s_g the score without group g
-(1)  error^2 = (G - 1)/G sum_g (s_g - mean s)^2
-(2)  of a difference between two samplers: (1) with s_g the difference.
-     It is smaller than the errors of both: they share seeds and groups.
-A bootstrap would repeat images, and so put the radii of precision and
-recall to zero. The reference counts as it is.
+Scores are those of --mode=evaluate, their errors those of jackknife.py.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,28 +25,21 @@ from relay_jax.evaluation.classifier import about_classifier, class_accuracies
 from relay_jax.evaluation.dataset import open_data_set
 from relay_jax.evaluation.evaluate import Comparison
 from relay_jax.evaluation.features import FeatureExtractor, make_extractor
-from relay_jax.evaluation.images import ImageSet, open_images
-from relay_jax.evaluation.metrics import ratios, score
+from relay_jax.evaluation.images import open_images
+from relay_jax.evaluation.jackknife import GROUPS, Groups, scores_without, standard_error
+from relay_jax.evaluation.metrics import ratios
 from relay_jax.evaluation.references import open_reference
 from relay_jax.evaluation.report import make_report
 from relay_jax.evaluation.scorer import Scorer, evaluate
-from relay_jax.evaluation.statistics import FeatureSet, feature_stats
+from relay_jax.evaluation.statistics import FeatureSet
 from relay_jax.evaluation.sweep_images import Contender, KeptImages
 from relay_jax.evaluation.sweep_report import as_markdown
-from relay_jax.runtime.counting import counted
 from relay_jax.runtime.distributed import agree, is_first
 from relay_jax.runtime.files import write_json, write_text
 from relay_jax.runtime.sharding import describe, make_mesh
 from relay_jax.sampling.chain import Chain
 from relay_jax.sampling.seeds import seeds_text
 from relay_jax.stage import Stage
-
-GROUPS = 10
-# Beyond so many samples precision and recall take minutes for each
-# of the ten groups: they are then without errors.
-MOST_NEIGHBOURS = 10_000
-
-Groups = dict[str, np.ndarray]  # a score without each of the groups: [GROUPS]
 
 
 def sweep(
@@ -208,6 +194,7 @@ class _Table:
             "of differences, pairwise on the same seeds. The reference counts as it is.",
             "Seconds per image: of full batches on this machine, without compilation.",
         ]
+        self._features: dict[str, np.ndarray] = {}  # of the samples, [n, d] by sampler
         self.rows: list[dict[str, Any]] = []
         for contender in contenders:
             self.rows.append({"sampler": contender.name, **contender.cost, "scores": {}})
@@ -218,7 +205,15 @@ class _Table:
         for row in self.rows:
             kept = self._kept[row["sampler"]]
             images = open_images(kept.folder, self._settings.dataset.threads)
-            row["scores"], without[row["sampler"]] = _scored(images, scorer, row["sampler"])
+            scores = evaluate(images, scorer, what=row["sampler"])
+            assert scores.features is not None and scores.features.rows is not None
+            self._features[row["sampler"]] = scores.features.rows
+            with agree():
+                groups = _without_groups(scores.features, scorer) if is_first() else {}
+            without[row["sampler"]] = groups
+            row["scores"] = _with_errors(scores.values, groups)
+            if scores.values:
+                logging.info("%s: %s", row["sampler"], scores)
             if is_first():
                 row["seconds"] = kept.seconds_per_image
                 row["distance"] = self._distance(kept)
@@ -229,7 +224,7 @@ class _Table:
             row["difference"] = {
                 name: {
                     "value": score["value"] - base[name]["value"],
-                    "error": _error(without[row["sampler"]][name] - groups[name])
+                    "error": standard_error(without[row["sampler"]][name] - groups[name])
                     if name in groups
                     else None,
                 }
@@ -251,7 +246,7 @@ class _Table:
                 self.notes.append("Too few real images are left beside the reference.")
                 return
             real = scorer.real_scores(count)
-            self.real = {"scores": _with_errors(real, _jackknifed(features, scorer))}
+            self.real = {"scores": _with_errors(real, _without_groups(features, scorer))}
             for row in self.rows:
                 values = {name: score["value"] for name, score in row["scores"].items()}
                 row["ratio"] = ratios(values, real, scorer.extractor.name)
@@ -277,7 +272,7 @@ class _Table:
             pixels, classes = self._kept[row["sampler"]].pixels()
             images[row["sampler"]] = to_float(pixels)
         resolution = self._baseline.contender.request.stages[-1].resolution
-        values = class_accuracies(source, images, classes, resolution, extractor)
+        values = class_accuracies(source, images, classes, resolution, extractor, self._features)
         base = _share(values[self._baseline.contender.name], len(classes))
         for row in self.rows:
             share = _share(values[row["sampler"]], len(classes))
@@ -300,61 +295,15 @@ def _share(value: float, count: int) -> dict[str, float]:
     return {"value": value, "error": float(np.sqrt(value * (1 - value) / count))}
 
 
-def _scored(
-    images: ImageSet, scorer: Scorer, what: str
-) -> tuple[dict[str, dict[str, float | None]], Groups]:
-    """Scores with errors, and without each of the groups; empty but on process 0."""
-    scores = evaluate(images, scorer, what=what)
-    with agree():
-        if scores.features is None or not is_first():
-            return {}, {}
-        without = _jackknifed(scores.features, scorer)
-    logging.info("%s: %s", what, scores)
-    return _with_errors(scores.values, without), without
-
-
-def _jackknifed(features: FeatureSet, scorer: Scorer) -> Groups:
+def _without_groups(features: FeatureSet, scorer: Scorer) -> Groups:
     """Scores against the reference without each of the groups; none where it is not known."""
-    reference, name = scorer.features, scorer.extractor.name
-    if reference is None:
+    if scorer.features is None:
         return {}
-    return jackknife(features, lambda part: score(reference, part, name))
+    return scores_without(scorer.features, features, scorer.extractor.name)
 
 
 def _with_errors(
     values: Mapping[str, float], without: Groups
 ) -> dict[str, dict[str, float | None]]:
-    errors = {name: _error(each) for name, each in without.items()}
+    errors = {name: standard_error(each) for name, each in without.items()}
     return {name: {"value": value, "error": errors.get(name)} for name, value in values.items()}
-
-
-def jackknife(
-    features: FeatureSet, scores_of: Callable[[FeatureSet], Mapping[str, float]]
-) -> Groups:
-    """Scores of the samples without each of the groups, [GROUPS] by name.
-
-    features: with rows of all samples; what has no rows, such as
-    spatial statistics, has no groups.
-    """
-    rows, probabilities = features.rows, features.probabilities
-    assert rows is not None
-    # At random, but always alike: classes follow the seeds, and
-    # groups are shared by all samplers.
-    group = np.random.default_rng(0).permutation(len(rows)) % GROUPS
-    values: dict[str, list[float]] = {}
-    for number in counted(range(GROUPS), "errors of the scores", GROUPS, "groups"):
-        rest = group != number
-        part = FeatureSet(
-            count=int(rest.sum()),
-            statistics={"pool": feature_stats(rows[rest])},
-            rows=rows[rest] if len(rows) <= MOST_NEIGHBOURS else None,
-            probabilities=None if probabilities is None else probabilities[rest],
-        )
-        for name, value in scores_of(part).items():
-            values.setdefault(name, []).append(value)
-    return {name: np.asarray(each) for name, each in values.items()}
-
-
-def _error(without: np.ndarray) -> float:
-    """Equation (1)."""
-    return float(np.sqrt((GROUPS - 1) * np.mean((without - without.mean()) ** 2)))

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from relay_jax.evaluation.kernel_distance import kernel_distance, kernel_mmd, kid
-from relay_jax.evaluation.neighbours import neighbour_scores, neighbour_shares
+from relay_jax.evaluation import kernel_distance as kernel_distance_module
+from relay_jax.evaluation import neighbours
+from relay_jax.evaluation.kernel_distance import (
+    kernel_distance,
+    kernel_distance_without,
+    kernel_mmd,
+    kid,
+)
+from relay_jax.evaluation.neighbours import neighbour_scores, neighbour_shares, shares_without
 from relay_jax.evaluation.sliced_distance import directions, mind, sliced_distance
 from relay_jax.evaluation.statistics import FeatureSet
 
@@ -126,6 +133,27 @@ def test_an_outlier_raises_precision_and_not_density() -> None:
 def test_few_reference_images_have_no_density() -> None:
     assert list(neighbour_scores(normal(0, 5, 2), normal(1, 9, 2))) == ["precision", "recall"]
     assert len(neighbour_scores(normal(0, 6, 2), normal(1, 4, 2))) == 4
+
+
+# Scores without groups of the samples.
+
+
+@pytest.mark.parametrize("alike", [0, 30])
+def test_scores_without_groups_are_those_of_the_other_samples(
+    alike: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (neighbours, kernel_distance_module):
+        monkeypatch.setattr(module, "BLOCK", 16)
+    real, fake, group = normal(0, 61, 4), 1.2 * normal(1, 90, 4) + 0.3, np.arange(90) % 3
+    # One group in one place: a neighbour of another group is farther than all candidates.
+    fake[np.flatnonzero(group == 0)[:alike]] = 0.01 * normal(2, alike, 4)
+    sets = [FeatureSet(count=len(rows), rows=rows) for rows in (real, fake)]
+    together = shares_without(*sets, group) | kernel_distance_without(*sets, group)
+    for number in range(3):
+        rest = fake[group != number]
+        expected = neighbour_scores(real, rest) | {"KID": kernel_mmd(real, rest)}
+        values = {name: each[number] for name, each in together.items()}
+        assert values == pytest.approx(expected, rel=1e-12)
 
 
 # Names and refusals.

@@ -11,8 +11,8 @@ import pytest
 
 from relay_jax.config import Settings, settings_of
 from relay_jax.errors import UserError
+from relay_jax.evaluation.jackknife import jackknife, standard_error
 from relay_jax.evaluation.statistics import FeatureSet
-from relay_jax.evaluation.sweep import _error, jackknife
 from relay_jax.evaluation.sweep_images import Contender, KeptImages
 from relay_jax.evaluation.sweep_report import as_markdown
 from relay_jax.presets import settings_for
@@ -144,7 +144,7 @@ def test_the_error_of_a_mean_is_that_of_the_textbook() -> None:
     errors = []
     for part in np.split(rows, 20):
         whole = FeatureSet(count=200, rows=part)
-        errors.append(_error(jackknife(whole, mean_of)["mean"]))
+        errors.append(standard_error(jackknife(whole, mean_of)["mean"]))
     # One over the root of n; ten groups alone know it to a quarter.
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(1 / np.sqrt(200), rel=0.15)
 
