@@ -9,7 +9,7 @@ Every arm is trained by `relay_jax.main` and sampled by its --mode=sweep, each i
 own; what is finished is not done again, so the same command continues after any stop.
 
     OUT/ARM/seed0/                 the run: checkpoints, curves, config.json
-    OUT/ARM/seed0/sweep-0.25/      samples and scores with a quarter of the budget
+    OUT/ARM/seed0/NAME-0.25/       samples and scores with a quarter of the budget
     OUT/NAME.json, NAME.md         all rows: arm, seed, training FLOPs, sampler, calls, scores
     OUT/NAME.png                   scores against training FLOPs, and against calls
     OUT/grid-ARM.png               images of the same seeds
@@ -18,11 +18,12 @@ own; what is finished is not done again, so the same command continues after any
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -43,13 +44,15 @@ from relay_jax.stage import Stage
 @dataclass(frozen=True)
 class Arm:
     """What is compared. shares: of the training FLOPs, by stage. overrides: by key of the
-    configuration. config, sweep: instead of the experiment's."""
+    configuration. config, sweep: instead of the experiment's. base: the arm before it whose first
+    stage it takes over, from the same seed; they must not differ in it."""
 
     name: str
     shares: Mapping[str, float]
     overrides: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
     sweep: tuple[str, ...] = ()
+    base: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,7 @@ class Trial:
         return images
 
     def folder(self, budget: float) -> Path:
-        return self.workdir / f"sweep-{budget:g}"
+        return self.workdir / f"{self.experiment.name}-{budget:g}"
 
     def run(self, budget: float) -> None:
         """Trains to a budget and scores it. Raises SystemExit with the status of what failed."""
@@ -136,6 +139,7 @@ class Trial:
             (self.out / "cache").mkdir(parents=True, exist_ok=True)
             self.workdir.mkdir(parents=True, exist_ok=True)
             cache.symlink_to(self.out / "cache")
+        self._take_base(budget)
         # Few: a report is made once for a run, here with the first budget.
         keys = {**self.overrides, **images, "evaluate.samples": 64}
         main(
@@ -154,10 +158,24 @@ class Trial:
             f"--reference_images={self.experiment.reference_images}",
         )
 
+    def _take_base(self, budget: float) -> None:
+        """Copies the first stage of the arm's base, once that is scored; else it is trained here,
+        to the same weights."""
+        first = self.workdir / self.stages[0].name
+        if not self.arm.base or first.exists():
+            return
+        arms = {arm.name: arm for arm in self.experiment.arms}
+        source = replace(self, arm=arms[self.arm.base])
+        if (source.folder(budget) / "sweep.json").exists():
+            copy = first.with_suffix(".tmp")
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(source.workdir / first.name, copy)
+            copy.rename(first)
+
     def rows(self) -> list[dict[str, Any]]:
         """What is scored so far: a row for each budget and sampler."""
         rows = []
-        for path in sorted(self.workdir.glob("sweep-*/sweep.json")):
+        for path in sorted(self.workdir.glob(f"{self.experiment.name}-*/sweep.json")):
             report = read_json(path)
             weights = report["samples"]["weights"]
             trained = {name: about["images"] for name, about in weights.items()}
@@ -243,8 +261,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(argv: Sequence[str]) -> None:
     """The command line."""
-    from dataclasses import replace
-
     options = parse(argv)
     experiment = import_module(f"benchmarks.experiments.{options.name}").EXPERIMENT
     asked = {key: getattr(options, key) for key in ("flops", "samples", "features")}
@@ -262,11 +278,12 @@ def run(argv: Sequence[str]) -> None:
         except ValueError:
             added[key] = value
     out = options.out.expanduser().absolute()
-    # The table is of all of them, whichever arm is run.
+    # The table is of all of them, whichever arm is run. Every arm before the next seed: a first
+    # table of all comes early.
     trials = [
         Trial(experiment, arm, seed, out, added)
-        for arm in experiment.arms
         for seed in experiment.seeds
+        for arm in experiment.arms
     ]
     try:
         for trial in trials:

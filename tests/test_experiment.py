@@ -10,7 +10,7 @@ from benchmarks.experiment_results import figure, findings, summary, table
 from benchmarks.experiments import ablations, calls, equal_compute
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json
-from tests.conftest import command_line, run_main
+from tests.conftest import command_line, content, run_main
 
 
 @pytest.mark.parametrize("module", [ablations, calls, equal_compute])
@@ -56,6 +56,12 @@ def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch,
     assert len(commands) == 4
     trial.run(1.0)  # is there, and not made again
     assert len(commands) == 4
+    # An arm that differs in its relay alone trains no base.
+    other = Arm("other", shares=whole.arms[0].shares, base="relay")
+    other = replace(trial, experiment=replace(whole, arms=(*whole.arms, other)), arm=other)
+    other.run(1.0)
+    bases = [content(t.workdir / "base" / "checkpoints") for t in (trial, other)]
+    assert bases[0] == bases[1]
 
     experiment.collect(whole, [trial], tmp_path)
     assert capsys.readouterr().out.endswith(f"look at {tmp_path / 'report.html'}\n")
