@@ -8,9 +8,9 @@ Hardware:  two CPU cores: 600 images per second of the first stage and 160 of th
            :gpu, a whole training: not yet measured. Two and a half minutes of it on an H200 (2.6M
            and 1.4M images, beside other trainings) gave the weights of --weights=cifar10.
 Score:     those weights: KID 0.017.
-Variants:  :gpu for one GPU, half an hour; :single is one stage at 32 px, without a relay, and
-           --config.stages.relay.process.kind=cascade an ordinary super-resolution stage
-           (baselines, docs/running.md).
+Variants:  :gpu for one GPU, half an hour; :single and :gpu-single are one stage at 32 px, without
+           a relay, and --config.stages.relay.process.kind=cascade an ordinary super-resolution
+           stage (baselines, docs/running.md).
 """
 
 from ml_collections import ConfigDict
@@ -57,8 +57,11 @@ def get_config(variant: str = "") -> ConfigDict:
         "dataset.workers": 8,
         "sample.batch": 500,
     }
-    if variant == "single":
-        single = default.edm_stage(32)
-        single.model, single.train = relay.model, relay.train
-        config.stages = ConfigDict(dict(base=single))
-    return default.variant(config, variant, {"gpu": gpu, "single": {}})
+    single = {f"stages.base.{key}": value for key, value in larger.items()}
+    single |= {key: gpu[key] for key in ("dataset.workers", "sample.batch")}
+    single["stages.base.train.images"] = gpu["stages.relay.train.images"]
+    if variant in ("single", "gpu-single"):
+        stage = default.edm_stage(32)
+        stage.model, stage.train = relay.model, relay.train
+        config.stages = ConfigDict(dict(base=stage))
+    return default.variant(config, variant, {"gpu": gpu, "single": {}, "gpu-single": single})

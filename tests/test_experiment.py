@@ -7,13 +7,13 @@ import pytest
 from benchmarks import experiment
 from benchmarks.experiment import Arm, Experiment, Trial
 from benchmarks.experiment_results import figure, findings, summary, table
-from benchmarks.experiments import ablations, calls, equal_compute
+from benchmarks.experiments import ablations, calls, equal_compute, equal_compute_gpu
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json
 from tests.conftest import command_line, content, run_main
 
 
-@pytest.mark.parametrize("module", [ablations, calls, equal_compute])
+@pytest.mark.parametrize("module", [ablations, calls, equal_compute, equal_compute_gpu])
 def test_every_arm_can_be_built_and_trains_with_the_same_flops(module, tmp_path):
     whole = module.EXPERIMENT
     for arm in whole.arms:

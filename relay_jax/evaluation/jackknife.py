@@ -4,8 +4,9 @@ The images are divided at random into G = 10 groups, and with s_g the score with
 (1)  error^2 = (G - 1)/G sum_g (s_g - mean s)^2
 (2)  of a difference between two sets of samples: (1) with s_g the difference. It is smaller than
      the errors of both where they share seeds: they share the groups.
-A bootstrap would repeat images, and so put the radii of precision and recall to zero. The reference
-counts as it is.
+KID's s_g is what its subsets estimate, from all images: drawn anew for each g they would add their
+own chance. A bootstrap would repeat images, and so put the radii of precision and recall to zero.
+The reference counts as it is.
 """
 
 from collections.abc import Callable, Mapping
