@@ -19,6 +19,7 @@ own; what is finished is not done again, so the same command continues after any
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -196,11 +197,15 @@ def main(*arguments: str) -> None:
     """relay_jax.main in a process of its own. Raises SystemExit with its status."""
     print("+ relay_jax.main", *arguments, flush=True)
     process = subprocess.Popen([sys.executable, "-m", "relay_jax.main", *arguments])
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     status = None
-    while status is None:
-        # Ctrl-C of a terminal goes to both, and the command saves.
-        with suppress(KeyboardInterrupt):
-            status = process.wait()
+    try:
+        while status is None:
+            # Ctrl-C of a terminal goes to both, SIGTERM is passed on: the command saves.
+            with suppress(KeyboardInterrupt):
+                status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status:
         raise SystemExit(status)
 

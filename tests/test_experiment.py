@@ -1,5 +1,6 @@
 """benchmarks/experiment.py: arms with the same training FLOPs, continued budgets, one table."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_command_that_fails_ends_the_experiment_with_its_status():
     with pytest.raises(SystemExit) as stopped:
         experiment.main("--config=nothing")
     assert stopped.value.code == 2
+
+
+def test_sigterm_reaches_the_command_and_its_status_comes_back(tmp_path, monkeypatch):
+    command = tmp_path / "python"
+    # Stopped as training is: by a signal to the process above, and with status 75.
+    command.write_text("#!/bin/sh\ntrap 'exit 75' TERM\nkill -TERM $PPID\nsleep 9 & wait\nexit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(experiment.sys, "executable", str(command))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        experiment.main("--workdir=run")
+    assert stopped.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():
