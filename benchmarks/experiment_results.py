@@ -36,12 +36,13 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return means
 
 
-def as_markdown(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table after the experiment's description."""
+def as_markdown(name: str, rows: Sequence[Mapping[str, Any]], features: str) -> str:
+    """The table after the experiment's description, with the features of the scores."""
     head, *cells = table(rows)
+    head = [column.removesuffix(f"-{features}") for column in head]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([about(name), "", *lines, ""])
+    return "\n".join([about(name), "", f"Scores with features {features}.", "", *lines, ""])
 
 
 def about(name: str) -> str:
