@@ -11,7 +11,7 @@ own; what is finished is not done again, so the same command continues after any
     OUT/ARM/seed0/                 the run: checkpoints, curves, config.json
     OUT/ARM/seed0/NAME-0.25/       samples and scores with a quarter of the budget
     OUT/NAME.json, NAME.md         all rows: arm, seed, training FLOPs, sampler, calls, scores
-    OUT/NAME.png                   scores against training FLOPs, and against calls
+    OUT/NAME.png                   scores against training FLOPs, calls, and FLOPs per image
     OUT/grid-ARM.png               images of the same seeds
     OUT/report.html                a page of all that
 """

@@ -38,8 +38,8 @@ def write_experiment_page(
                 Figure(
                     name="Scores",
                     caption="Left against the FLOPs of the training, with the first way to "
-                    "sample; right against the calls of the networks per image, with the whole "
-                    "training.",
+                    "sample; then, with the whole training, against the calls of the networks per "
+                    "image, and against their FLOPs.",
                     picture=out / f"{experiment.name}.png",
                     width=1000,
                 )

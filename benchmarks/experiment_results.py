@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from relay_jax.plots import style
 from relay_jax.runtime.flops import si
@@ -97,13 +98,12 @@ def score(value: Mapping[str, Any] | None) -> str:
 
 
 def figure(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Every score against training FLOPs (first sampler) and against calls (last budget)."""
+    """Every score against training FLOPs (first sampler), calls and FLOPs (last budget)."""
     names = score_names(rows)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    picture = style.make_figure(9, 3.4 * len(names))
+    picture = style.make_figure(12, 3 * len(names))
     for number, name in enumerate(names):
-        by_flops = picture.add_subplot(len(names), 2, 2 * number + 1)
-        by_calls = picture.add_subplot(len(names), 2, 2 * number + 2)
+        grid = [picture.add_subplot(len(names), 3, 3 * number + i) for i in (1, 2, 3)]
         for index, arm in enumerate(arms):
             own = [row for row in rows if row["arm"] == arm and name in row["scores"]]
             if not own:
@@ -111,10 +111,8 @@ def figure(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             most = max(row["training_flops"] for row in own)
             first = [row for row in own if row["sampler"] == own[0]["sampler"]]
             last = [row for row in own if row["training_flops"] > 0.9 * most]
-            for axes, key, chosen in (
-                (by_flops, "training_flops", first),
-                (by_calls, "calls", last),
-            ):
+            columns = ("training_flops", first), ("calls", last), ("flops", last)
+            for axes, (key, chosen) in zip(grid, columns, strict=True):
                 ordered = sorted(chosen, key=lambda row: row[key])
                 values = [row["scores"][name] for row in ordered]
                 axes.errorbar(
@@ -126,8 +124,13 @@ def figure(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
                     capsize=3,
                     label=arm,
                 )
-        for axes, label in ((by_flops, "training FLOP"), (by_calls, "calls per image")):
+        labels = "training FLOP", "calls per image", "FLOP per image"
+        for axes, label in zip(grid, labels, strict=True):
             axes.set(xscale="log", xlabel=label, title=name)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.tick_params(axis="x", labelsize="x-small")
             axes.grid(alpha=0.3)
             real = real_scores(rows).get(name)
             if real:
