@@ -196,10 +196,19 @@ class Trial:
 def main(*arguments: str) -> None:
     """relay_jax.main in a process of its own. Raises SystemExit with its status."""
     print("+ relay_jax.main", *arguments, flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "relay_jax.main", *arguments])
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    status = None
+    asked, processes, status = list[int](), list[subprocess.Popen](), None
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        for process in processes:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
+        process = subprocess.Popen([sys.executable, "-m", "relay_jax.main", *arguments])
+        processes.append(process)
+        if asked:  # before there was a process
+            process.terminate()
         while status is None:
             # Ctrl-C of a terminal goes to both, SIGTERM is passed on: the command saves.
             with suppress(KeyboardInterrupt):
