@@ -2,12 +2,13 @@
 
 Command:   python -m relay_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 \
                --config.dataset.path=data/cifar10-train-32x32.zip
-Hardware:  two CPU cores: 600 images per second of the first stage and 160 of the relay, which is
-           half an hour; its score is not yet measured, after a quarter of it KID is 0.11 (features
-           of EfficientNet-Lite0, docs/experiments.md) and no object can be seen.
-           :gpu, a whole training: not yet measured. Two and a half minutes of it on an H200 (2.6M
-           and 1.4M images, beside other trainings) gave the weights of --weights=cifar10.
-Score:     those weights: KID 0.017.
+Hardware:  two CPU cores, half an hour: 1,000 images per second of the first stage and 166 of the
+           relay on an idle machine, and compilation. :gpu, a whole training: not yet measured. Two
+           and a half minutes of it on an H200 (2.6M and 1.4M images, beside other trainings) gave
+           the weights of --weights=cifar10.
+Score:     two cores: KID 0.041 with --preset=draft, 0.046 with fast, FD 43 and 46 (10,000 samples,
+           features of EfficientNet-Lite0; real images 0 and 2.2): ships, horses and deer begin to
+           be seen. --weights=cifar10: KID 0.015 with fast (512 samples). docs/experiments.md
 Variants:  :gpu for one GPU, half an hour; :single and :gpu-single are one stage at 32 px, without
            a relay, and --config.stages.relay.process.kind=cascade an ordinary super-resolution
            stage (baselines, docs/running.md).
