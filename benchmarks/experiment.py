@@ -245,7 +245,7 @@ def collect(experiment: Experiment, trials: Sequence[Trial], out: Path) -> None:
         fail(f"nothing is scored in {out}")
     means = summary(rows)
     write_json(out / f"{experiment.name}.json", {"rows": rows})
-    text = as_markdown(experiment.name, means, experiment.features)
+    text = as_markdown(experiment.name, rows, experiment.features)
     write_text(out / f"{experiment.name}.md", text)
     figure(means, out / f"{experiment.name}.png")
     grids(trials)

@@ -22,7 +22,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
-        key = (row["arm"], f"{row['training_flops']:.2g}", row["sampler"])
+        key = (row["arm"], _budget(row), row["sampler"])
         groups.setdefault(key, []).append(row)
     means = []
     for group in groups.values():
@@ -38,12 +38,26 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def as_markdown(name: str, rows: Sequence[Mapping[str, Any]], features: str) -> str:
-    """The table after the experiment's description, with the features of the scores."""
-    head, *cells = table(rows)
-    head = [column.removesuffix(f"-{features}") for column in head]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([about(name), "", f"Scores with features {features}.", "", *lines, ""])
+    """The tables after the experiment's description, with the features of the scores.
+
+    rows: of single trainings.
+    """
+    lines = [about(name), "", f"Scores with features {features}.", ""]
+    for text, cells in (
+        ("", table(summary(rows))),
+        (
+            "Differences from the first arm with the same seed (each seed in brackets), where "
+            "a sampler is compared with what stands before its first colon:",
+            differences(rows),
+        ),
+    ):
+        if not cells:
+            continue
+        head = [column.removesuffix(f"-{features}") for column in cells[0]]
+        lines += [text, ""] if text else []
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        lines += ["| " + " | ".join(row) + " |" for row in cells[1:]] + [""]
+    return "\n".join(lines)
 
 
 def about(name: str) -> str:
@@ -64,6 +78,35 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         cells = ["as many real images", *[""] * 5, *(score(real.get(name)) for name in names)]
         lines.append(cells)
     return lines
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """From the first arm, of the same training seed and budget and the plain way to sample (what
+    stands before the first colon): names of columns, then means over the seeds, with each of them
+    in brackets. rows: of single trainings. Empty where there is nothing to compare."""
+    names = score_names(rows)
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], _budget(row), row["sampler"]), []).append(row)
+    lines = []
+    for (arm, budget, sampler), group in groups.items():
+        plain = groups.get((rows[0]["arm"], budget, sampler.split(":")[0]), [])
+        bases = {row["seed"]: row["scores"] for row in plain if plain is not group}
+        pairs = [(row["scores"], bases[row["seed"]]) for row in group if row["seed"] in bases]
+        cells = []
+        for name in names:
+            both = [(own[name], base[name]) for own, base in pairs if name in own and name in base]
+            each = [own["value"] - base["value"] for own, base in both]
+            listed = f" ({', '.join(f'{x:+.2g}' for x in each)})" if len(each) > 1 else ""
+            cells.append(f"{np.mean(each):+.2g}{listed}" if each else "")
+        if pairs:
+            lines.append([arm, budget, sampler, *cells])
+    return [["arm", "training FLOP", "sampler", *names], *lines] if lines else []
+
+
+def _budget(row: Mapping[str, Any]) -> str:
+    """Training FLOPs, of all arms alike but for the last batch."""
+    return si(float(f"{row['training_flops']:.2g}"))
 
 
 def score_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import experiment
 from benchmarks.experiment import Arm, Experiment, Trial
-from benchmarks.experiment_results import figure, findings, summary, table
+from benchmarks.experiment_results import differences, figure, findings, summary, table
 from benchmarks.experiments import ablations, calls, equal_compute, equal_compute_gpu
 from relay_jax.planning.cost import train_flops
 from relay_jax.runtime.files import read_json
@@ -79,7 +79,9 @@ def test_budgets_continue_one_training_and_make_one_table(tmp_path, monkeypatch,
         each[name] * images for name, images in rows[-1]["images"].items()
     )
     text = (tmp_path / "calls.md").read_text()
-    assert text.count("| relay |") == 3 and "| FD | MIND | KID |" in text
+    assert (
+        text.count("| relay |") == 3 and "Differences" not in text and "| FD | MIND | KID |" in text
+    )
     assert (tmp_path / "calls.png").exists() and (tmp_path / "grid-relay.png").exists()
 
 
@@ -111,6 +113,30 @@ def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():
     assert wide["scores"]["FD"] == {"value": 2.0, "error": pytest.approx(2**0.5)}
     (narrow,) = summary([row(2.0, 0.5), row(2.0, 0.3)])
     assert narrow["scores"]["FD"] == {"value": 2.0, "error": 0.4}
+
+
+def test_arms_are_compared_with_the_first_one_of_their_seed_and_sampler():
+    def row(arm, seed, sampler, value):
+        scores = {"FD": {"value": value, "error": 0.5}}
+        flops = 1.001e9 if arm == "b" else 1e9  # another last batch
+        return {
+            "arm": arm,
+            "seed": seed,
+            "sampler": sampler,
+            "scores": scores,
+            "training_flops": flops,
+        }
+
+    rows = [row("a", 0, "safe", 9.0), row("a", 1, "safe", 7.0), row("a", 0, "fast", 5.0)]
+    assert differences(rows) == []
+    rows += [row("a", 0, "safe:x=1", 9.5), row("a", 1, "safe:x=1", 7.25)]
+    rows += [row("b", 0, "safe", 8.0), row("b", 0, "fast", 1.0), row("b", 2, "fast", 99.0)]
+    assert differences(rows) == [
+        ["arm", "training FLOP", "sampler", "FD"],
+        ["a", "1 G", "safe:x=1", "+0.38 (+0.5, +0.25)"],
+        ["b", "1 G", "safe", "-1"],
+        ["b", "1 G", "fast", "-4"],
+    ]
 
 
 def test_real_images_are_beside_the_arms(tmp_path):
