@@ -187,7 +187,9 @@ class Trial:
             )
             for row in report["rows"]:
                 kept = {key: row[key] for key in ("sampler", "calls", "evaluations", "scores")}
-                about = {"arm": self.arm.name, "seed": self.seed, "images": trained}
+                budget = float(path.parent.name.removeprefix(f"{self.experiment.name}-"))
+                about = {"arm": self.arm.name, "seed": self.seed, "budget": budget}
+                about["images"] = trained
                 rows.append({**about, "training_flops": flops, "flops": row["flops"], **kept})
                 rows[-1]["real"] = (report["real"] or {}).get("scores", {})
         return rows

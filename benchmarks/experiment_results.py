@@ -22,7 +22,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
-        key = (row["arm"], _budget(row), row["sampler"])
+        key = (row["arm"], row["budget"], row["sampler"])
         groups.setdefault(key, []).append(row)
     means = []
     for group in groups.values():
@@ -85,9 +85,9 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     stands before the first colon): names of columns, then means over the seeds, with each of them
     in brackets. rows: of single trainings. Empty where there is nothing to compare."""
     names = score_names(rows)
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["arm"], _budget(row), row["sampler"]), []).append(row)
+        groups.setdefault((row["arm"], row["budget"], row["sampler"]), []).append(row)
     lines = []
     for (arm, budget, sampler), group in groups.items():
         plain = groups.get((rows[0]["arm"], budget, sampler.split(":")[0]), [])
@@ -100,13 +100,8 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             listed = f" ({', '.join(f'{x:+.2g}' for x in each)})" if len(each) > 1 else ""
             cells.append(f"{np.mean(each):+.2g}{listed}" if each else "")
         if pairs:
-            lines.append([arm, budget, sampler, *cells])
-    return [["arm", "training FLOP", "sampler", *names], *lines] if lines else []
-
-
-def _budget(row: Mapping[str, Any]) -> str:
-    """Training FLOPs, of all arms alike but for the last batch."""
-    return si(float(f"{row['training_flops']:.2g}"))
+            lines.append([arm, f"{budget:g}", sampler, *cells])
+    return [["arm", "budget", "sampler", *names], *lines] if lines else []
 
 
 def score_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -107,7 +107,7 @@ def test_sigterm_reaches_the_command_and_its_status_comes_back(tmp_path, monkeyp
 def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():
     def row(value, error):
         score = {"FD": {"value": value, "error": error}}
-        return {"arm": "a", "training_flops": 1e9, "sampler": "fast", "scores": score}
+        return {"arm": "a", "budget": 1.0, "sampler": "fast", "scores": score}
 
     (wide,) = summary([row(1.0, 0.1), row(3.0, 0.1)])
     assert wide["scores"]["FD"] == {"value": 2.0, "error": pytest.approx(2**0.5)}
@@ -118,24 +118,17 @@ def test_a_mean_over_seeds_has_the_larger_of_spread_and_sampling_error():
 def test_arms_are_compared_with_the_first_one_of_their_seed_and_sampler():
     def row(arm, seed, sampler, value):
         scores = {"FD": {"value": value, "error": 0.5}}
-        flops = 1.001e9 if arm == "b" else 1e9  # another last batch
-        return {
-            "arm": arm,
-            "seed": seed,
-            "sampler": sampler,
-            "scores": scores,
-            "training_flops": flops,
-        }
+        return {"arm": arm, "seed": seed, "budget": 1.0, "sampler": sampler, "scores": scores}
 
     rows = [row("a", 0, "safe", 9.0), row("a", 1, "safe", 7.0), row("a", 0, "fast", 5.0)]
     assert differences(rows) == []
     rows += [row("a", 0, "safe:x=1", 9.5), row("a", 1, "safe:x=1", 7.25)]
     rows += [row("b", 0, "safe", 8.0), row("b", 0, "fast", 1.0), row("b", 2, "fast", 99.0)]
     assert differences(rows) == [
-        ["arm", "training FLOP", "sampler", "FD"],
-        ["a", "1 G", "safe:x=1", "+0.38 (+0.5, +0.25)"],
-        ["b", "1 G", "safe", "-1"],
-        ["b", "1 G", "fast", "-4"],
+        ["arm", "budget", "sampler", "FD"],
+        ["a", "1", "safe:x=1", "+0.38 (+0.5, +0.25)"],
+        ["b", "1", "safe", "-1"],
+        ["b", "1", "fast", "-4"],
     ]
 
 
