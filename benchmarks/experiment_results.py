@@ -20,12 +20,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     error: the larger one of the standard deviation over seeds and the mean sampling error.
     """
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        key = (row["arm"], row["budget"], row["sampler"])
-        groups.setdefault(key, []).append(row)
     means = []
-    for group in groups.values():
+    for group in _over_seeds(rows).values():
         scores = {}
         for name in group[0]["scores"]:
             values = [row["scores"][name]["value"] for row in group if name in row["scores"]]
@@ -35,6 +31,16 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             scores[name] = {"value": float(np.mean(values)), "error": error}
         means.append({**group[0], "scores": scores, "seeds": len(group)})
     return means
+
+
+def _over_seeds(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, float, str], list[Mapping[str, Any]]]:
+    """Rows that differ in the training seed alone, by arm, budget and sampler."""
+    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["budget"], row["sampler"]), []).append(row)
+    return groups
 
 
 def as_markdown(name: str, rows: Sequence[Mapping[str, Any]], features: str) -> str:
@@ -85,10 +91,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     stands before the first colon): names of columns, then means over the seeds, with each of them
     in brackets. rows: of single trainings. Empty where there is nothing to compare."""
     names = score_names(rows)
-    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["budget"], row["sampler"]), []).append(row)
-    lines = []
+    groups, lines = _over_seeds(rows), []
     for (arm, budget, sampler), group in groups.items():
         plain = groups.get((rows[0]["arm"], budget, sampler.split(":")[0]), [])
         bases = {row["seed"]: row["scores"] for row in plain if plain is not group}

@@ -76,8 +76,11 @@ def kernel_distance(reference: FeatureSet, samples: FeatureSet) -> dict[str, flo
 
 
 def mmd_without(a: np.ndarray, b: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Equation (2) of a and of b without each group, float64 [g]. group: int [m], from 0 on, at
-    least two images outside of each. Each kernel is computed once."""
+    """Equation (2) of a and of b without each group, float64 [g], from one pass over the pairs.
+
+    a, b: features [n, d] and [m, d]. group: int [m], from 0 on, at least two images outside of
+    each. Raises ValueError for shapes that do not fit.
+    """
     a, b = comparable(a, b)
     member = np.eye(group.max() + 1)[group]
     own, cross, same = np.zeros((member.shape[1],) * 2), np.zeros(member.shape[1]), 0.0

@@ -170,7 +170,10 @@ def neighbour_shares(reference: FeatureSet, samples: FeatureSet) -> dict[str, fl
 def shares_without(
     reference: FeatureSet, samples: FeatureSet, group: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """`neighbour_shares` without the samples of each group. group: int [m], from 0 on."""
+    """`neighbour_shares` without the samples of each group: [g] by name.
+
+    group: int [m], from 0 on. Raises ValueError as `neighbour_scores`.
+    """
     if reference.rows is None or samples.rows is None:
         return {}
     parts = group != np.arange(group.max() + 1)[:, None]
